@@ -1,0 +1,26 @@
+"""Active Subspace Initialization and SparseAdam for SAELens (arXiv 2508.16929).
+
+Importing this package adds two fields to SAELens's training configs: ``initializer`` and ``optimizer``.
+"""
+
+from saelens_asi.active_subspace import ActiveSubspaceInit
+from saelens_asi.initialize import Initialization, initialize_
+from saelens_asi.moments import RunningMoments
+from saelens_asi.plugin import register
+from saelens_asi.provenance import package_version
+from saelens_asi.sparse_adam import SparseAdam
+from saelens_asi.spectrum import Spectrum
+
+__all__ = [
+    "ActiveSubspaceInit",
+    "Initialization",
+    "RunningMoments",
+    "SparseAdam",
+    "Spectrum",
+    "initialize_",
+    "register",
+]
+
+__version__ = package_version()
+
+register()

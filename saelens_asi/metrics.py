@@ -1,0 +1,108 @@
+"""How good an SAE is: dead features by tokens, normalized error, loss recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values of a dense (tokens x d_sae) activation matrix made at a time.
+_MAX_DENSE_VALUES = 2**25
+
+
+@dataclass(frozen=True)
+class ReconstructionMetrics:
+    """How an SAE reconstructs activations it was not trained on.
+
+    Attributes:
+        n_tokens: activation vectors evaluated.
+        dead_fraction: share of the features that fire on none of them (arXiv 2508.16929 counts over 10M tokens).
+        nmse: E|x - x_hat|^2 / E|x - E x|^2.
+        l0: mean number of features that fire on a token.
+    """
+
+    n_tokens: int
+    dead_fraction: float
+    nmse: float
+    l0: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def reconstruction_metrics(sae: Any, batches: Iterable[Tensor]) -> ReconstructionMetrics:
+    """Evaluate any SAELens SAE on batches of (n, d_in) activations."""
+    d_sae = sae.cfg.d_sae
+    fired = torch.zeros(d_sae, dtype=torch.bool, device=sae.device)
+    n_tokens, n_active, error = 0, 0, 0.0
+    total = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=sae.device)
+    square = 0.0
+    for batch in batches:
+        for x in batch.to(sae.device).split(max(1, _MAX_DENSE_VALUES // d_sae)):
+            acts = sae.encode(x)
+            acts = acts.to_dense() if acts.is_sparse else acts
+            error += float((x.double() - sae.decode(acts).double()).square().sum())
+            active = acts != 0
+            fired |= active.any(dim=0)
+            n_active += int(active.sum())
+            n_tokens += x.shape[0]
+            total += x.double().sum(dim=0)
+            square += float(x.double().square().sum())
+    if n_tokens < 2:
+        raise ValueError(f"an evaluation needs at least 2 activations, got {n_tokens}")
+    variance = square - float(total.square().sum()) / n_tokens
+    return ReconstructionMetrics(n_tokens, 1 - int(fired.sum()) / d_sae, error / variance, n_active / n_tokens)
+
+
+@dataclass(frozen=True)
+class LossRecovered:
+    """What replacing a hook's activations by their reconstruction does to the model's next-token loss, in nats.
+
+    Attributes:
+        clean: loss of the model as it is.
+        zero: loss with the hook zero-ablated.
+        reconstructed: loss with the SAE's reconstruction in place of the activations.
+        n_tokens: tokens predicted.
+    """
+
+    clean: float
+    zero: float
+    reconstructed: float
+    n_tokens: int
+
+    @property
+    def recovered(self) -> float:
+        """(zero - reconstructed) / (zero - clean)."""
+        return (self.zero - self.reconstructed) / (self.zero - self.clean)
+
+
+@torch.no_grad()
+def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 16) -> LossRecovered:
+    """Next-token loss of a TransformerLens model with and without the SAE at ``hook_name``.
+
+    The first position (BOS) is left as it is: SAEs are not trained on it.
+    """
+
+    def replace(activation: Tensor, hook: Any) -> Tensor:
+        flat = activation[:, 1:].reshape(-1, sae.cfg.d_in)
+        output = torch.cat([sae.decode(sae.encode(x)) for x in flat.split(max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae))])
+        return torch.cat([activation[:, :1], output.to(activation).reshape(activation[:, 1:].shape)], dim=1)
+
+    def zero(activation: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(activation)
+
+    sums = {"clean": 0.0, "zero": 0.0, "reconstructed": 0.0}
+    hooks: dict[str, list[Any]] = {"clean": [], "zero": [(hook_name, zero)], "reconstructed": [(hook_name, replace)]}
+    for batch in tokens.split(batch_size):
+        for name, fwd_hooks in hooks.items():
+            logits = model.run_with_hooks(batch, return_type="logits", prepend_bos=False, fwd_hooks=fwd_hooks)
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten().to(logits.device), reduction="sum"
+            )
+            sums[name] += float(loss)
+    n_tokens = tokens[:, 1:].numel()
+    return LossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)

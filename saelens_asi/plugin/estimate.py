@@ -1,0 +1,165 @@
+"""From a stream of activations to initialised SAEs: the space that each encoder sees, one pass for all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_asi.active_subspace import ActiveSubspaceInit
+from saelens_asi.initialize import NORM_SAMPLE, Initialization, initialize_
+from saelens_asi.moments import RunningMoments
+from saelens_asi.plugin.fields import initializer_settings
+from saelens_asi.plugin.stream import ActivationStream
+from saelens_asi.provenance import write_provenance
+from saelens_asi.spectrum import Spectrum
+
+logger = logging.getLogger(__name__)
+
+SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
+
+# With a spectrum file, activations are read for the norm alone: enough to spread its sample over many documents.
+_TOKENS_FOR_NORM = 8 * NORM_SAMPLE
+
+# Added by SAELens to the covariance's eigenvalues before it inverts them (ActivationScaler.estimate_whitening).
+_WHITENING_EPS = 1e-3
+
+
+def check_settings(settings: ActiveSubspaceInit, sae: Any) -> None:
+    """Raise ValueError, before anything long starts, for settings that cannot work for this SAE."""
+    d_in, mode = sae.cfg.d_in, sae.cfg.normalize_activations
+    settings.check_width(d_in)
+    if settings.spectrum is None:
+        return
+    if mode not in ("none", "expected_average_only_in"):
+        raise ValueError(
+            f"spectrum={settings.spectrum!r} describes raw activations, but with normalize_activations={mode!r} the "
+            "encoder sees others: set normalize_activations to 'none' or 'expected_average_only_in', or spectrum=None"
+        )
+    width = Spectrum.load(settings.spectrum).d
+    if width != d_in:
+        raise ValueError(f"spectrum={settings.spectrum!r} was made for width {width}, but the SAE has d_in={d_in}")
+
+
+def initialize_together(trainers: Mapping[str, Sequence[Any]], stream: ActivationStream) -> None:
+    """Initialise the SAEs of ``trainers`` (by hook name) from one pass over ``stream``, and record how.
+
+    Raises:
+        ValueError: when the activations are not finite, are constant, or are too few.
+    """
+    estimates = {name: [_Estimate(trainer) for trainer in group] for name, group in trainers.items()}
+    open_ones = [estimate for group in estimates.values() for estimate in group]
+    total = max(estimate.n_wanted for estimate in open_ones)
+    if stream.is_training_stream:
+        logger.warning("this data provider allows no second look: %d activations are used up for the estimate", total)
+    with tqdm(total=total, desc="Estimating active subspace", unit="token") as bar:
+        for batch in stream.batches:
+            for name, group in estimates.items():
+                for estimate in group:
+                    estimate.add(batch[name])
+            bar.update(min(next(iter(batch.values())).shape[0], total - bar.n))
+            if all(estimate.n_missing <= 0 for estimate in open_ones):
+                break
+    for estimate in open_ones:
+        estimate.finish(stream.is_training_stream)
+
+
+class _Estimate:
+    """Moments and a small even sample of one SAE's activations, in the space that its encoder sees."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.sae = trainer.sae
+        settings = initializer_settings(self.sae.cfg)
+        if settings is None:
+            raise ValueError("this SAE's config asks for no initializer")
+        self.settings = settings
+        self.n_wanted = settings.n_tokens if settings.spectrum is None else min(settings.n_tokens, _TOKENS_FOR_NORM)
+        self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device)
+        self.sample: list[Tensor] = []
+        self.n_drawn = 0
+
+    @property
+    def n_missing(self) -> int:
+        return self.n_wanted - self.moments.n_tokens
+
+    @torch.no_grad()
+    def add(self, batch: Tensor) -> None:
+        self.n_drawn += batch.shape[0]
+        x = batch[: max(self.n_missing, 0)].to(self.sae.device)
+        if not len(x):
+            return
+        x = self.trainer.activation_scaler(x)
+        start = self.moments.n_tokens
+        self.moments.update_(self._as_encoder_sees(x))
+        index = torch.arange(start, start + len(x), device=x.device)
+        sample_size = min(NORM_SAMPLE, self.n_wanted)
+        self.sample.append(x[(index + 1) * sample_size // self.n_wanted > index * sample_size // self.n_wanted])
+
+    def _as_encoder_sees(self, x: Tensor) -> Tensor:
+        before = set(vars(self.sae))
+        x = self.sae.run_time_activation_norm_fn_in(x)
+        for name in set(vars(self.sae)) - before:  # per-token statistics that only decode() would remove
+            delattr(self.sae, name)
+        return x
+
+    def finish(self, is_training_stream: bool) -> None:
+        n_tokens = self.moments.n_tokens
+        if n_tokens < self.n_wanted:
+            if n_tokens < 2:
+                raise ValueError(f"the data ended after {n_tokens} activations: the estimate needs at least 2")
+            logger.warning("the data ended after %d of n_tokens=%d activations", n_tokens, self.n_wanted)
+        spectrum = self._spectrum()
+        if spectrum.total_variance <= 1e-12 * float(spectrum.mean.square().sum()) or spectrum.total_variance == 0:
+            raise ValueError(
+                f"the {n_tokens} activations of the estimate are constant: they span no subspace. Check hook_name and "
+                "that the data holds more than one text"
+            )
+        self._save_spectrum(spectrum)
+        result = initialize_(self.sae, self.settings, spectrum, torch.cat(self.sample))
+        self._record(spectrum, result, self.n_drawn if is_training_stream else 0)
+        self.trainer.initialization_pending = False
+
+    def _spectrum(self) -> Spectrum:
+        scaler = self.trainer.activation_scaler
+        if self.settings.spectrum is not None:
+            return Spectrum.load(self.settings.spectrum).scaled(scaler.scaling_factor or 1.0)
+        if scaler.whitening is not None:
+            # Whitened activations have the identity as covariance, so the raw variances order the coordinates.
+            variances = (scaler.whitening.inverse_matrix.double().square().sum(dim=1) - _WHITENING_EPS).clamp(min=0)
+            return Spectrum(self.moments.mean.cpu(), torch.diag(variances).cpu(), self.moments.n_tokens)
+        return Spectrum.from_moments(self.moments).to("cpu")
+
+    def _save_spectrum(self, spectrum: Spectrum) -> None:
+        """Keep the finished estimate beside the checkpoints, where there are any and the space is the raw one."""
+        cfg, scaler = self.trainer.cfg, self.trainer.activation_scaler
+        keeps_checkpoints = cfg.checkpoint_path is not None and (cfg.n_checkpoints > 0 or cfg.save_final_checkpoint)
+        is_raw = self.sae.cfg.normalize_activations in ("none", "expected_average_only_in")
+        if keeps_checkpoints and is_raw and self.settings.spectrum is None:
+            path = spectrum.scaled(1 / (scaler.scaling_factor or 1.0)).save(Path(cfg.checkpoint_path) / SPECTRUM_FILENAME)
+            logger.info("wrote the spectrum of the estimate to %s", path)
+
+    def _record(self, spectrum: Spectrum, result: Initialization, n_used_up: int) -> None:
+        record = {
+            "settings": self.settings.to_dict(),
+            "space": self.sae.cfg.normalize_activations,
+            "n_tokens": spectrum.n_tokens,
+            "n_tokens_taken_from_training": n_used_up,
+            "d_init": result.d_init,
+            "variance_explained": result.variance_explained,
+            "effective_rank": spectrum.effective_rank,
+            "mean_to_deviation": float(spectrum.mean.norm()) / spectrum.total_variance**0.5,
+            "norm": result.norm,
+            "initial_nmse": result.initial_nmse,
+        }
+        write_provenance(self.sae.cfg.metadata, record)
+        tqdm.write(
+            f"Active subspace: {result.d_init} of {spectrum.d} dimensions hold {result.variance_explained:.1%} of the "
+            f"variance of {spectrum.n_tokens:,} activations (effective rank {spectrum.effective_rank:.0f}); decoder "
+            f"norm {result.norm:.3g}, initial normalized MSE {result.initial_nmse:.3f}"
+        )

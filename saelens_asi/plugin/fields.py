@@ -1,0 +1,150 @@
+"""The ``initializer`` and ``optimizer`` fields of SAELens's training configs, added in place.
+
+The class objects stay the same, so that registries, isinstance checks, third-party subclasses and the command line
+see them. A config that leaves both at their defaults is saved exactly as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import simple_parsing
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from saelens_asi.active_subspace import INITIALIZER_NAME, ActiveSubspaceInit
+
+DEFAULTS = {"initializer": "default", "optimizer": "adam"}
+INITIALIZERS = ("default", INITIALIZER_NAME)
+OPTIMIZERS = ("adam", "sparse_adam")
+
+_GENERATED = ("__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__")
+
+
+def initializer_settings(cfg: TrainingSAEConfig) -> ActiveSubspaceInit | None:
+    """The settings that a config asks for; None for SAELens's own initialization."""
+    initializer = cfg.initializer  # type: ignore[attr-defined]
+    if initializer == INITIALIZER_NAME:
+        return ActiveSubspaceInit()
+    return None if initializer == "default" else initializer
+
+
+def _checked_initializer(value: object, d_in: int | None) -> str | ActiveSubspaceInit:
+    if isinstance(value, Mapping):  # a config read back from JSON
+        value = ActiveSubspaceInit.from_dict(value)
+    if isinstance(value, ActiveSubspaceInit):
+        if d_in is not None:
+            value.check_width(d_in)
+        return value
+    if isinstance(value, str) and value in INITIALIZERS:
+        return value
+    raise ValueError(
+        f"initializer={value!r} must be one of {INITIALIZERS}, or a saelens_asi.ActiveSubspaceInit(...)"
+    )
+
+
+def _checked_optimizer(value: object) -> str:
+    if value not in OPTIMIZERS:
+        raise ValueError(f"optimizer={value!r} must be one of {OPTIMIZERS}")
+    return value  # type: ignore[return-value]
+
+
+def _parse_initializer(text: str) -> str | ActiveSubspaceInit:
+    try:
+        return _checked_initializer(json.loads(text) if text.startswith("{") else text, None)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_fields() -> None:
+    """Add the two fields to ``TrainingSAEConfig`` and to every subclass that exists."""
+    TrainingSAEConfig.__annotations__.update(initializer=Any, optimizer=str)
+    TrainingSAEConfig.initializer = simple_parsing.field(  # type: ignore[attr-defined]
+        default=DEFAULTS["initializer"],
+        type=_parse_initializer,
+        metavar="{default,active_subspace,JSON}",
+        help="Weights at the start: 'default' (SAELens's own), 'active_subspace' (arXiv 2508.16929), or its settings "
+        'as JSON, such as \'{"d_init": 0.2, "n_tokens": 100000}\'.',
+    )
+    TrainingSAEConfig.optimizer = simple_parsing.field(  # type: ignore[attr-defined]
+        default=DEFAULTS["optimizer"],
+        choices=list(OPTIMIZERS),
+        type=str,
+        help="'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps weights and moments.",
+    )
+    _decorate_again(TrainingSAEConfig, fresh=tuple(DEFAULTS))
+    _wrap_methods()
+    _decorate_subclasses(TrainingSAEConfig)
+
+
+def _decorate_subclasses(cls: type) -> None:
+    for subclass in cls.__subclasses__():
+        if "__dataclass_fields__" in subclass.__dict__:
+            _decorate_again(subclass)
+        _decorate_subclasses(subclass)
+
+
+def _decorate_again(cls: Any, fresh: tuple[str, ...] = ()) -> None:
+    """Run ``dataclass`` on a dataclass again, so that its generated methods know the base's new fields."""
+    old_fields = cls.__dataclass_fields__
+    for name in cls.__dict__.get("__annotations__", {}):
+        if name in old_fields and name not in fresh and old_fields[name]._field_type is dataclasses._FIELD:  # type: ignore[attr-defined]
+            setattr(cls, name, _copied(old_fields[name]))
+    for name in _GENERATED:
+        method = cls.__dict__.get(name)
+        if inspect.isfunction(method) and inspect.unwrap(method).__code__.co_filename == "<string>":
+            delattr(cls, name)  # made by dataclass(), which never replaces a method that is there
+    if "__match_args__" in cls.__dict__:
+        del cls.__match_args__
+    params = cls.__dataclass_params__
+    options = {name: getattr(params, name) for name in ("init", "repr", "eq", "order", "unsafe_hash", "frozen")}
+    dataclasses.dataclass(**options, kw_only=bool(fresh))(cls)
+
+
+def _copied(field: Any) -> Any:
+    options = {
+        name: getattr(field, name) for name in ("init", "repr", "hash", "compare", "metadata", "kw_only")
+    }
+    if field.default is not dataclasses.MISSING:
+        options["default"] = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        options["default_factory"] = field.default_factory
+    return dataclasses.field(**options)
+
+
+def _wrap_methods() -> None:
+    """Check the fields whenever they are set; leave them out of what is saved when they are at their defaults."""
+    stock_to_dict = TrainingSAEConfig.to_dict
+    stock_details = TrainingSAEConfig.get_training_architecture_details
+
+    def __setattr__(self: TrainingSAEConfig, name: str, value: object) -> None:
+        if name == "initializer":
+            value = _checked_initializer(value, self.__dict__.get("d_in"))
+        elif name == "optimizer":
+            value = _checked_optimizer(value)
+        object.__setattr__(self, name, value)
+
+    def to_dict(self: TrainingSAEConfig) -> dict[str, Any]:
+        return _as_saved(stock_to_dict(self))
+
+    def get_training_architecture_details(self: TrainingSAEConfig) -> dict[str, Any]:
+        return _as_saved(stock_details(self))
+
+    for function, stock in (
+        (__setattr__, object.__setattr__),
+        (to_dict, stock_to_dict),
+        (get_training_architecture_details, stock_details),
+    ):
+        function.__doc__ = stock.__doc__
+        setattr(TrainingSAEConfig, function.__name__, function)
+
+
+def _as_saved(values: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in values.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    if isinstance(values.get("initializer"), ActiveSubspaceInit):
+        values["initializer"] = values["initializer"].to_dict()
+    return values

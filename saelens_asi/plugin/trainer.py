@@ -1,0 +1,200 @@
+"""The SAELens trainer of runs that ask for the plugin: stock, plus initialization and optimizer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import nn
+
+from saelens_asi.plugin.estimate import check_settings, initialize_together
+from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
+from saelens_asi.plugin.stream import find_store, open_stream, rewound
+from saelens_asi.plugin.upstream import refuse_known_failures
+from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.sparse_adam import SparseAdam
+
+logger = logging.getLogger(__name__)
+
+
+class PluginTrainer(SAETrainer[Any, Any]):
+    """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
+
+    Beside the two flags it mends, for these runs only: weights are saved when a run is interrupted, checkpoints
+    that were passed before a resume are not written again, a resume works with prefetching, a missing ``lr_end``
+    takes its documented default, and the user's config object is left as it was.
+    """
+
+    initialization_pending: bool
+    _prefetch_after_resume: int | None = None
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: Any,
+        data_provider: Any,
+        evaluator: Any = None,
+        save_checkpoint_fn: Any = None,
+    ) -> None:
+        refuse_known_failures(cfg, sae)
+        sae.cfg = copy.copy(sae.cfg)
+        sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
+        if cfg.lr_end is None:
+            cfg = replace(cfg, lr_end=cfg.lr / 10)
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        settings = initializer_settings(sae.cfg)
+        self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
+        if self.initialization_pending:
+            check_settings(settings, sae)
+        if sae.cfg.optimizer == "sparse_adam":
+            self._use_sparse_adam()
+
+    def _use_sparse_adam(self) -> None:
+        cfg = self.cfg
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+
+    def fit(self) -> Any:
+        own_prefetcher = self._restart_prefetching()
+        try:
+            self._initialize_if_pending()
+            return super().fit()
+        except (KeyboardInterrupt, InterruptedException):
+            self._save_interrupted_run()
+            raise
+        finally:
+            if own_prefetcher is not None:
+                own_prefetcher.close()
+
+    def _initialize_if_pending(self) -> None:
+        if not self.initialization_pending:
+            return
+        self.sae.to(self.cfg.device)
+        self._estimate_normalization()
+        hook_name = getattr(find_store(self.data_provider, self.evaluator), "hook_name", "activations")
+        with open_stream(self.data_provider, self.evaluator, {hook_name: self.sae.cfg.d_in}) as stream:
+            initialize_together({hook_name: [self]}, stream)
+
+    def _estimate_normalization(self) -> None:
+        """What ``SAETrainer.fit`` does first (and then finds done): the initialization comes after it."""
+        arguments = {
+            "d_in": self.sae.cfg.d_in,
+            "data_provider": self.data_provider,
+            "n_batches_for_norm_estimate": self.cfg.n_batches_for_norm_estimate,
+        }
+        mode, scaler = self.sae.cfg.normalize_activations, self.activation_scaler
+        if mode == "expected_average_only_in" and scaler.scaling_factor is None:
+            scaler.estimate_scaling_factor(**arguments)
+        elif mode == "covariance_whitening" and scaler.whitening is None:
+            scaler.estimate_whitening(**arguments)
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        self.initialization_pending = False
+        self._stop_prefetching()
+        super().load_trainer_state(checkpoint_path)
+        self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n >= self.n_training_samples]
+
+    def _stop_prefetching(self) -> None:
+        """The runner winds its store forward next, which must not happen while a prefetcher reads from it."""
+        store = find_store(self.data_provider, self.evaluator)
+        if not isinstance(self.data_provider, PrefetchingIterator) or store is None:
+            return
+        self._prefetch_after_resume = self.data_provider._queue.maxsize
+        self.data_provider.close()
+        vars(store).update(vars(rewound(store)))
+        # The iterator of sequences counts on the object that made it, so it is made anew from the store itself.
+        if store.dataset is not None:
+            store.iterable_sequences = store._iterate_tokenized_sequences()
+
+    def _restart_prefetching(self) -> PrefetchingIterator[Any] | None:
+        if self._prefetch_after_resume is None:
+            return None
+        store = find_store(self.data_provider, self.evaluator)
+        own = PrefetchingIterator(iter(store), prefetch=self._prefetch_after_resume)  # type: ignore[arg-type]
+        self.data_provider = own
+        return own
+
+    def _save_interrupted_run(self) -> None:
+        if self.cfg.checkpoint_path is None or self.initialization_pending:
+            return
+        self.save_checkpoint(str(self.n_training_samples))
+        path = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
+        logger.warning("interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path)
+
+
+def feature_row_groups(sae: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
+
+    SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
+    parameter is split along the one dimension that has the size d_sae; without one it is updated as a whole.
+    """
+    d_sae = sae.cfg.d_sae
+    known = {"W_dec": 0, "W_enc": 1, "b_dec": None}
+    by_dim: dict[int | None, list[nn.Parameter]] = {}
+    for name, param in sae.named_parameters():
+        dims = [dim for dim, size in enumerate(param.shape) if size == d_sae]
+        row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
+        by_dim.setdefault(row_dim, []).append(param)
+    return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
+
+
+def asks_for_plugin(cfg: Any) -> bool:
+    """Whether a training config sets one of the plugin's fields."""
+    return any(getattr(cfg, name, default) != default for name, default in DEFAULTS.items())
+
+
+@cache
+def plugin_trainer_class(base: type[SAETrainer[Any, Any]]) -> type[PluginTrainer]:
+    """``base`` with ``PluginTrainer`` mixed in: the user's own subclasses of SAETrainer keep what they override."""
+    if issubclass(base, PluginTrainer):
+        return base
+    return type(f"{base.__name__}WithActiveSubspace", (PluginTrainer, base), {"__module__": __name__})
+
+
+def take_flags_from_runner(sae: Any, save_checkpoint_fn: Callable[..., Any] | None) -> None:
+    """Carry the optimizer of a runner's config over to an SAE that the runner loaded from ``from_pretrained_path``.
+
+    SAELens ignores ``cfg.sae`` there. Loaded weights are never initialised again.
+    """
+    cfg = getattr(getattr(save_checkpoint_fn, "__self__", None), "cfg", None)
+    if not isinstance(cfg, LanguageModelSAERunnerConfig) or cfg.from_pretrained_path is None:
+        return
+    sae.cfg.optimizer = cfg.sae.optimizer
+    if sae.cfg.initializer != "default" or cfg.sae.initializer != "default":
+        logger.info("weights come from %s: initializer is not applied", cfg.from_pretrained_path)
+        sae.cfg.initializer = "default"
+
+
+@torch.no_grad()
+def initialize_multi_trainer(trainer: Any) -> None:
+    """Initialise every SAE of a ``MultiSAETrainer`` that asks for it, from one pass over the activations."""
+    pending: dict[str, list[PluginTrainer]] = {}
+    for name, single in trainer.trainers.items():
+        if isinstance(single, PluginTrainer) and single.initialization_pending:
+            pending.setdefault(trainer.hook_names[name], []).append(single)
+    if not pending:
+        return
+    widths = {hook_name: singles[0].sae.cfg.d_in for hook_name, singles in pending.items()}
+    with open_stream(trainer.data_provider, trainer.evaluator, widths) as stream:
+        initialize_together(pending, stream)

@@ -1,0 +1,67 @@
+"""What this plugin relies on in the packages it extends, checked once at import; and their known failures."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
+
+REQUIREMENTS = {"torch": ">=2.6", "sae-lens": ">=6.52,<7", "transformer-lens": ">=2.16.1,<4"}
+
+_TRAINER_PARAMETERS = ["self", "cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"]
+_PATCHED = {
+    TrainingSAEConfig: ("to_dict", "get_training_architecture_details", "add_training_info_to_metadata"),
+    SAETrainer: ("fit", "load_trainer_state", "save_checkpoint"),
+    MultiSAETrainer: ("fit", "load_checkpoint", "_estimate_scaling_factors"),
+}
+
+
+def check_upstream() -> None:
+    """Raise ImportError when an installed package is not one that this plugin was made for."""
+    for package, bounds in REQUIREMENTS.items():
+        installed = version(package)
+        if not SpecifierSet(bounds).contains(installed, prereleases=True):
+            raise ImportError(f"saelens_asi needs {package}{bounds}, found {installed}: pip install '{package}{bounds}'")
+    moved = [
+        f"{owner.__name__}.{name}" for owner, names in _PATCHED.items() for name in names if not hasattr(owner, name)
+    ]
+    if list(inspect.signature(SAETrainer.__init__).parameters) != _TRAINER_PARAMETERS:
+        moved.append("SAETrainer.__init__")
+    own = {"initializer", "optimizer"} & {field.name for field in fields(TrainingSAEConfig)}
+    moved += [f"TrainingSAEConfig.{name} (SAELens has this field itself now)" for name in sorted(own)]
+    if moved:
+        raise ImportError(
+            f"saelens_asi does not fit sae-lens {version('sae-lens')}: {', '.join(moved)} changed. Install a newer "
+            "saelens_asi, or sae-lens==6.54.12"
+        )
+
+
+def refuse_known_failures(cfg: SAETrainerConfig, sae: Any) -> None:
+    """Raise ValueError for settings with which SAELens itself fails later in the run (checked on 6.54.12)."""
+    topk_family = hasattr(sae, "calculate_topk_aux_loss")
+    if topk_family and sae.cfg.use_sparse_activations and sae.cfg.rescale_acts_by_decoder_norm:
+        raise ValueError(
+            "use_sparse_activations=True with rescale_acts_by_decoder_norm=True fails in SAELens's backward pass: "
+            "set use_sparse_activations=False (or rescale_acts_by_decoder_norm=False)"
+        )
+    if sae.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale") or not topk_family:
+        return
+    if hasattr(sae.cfg, "matryoshka_widths"):
+        raise ValueError(
+            f"normalize_activations={sae.cfg.normalize_activations!r} fails in SAELens's matryoshka decoder "
+            "(its statistics are used up by the first level): set 'none' or 'expected_average_only_in'"
+        )
+    if cfg.dead_feature_window < cfg.total_training_steps:
+        raise ValueError(
+            f"normalize_activations={sae.cfg.normalize_activations!r} with a TopK architecture: SAELens's auxiliary "
+            f"loss raises as soon as one feature is dead (dead_feature_window={cfg.dead_feature_window} of "
+            f"{cfg.total_training_steps} steps). Set dead_feature_window={cfg.total_training_steps} or more, or "
+            "normalize_activations='expected_average_only_in'"
+        )

@@ -1,0 +1,197 @@
+"""Adam for parameters of which a step moves only some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+BiasCorrection = Literal["global", "per_row"]
+_BIAS_CORRECTIONS = ("global", "per_row")
+
+
+def adam_update_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor | float,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One Adam step in place (arXiv 1412.6980, algorithm 1). All tensors share a shape; ``step`` broadcasts to it.
+
+    The moments are computed in their own dtype, which may be wider than the parameter's.
+    """
+    grad = grad.to(exp_avg.dtype)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    update = (exp_avg / (1 - beta1**step)).div_(denominator).mul_(lr)
+    param.sub_(update.to(param.dtype))
+
+
+class SparseAdam(Optimizer):
+    """Adam in which a row without gradient in a step keeps its parameters and both moments untouched.
+
+    The semantics are those of ``torch.optim.SparseAdam`` (used by arXiv 2508.16929, section on stale momentum):
+    a feature that is silent for a thousand steps comes back with the moments it had, instead of moments that
+    decayed or drifted. Unlike it, this optimizer also takes dense gradients and ordinary dense parameters.
+
+    What counts as a row is set by ``row_dim`` of a parameter group:
+
+    - ``row_dim=0`` or ``1``: rows lie along that dimension; a row is updated when any entry of its gradient is
+      not zero. For an SAE, ``W_dec`` (d_sae, d_in) has 0 and ``W_enc`` (d_in, d_sae) has 1.
+    - ``row_dim=None`` (default): with a dense gradient every entry is updated, as in ``torch.optim.Adam``.
+    - A sparse (COO) gradient, as from ``nn.Embedding(sparse=True)``, names its own rows along dimension 0.
+
+    Bias correction, ``bias_correction``:
+
+    - ``"global"``: by the number of steps the optimizer took with this parameter, as torch does. A row that first
+      fires at step 1001 then moves 2.5 times the learning rate (up to 3.16 in the limit).
+    - ``"per_row"``: by the number of steps in which this row was updated, kept as one integer a row; its first
+      update is an ordinary first Adam step, whenever it comes.
+
+    When every row is active in every step, both equal ``torch.optim.Adam``. Moments of float16 and bfloat16
+    parameters are kept in float32.
+
+    Args:
+        params: tensors, or parameter groups with the options below.
+        lr: learning rate.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        bias_correction: ``"per_row"`` or ``"global"``.
+        row_dim: see above.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        bias_correction: BiasCorrection = "per_row",
+        row_dim: int | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction, "row_dim": row_dim}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_param(param, param.grad, group)
+        return loss
+
+    def _step_param(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        row_dim = 0 if grad.is_sparse else group["row_dim"]
+        state = self._state_of(param, row_dim, group["bias_correction"])
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        tensors = (param, state["exp_avg"], state["exp_avg_sq"])
+        if row_dim is None:
+            adam_update_(param, grad, *tensors[1:], float(state["step"]), **options)
+            return
+
+        rows, row_grad = _active_rows(grad, row_dim)
+        if rows.numel() == 0:
+            return
+        step: Tensor | float = float(state["step"])
+        if "row_step" in state:
+            state["row_step"][rows] += 1
+            shape = [1] * param.ndim
+            shape[row_dim] = -1
+            step = state["row_step"][rows].to(state["exp_avg"].dtype).view(shape)
+        if rows.numel() == param.shape[row_dim]:  # every row fired: nothing to gather
+            adam_update_(param, row_grad, *tensors[1:], step, **options)
+            return
+        parts = [tensor.index_select(row_dim, rows) for tensor in tensors]
+        adam_update_(parts[0], row_grad, parts[1], parts[2], step, **options)
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.index_copy_(row_dim, rows, part)
+
+    def _state_of(self, param: Tensor, row_dim: int | None, bias_correction: str) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float64)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+        if row_dim is not None and bias_correction == "per_row" and "row_step" not in state:
+            # Switched on mid-run: rows that were updated before are past their first step.
+            steps = int(state["step"])
+            seen = state["exp_avg_sq"].movedim(row_dim, 0).flatten(1).any(dim=1) if param.ndim > 1 else state["exp_avg_sq"] != 0
+            state["row_step"] = seen.to(torch.int32) * steps
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state that a SparseAdam wrote. Raises ValueError for the state of another optimizer."""
+        for group in state_dict.get("param_groups", ()):
+            missing = {"row_dim", "bias_correction"} - group.keys()
+            if missing:
+                raise ValueError(
+                    "this optimizer state was not written by saelens_asi.SparseAdam (its parameter groups lack "
+                    f"{sorted(missing)}): resume with the optimizer that wrote it (optimizer='adam' for stock SAELens "
+                    "checkpoints), or start a new run from the weights alone"
+                )
+        super().load_state_dict(state_dict)
+        # torch casts floating state to the parameter's dtype; the moments of low-precision parameters are wider.
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, param in zip(saved_ids, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else param.device
+                    self.state[param][key] = value.detach().clone().to(device)
+
+
+def _active_rows(grad: Tensor, row_dim: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rows with gradient, and the gradient of just those rows."""
+    if grad.is_sparse:
+        if grad.sparse_dim() != 1:
+            raise ValueError(
+                f"a sparse gradient must be sparse along its first dimension only (rows), got sparse_dim={grad.sparse_dim()}"
+            )
+        grad = grad.coalesce()
+        return grad.indices()[0], grad.values()
+    other_dims = [dim for dim in range(grad.ndim) if dim != row_dim]
+    nonzero = grad != 0
+    active = nonzero.any(dim=other_dims) if other_dims else nonzero
+    rows = active.nonzero().squeeze(1)
+    if rows.numel() == grad.shape[row_dim]:
+        return rows, grad
+    return rows, grad.index_select(row_dim, rows)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas, eps = group["lr"], group["betas"], group["eps"]
+    if lr < 0:
+        raise ValueError(f"lr={lr} must not be negative")
+    if eps < 0:
+        raise ValueError(f"eps={eps} must not be negative")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
+    if group["bias_correction"] not in _BIAS_CORRECTIONS:
+        raise ValueError(f"bias_correction={group['bias_correction']!r} must be one of {_BIAS_CORRECTIONS}")
+    row_dim = group["row_dim"]
+    if row_dim is None:
+        return
+    for param in group["params"]:
+        if not 0 <= row_dim < param.ndim:
+            raise ValueError(f"row_dim={row_dim} does not exist in a parameter of shape {tuple(param.shape)}")
