@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from torch import Tensor
 from saelens_asi.spectrum import Spectrum
 
 INITIALIZER_NAME = "active_subspace"
-AUTO_VARIANCE_SHARE = 0.8
+
+# "auto" settings: share of the variance that the subspace holds, and tokens for each dimension of d_in.
+AUTO_VARIANCE_SHARE = 0.9
+AUTO_TOKENS_PER_DIMENSION = 32
 
 _SUBSPACES = ("active", "random", "full")
 _CENTERS = ("mean", "zeros")
@@ -34,8 +37,9 @@ class ActiveSubspaceInit:
 
     Attributes:
         d_init: dimension of the subspace: an int, a fraction of d_in in (0, 1] given as a float, or ``"auto"``: the
-            smallest dimension that holds 80 % of the variance.
-        n_tokens: activation vectors used for the estimate; they are streamed, so memory does not grow with them.
+            smallest dimension that holds 90 % of the variance.
+        n_tokens: activation vectors used for the estimate, or ``"auto"``: 32 for each dimension of d_in. They are
+            streamed, so memory does not grow with them.
         norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error),
             a positive number, or ``"decoder_init_norm"`` (SAELens's own setting of that name).
         center: decoder bias at the ``"mean"`` of the activations, or ``"zeros"``.
@@ -46,7 +50,7 @@ class ActiveSubspaceInit:
     """
 
     d_init: int | float | Literal["auto"] = "auto"
-    n_tokens: int = 50_000
+    n_tokens: int | Literal["auto"] = "auto"
     norm: float | Literal["least_squares", "decoder_init_norm"] = "least_squares"
     center: Literal["mean", "zeros"] = "mean"
     subspace: Literal["active", "random", "full"] = "active"
@@ -61,15 +65,18 @@ class ActiveSubspaceInit:
         _check_d_init(self.d_init)
         _check_choice("center", self.center, _CENTERS)
         _check_choice("subspace", self.subspace, _SUBSPACES)
-        if not _is_int(self.n_tokens) or self.n_tokens < 2:
-            raise ValueError(f"n_tokens={self.n_tokens!r} must be an integer of at least 2")
+        if self.n_tokens != "auto" and not (_is_int(self.n_tokens) and self.n_tokens >= 2):
+            raise ValueError(f"n_tokens={self.n_tokens!r} must be an integer of at least 2, or 'auto'")
         if not _is_int(self.seed):
             raise ValueError(f"seed={self.seed!r} must be an integer")
-        if isinstance(self.norm, str):
-            _check_choice("norm", self.norm, (*_NAMED_NORMS, "a positive number"))
-        elif not _is_real(self.norm) or not 0 < self.norm < math.inf:
+        if self.norm not in _NAMED_NORMS and not (_is_real(self.norm) and 0 < self.norm < math.inf):
             raise ValueError(f"norm={self.norm!r} must be a positive number, or one of {_NAMED_NORMS}")
-        if self.spectrum is None and _is_int(self.d_init) and self.subspace == "active" and self.n_tokens <= self.d_init:
+        if (
+            self.spectrum is None
+            and _is_int(self.d_init)
+            and self.subspace == "active"
+            and self.n_tokens <= self.d_init
+        ):
             raise ValueError(
                 f"n_tokens={self.n_tokens} is too few for d_init={self.d_init}: n centred vectors span at most n - 1 "
                 f"dimensions; give at least {self.d_init + 1} tokens (50 a dimension is better)"
@@ -89,6 +96,10 @@ class ActiveSubspaceInit:
             )
         if isinstance(self.d_init, float) and round(self.d_init * d_in) < 1:
             raise ValueError(f"d_init={self.d_init} of d_in={d_in} is less than one dimension: give a larger fraction")
+
+    def tokens_for(self, d_in: int) -> int:
+        """Number of activation vectors for the estimate at width ``d_in``."""
+        return AUTO_TOKENS_PER_DIMENSION * d_in if self.n_tokens == "auto" else int(self.n_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -116,9 +127,9 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
     if settings.d_init == "auto":
         d_init = spectrum.intrinsic_dimension(AUTO_VARIANCE_SHARE)
     elif _is_int(settings.d_init):
-        d_init = int(settings.d_init)
+        d_init = settings.d_init
     else:
-        d_init = round(settings.d_init * d_in)
+        d_init = round(float(settings.d_init) * d_in)
     if settings.subspace == "active" and d_init > spectrum.rank:
         raise ValueError(
             f"d_init={d_init} exceeds the rank {spectrum.rank} of {spectrum.n_tokens} centred activations of width "
@@ -142,6 +153,7 @@ def random_directions_(out: Tensor, basis: Tensor | None, generator: torch.Gener
     """Fill ``out`` (n, d_in) with unit vectors drawn evenly from the sphere in the span of ``basis`` (d_in, d_init).
 
     Drawn in float32 on the CPU, ``chunk`` rows at a time, so that a seed gives the same directions on every device.
+    Another ``chunk`` may give other directions: torch draws normal values in groups of sixteen.
     """
     n, d_in = out.shape
     d_init = d_in if basis is None else basis.shape[1]
@@ -155,11 +167,11 @@ def random_directions_(out: Tensor, basis: Tensor | None, generator: torch.Gener
         out[start : start + rows].copy_(directions)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> bool:
+def _is_real(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -174,7 +186,7 @@ def _check_d_init(d_init: object) -> None:
     if not _is_real(d_init):
         raise ValueError(f"d_init={d_init!r} must be an int, a fraction of d_in in (0, 1], or 'auto'")
     if _is_int(d_init):
-        if d_init < 1:  # type: ignore[operator]
+        if d_init < 1:
             raise ValueError(f"d_init={d_init} must be at least 1, a fraction of d_in in (0, 1], or 'auto'")
-    elif not 0 < d_init <= 1:  # type: ignore[operator]
+    elif not 0 < d_init <= 1:
         raise ValueError(f"d_init={d_init} as a fraction of d_in must lie in (0, 1]; for a dimension give an int")

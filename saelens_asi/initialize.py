@@ -51,6 +51,8 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
         ValueError: for weights that are not fresh, or settings that do not suit the SAE or the spectrum.
     """
     _check_fresh(sae)
+    norm = _fixed_norm(sae, settings)
+    _check_center(sae, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     basis = subspace_basis(settings, spectrum, generator)
     d_in = spectrum.d
@@ -58,7 +60,6 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
     random_directions_(directions, basis, generator)
     sae.W_dec.data.copy_(directions)
     del directions
-    norm = _fixed_norm(sae, settings)
     _tie_encoder_(sae)
     _set_center_(sae, spectrum.mean if settings.center == "mean" else torch.zeros_like(spectrum.mean))
     norm = _least_squares_norm_(sae, sample) if norm is None else _rescale_rows_(sae, norm)
@@ -77,6 +78,14 @@ def _check_fresh(sae: Any) -> None:
         raise ValueError(
             "initializer='active_subspace' would overwrite this SAE's weights, which are not freshly initialised "
             "(b_dec is not zero): set initializer='default' to train them on, or pass a new SAE"
+        )
+
+
+def _check_center(sae: Any, settings: ActiveSubspaceInit) -> None:
+    if settings.center == "mean" and not sae.cfg.apply_b_dec_to_input and not _shifted_biases(sae):
+        raise ValueError(
+            f"center='mean' needs apply_b_dec_to_input=True for {type(sae).__name__}, which has no encoder bias that "
+            "could take its place: set that, or center='zeros'"
         )
 
 
@@ -127,17 +136,10 @@ def _shifted_biases(sae: Any) -> list[str]:
 def _set_center_(sae: Any, center: Tensor) -> None:
     """Put the decoder bias at ``center``, and make the encoder see activations relative to it."""
     sae.b_dec.data.copy_(center)
-    if sae.cfg.apply_b_dec_to_input or not bool(center.any()):
-        return
-    names = _shifted_biases(sae)
-    if not names:
-        raise ValueError(
-            f"center='mean' needs apply_b_dec_to_input=True for {type(sae).__name__}, which has no encoder bias that "
-            "could take its place: set that, or center='zeros'"
-        )
-    shift = sae.b_dec.data @ sae.W_enc.data
-    for name in names:
-        getattr(sae, name).data.copy_(-shift)
+    if not sae.cfg.apply_b_dec_to_input and bool(center.any()):
+        shift = sae.b_dec.data @ sae.W_enc.data
+        for name in _shifted_biases(sae):
+            getattr(sae, name).data.copy_(-shift)
 
 
 def _least_squares_norm_(sae: Any, sample: Tensor) -> float:

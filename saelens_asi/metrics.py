@@ -58,6 +58,19 @@ def reconstruction_metrics(sae: Any, batches: Iterable[Tensor]) -> Reconstructio
     return ReconstructionMetrics(n_tokens, 1 - int(fired.sum()) / d_sae, error / variance, n_active / n_tokens)
 
 
+@torch.no_grad()
+def firing_rates(sae: Any, batches: Iterable[Tensor]) -> Tensor:
+    """(d_sae,) share of tokens on which each feature fires."""
+    counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
+    n_tokens = 0
+    for batch in batches:
+        for x in batch.to(sae.device).split(max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)):
+            acts = sae.encode(x)
+            counts += ((acts.to_dense() if acts.is_sparse else acts) != 0).sum(dim=0)
+            n_tokens += x.shape[0]
+    return (counts.double() / n_tokens).float().cpu()
+
+
 @dataclass(frozen=True)
 class LossRecovered:
     """What replacing a hook's activations by their reconstruction does to the model's next-token loss, in nats.
@@ -84,7 +97,7 @@ class LossRecovered:
 def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 16) -> LossRecovered:
     """Next-token loss of a TransformerLens model with and without the SAE at ``hook_name``.
 
-    The first position (BOS) is left as it is: SAEs are not trained on it.
+    The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it.
     """
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
@@ -93,7 +106,7 @@ def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_s
         return torch.cat([activation[:, :1], output.to(activation).reshape(activation[:, 1:].shape)], dim=1)
 
     def zero(activation: Tensor, hook: Any) -> Tensor:
-        return torch.zeros_like(activation)
+        return torch.cat([activation[:, :1], torch.zeros_like(activation[:, 1:])], dim=1)
 
     sums = {"clean": 0.0, "zero": 0.0, "reconstructed": 0.0}
     hooks: dict[str, list[Any]] = {"clean": [], "zero": [(hook_name, zero)], "reconstructed": [(hook_name, replace)]}

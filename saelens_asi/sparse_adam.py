@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -32,9 +33,16 @@ def adam_update_(
     grad = grad.to(exp_avg.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    update = (exp_avg / (1 - beta1**step)).div_(denominator).mul_(lr)
+    denominator = (exp_avg_sq / _bias_correction(beta2, step)).sqrt_().add_(eps)
+    update = (exp_avg / _bias_correction(beta1, step)).div_(denominator).mul_(lr)
     param.sub_(update.to(param.dtype))
+
+
+def _bias_correction(beta: float, step: Tensor | float) -> Tensor | float:
+    """1 - beta^step, without the cancellation that costs a float32 ``step`` three digits where beta is near 1."""
+    if isinstance(step, Tensor) and beta > 0:
+        return -torch.expm1(step * math.log(beta))
+    return 1 - beta**step
 
 
 class SparseAdam(Optimizer):
@@ -133,10 +141,12 @@ class SparseAdam(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-        if row_dim is not None and bias_correction == "per_row" and "row_step" not in state:
+        if bias_correction == "global":
+            state.pop("row_step", None)  # after a switch mid-run, rows are no longer counted
+        elif row_dim is not None and "row_step" not in state:
             # Switched on mid-run: rows that were updated before are past their first step.
             steps = int(state["step"])
-            seen = state["exp_avg_sq"].movedim(row_dim, 0).flatten(1).any(dim=1) if param.ndim > 1 else state["exp_avg_sq"] != 0
+            seen = state["exp_avg_sq"].movedim(row_dim, 0).reshape(param.shape[row_dim], -1).any(dim=1)
             state["row_step"] = seen.to(torch.int32) * steps
         return state
 
@@ -166,7 +176,8 @@ def _active_rows(grad: Tensor, row_dim: int) -> tuple[Tensor, Tensor]:
     if grad.is_sparse:
         if grad.sparse_dim() != 1:
             raise ValueError(
-                f"a sparse gradient must be sparse along its first dimension only (rows), got sparse_dim={grad.sparse_dim()}"
+                "a sparse gradient must be sparse along its first dimension only (rows), got "
+                f"sparse_dim={grad.sparse_dim()}"
             )
         grad = grad.coalesce()
         return grad.indices()[0], grad.values()
@@ -181,9 +192,9 @@ def _active_rows(grad: Tensor, row_dim: int) -> tuple[Tensor, Tensor]:
 
 def _check_group(group: dict[str, Any]) -> None:
     lr, betas, eps = group["lr"], group["betas"], group["eps"]
-    if lr < 0:
+    if not lr >= 0:
         raise ValueError(f"lr={lr} must not be negative")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps={eps} must not be negative")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1)")

@@ -45,7 +45,7 @@ def _extend_trainer() -> None:
         if sae is not None:
             take_flags_from_runner(sae, kwargs.get("save_checkpoint_fn", args[4] if len(args) > 4 else None))
             if asks_for_plugin(sae.cfg):
-                cls = plugin_trainer_class(cls)
+                cls = plugin_trainer_class(cls)  # type: ignore[arg-type]
         return object.__new__(cls) if stock_new is object.__new__ else stock_new(cls, *args, **kwargs)
 
     SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]

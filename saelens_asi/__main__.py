@@ -1,0 +1,3 @@
+from saelens_asi.cli import main
+
+main()

@@ -1,0 +1,51 @@
+"""Command line: ``saelens-asi train`` and ``saelens-asi demo``; ``python -m saelens_asi`` with flags is ``train``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+_USAGE = """\
+usage: saelens-asi {train,demo} [flags]      (or: python -m saelens_asi [flags of train])
+
+  train   SAELens's own command line, with --initializer and --optimizer:
+          saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
+  demo    train with and without the flags on a real model, and compare
+
+saelens-asi COMMAND --help lists the flags of a command."""
+
+
+def train(args: Sequence[str]) -> None:
+    """SAELens's own command line. A flag with a bad value ends in one line, not in a traceback."""
+    from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        cfg = _parse_cfg_args(list(args))
+    except (argparse.ArgumentError, ValueError) as error:
+        print(f"saelens-asi train: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    LanguageModelSAETrainingRunner(cfg=cfg).run()
+
+
+def demo(args: Sequence[str]) -> None:
+    from saelens_asi.demo import main as run
+
+    run(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in COMMANDS:
+        COMMANDS[args[0]](args[1:])
+    elif args and args[0].startswith("--") and args[0] != "--help":
+        train(args)
+    else:
+        known = not args or args[0] in ("-h", "--help")
+        print(_USAGE if known else f"saelens-asi: unknown command {args[0]!r}\n{_USAGE}", file=None if known else sys.stderr)
+        raise SystemExit(0 if known else 2)

@@ -1,0 +1,71 @@
+"""Shared fixtures. No test needs a network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # the models are too small for more
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_restored() -> Iterator[None]:
+    """SAELens's runners replace the handlers and leave theirs behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A tiny randomly initialised HookedTransformer."""
+    from tests import tiny
+
+    return tiny.hooked_transformer()
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    """256 tokenized sequences of 16."""
+    from tests import tiny
+
+    return tiny.tokens()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama saved as transformers saves models."""
+    from tests import tiny
+
+    return tiny.save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., str]:
+    """Run a fresh interpreter in a folder, with ``tests`` importable; returns what it printed."""
+
+    def run(*args: str, cwd: Path) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run

@@ -1,0 +1,65 @@
+"""Slow dense twins of what the package does fast, in float64, and the settings that all property tests share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+# Derandomized: the same examples on every machine, so that a failure is a change of the code.
+maths = settings(deadline=None, max_examples=25, derandomize=True)
+
+
+def gaussian(seed: int, *shape: int) -> Tensor:
+    """Standard normal float64 values that depend on ``seed`` alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(seed: int, d: int) -> Tensor:
+    return torch.linalg.qr(gaussian(seed, d, d))[0]
+
+
+def two_pass_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and scatter matrix of all rows at once."""
+    x = x.double()
+    mean = x.mean(dim=0)
+    return mean, (x - mean).T @ (x - mean)
+
+
+def effective_rank_by_svd(x: Tensor) -> float:
+    """arXiv 2508.16929 v3, definition 4.1, term by term."""
+    s = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).tolist()
+    p = [value / sum(s) for value in s]
+    return math.exp(-sum(value * math.log(value) for value in p if value > 0))
+
+
+def row_adam(
+    param: Tensor,
+    grads: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam over the rows (dimension 0) with gradient, one number at a time; returns parameter and both moments."""
+    n_rows, width = param.shape
+    values = param.double().tolist()
+    first = [[0.0] * width for _ in range(n_rows)]
+    second = [[0.0] * width for _ in range(n_rows)]
+    row_steps = [0] * n_rows
+    for global_step, grad in enumerate(grads, start=1):
+        for i, row in enumerate(grad.double().tolist()):
+            if not any(row):
+                continue
+            row_steps[i] += 1
+            step = row_steps[i] if bias_correction == "per_row" else global_step
+            for j, g in enumerate(row):
+                first[i][j] = betas[0] * first[i][j] + (1 - betas[0]) * g
+                second[i][j] = betas[1] * second[i][j] + (1 - betas[1]) * g * g
+                m = first[i][j] / (1 - betas[0] ** step)
+                v = second[i][j] / (1 - betas[1] ** step)
+                values[i][j] -= lr * m / (math.sqrt(v) + eps)
+    return tuple(torch.tensor(x, dtype=torch.float64) for x in (values, first, second))  # type: ignore[return-value]

