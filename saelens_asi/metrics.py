@@ -94,10 +94,20 @@ class LossRecovered:
 
 
 @torch.no_grad()
-def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 16) -> LossRecovered:
+def loss_recovered(
+    model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 16, same_tokens: LossRecovered | None = None
+) -> LossRecovered:
     """Next-token loss of a TransformerLens model with and without the SAE at ``hook_name``.
 
     The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        sae: any SAELens SAE for that hook.
+        tokens: (n_windows, n_positions) token ids.
+        hook_name: where the SAE goes.
+        batch_size: windows in one forward pass.
+        same_tokens: the result for another SAE on the same tokens, whose clean and zero losses are taken over.
     """
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
@@ -108,8 +118,10 @@ def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_s
     def zero(activation: Tensor, hook: Any) -> Tensor:
         return torch.cat([activation[:, :1], torch.zeros_like(activation[:, 1:])], dim=1)
 
-    sums = {"clean": 0.0, "zero": 0.0, "reconstructed": 0.0}
-    hooks: dict[str, list[Any]] = {"clean": [], "zero": [(hook_name, zero)], "reconstructed": [(hook_name, replace)]}
+    hooks: dict[str, list[Any]] = {"reconstructed": [(hook_name, replace)]}
+    if same_tokens is None:
+        hooks |= {"clean": [], "zero": [(hook_name, zero)]}
+    sums = dict.fromkeys(hooks, 0.0)
     for batch in tokens.split(batch_size):
         for name, fwd_hooks in hooks.items():
             logits = model.run_with_hooks(batch, return_type="logits", prepend_bos=False, fwd_hooks=fwd_hooks)
@@ -118,4 +130,7 @@ def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_s
             )
             sums[name] += float(loss)
     n_tokens = tokens[:, 1:].numel()
-    return LossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)
+    losses = {name: value / n_tokens for name, value in sums.items()}
+    if same_tokens is not None:
+        losses |= {"clean": same_tokens.clean, "zero": same_tokens.zero}
+    return LossRecovered(losses["clean"], losses["zero"], losses["reconstructed"], n_tokens)

@@ -63,7 +63,8 @@ def python() -> Callable[..., str]:
     """Run a fresh interpreter in a folder, with ``tests`` importable; returns what it printed."""
 
     def run(*args: str, cwd: Path) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        # SAELens writes the keys of a cfg.json in the order of a set: a fixed hash seed makes two runs comparable.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         done = subprocess.run([sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout

@@ -51,6 +51,7 @@ def directions(n, basis, seed=0, **options):
         ("n_tokens", 0),
         ("n_tokens", 1e4),
         ("n_tokens", True),
+        ("n_tokens", "many"),
         ("norm", 0),
         ("norm", -0.1),
         ("norm", float("nan")),
@@ -125,7 +126,7 @@ def test_paper_takes_changes():
     st.builds(
         ActiveSubspaceInit,
         d_init=st.integers(1, 99) | st.floats(0.01, 1) | st.just("auto"),
-        n_tokens=st.integers(100, 10**6),
+        n_tokens=st.integers(100, 10**6) | st.just("auto"),
         norm=st.floats(1e-3, 1e3) | st.sampled_from([1, "least_squares", "decoder_init_norm"]),
         center=st.sampled_from(["mean", "zeros"]),
         subspace=st.sampled_from(["active", "random", "full"]),
@@ -156,13 +157,23 @@ def test_from_dict_checks_values():
 @pytest.mark.parametrize(
     ("d_init", "expected"), [(3, 3), (8, 8), (0.5, 4), (0.3, 2), (1.0, 8), ("auto", 2), (1, 1), (0.125, 1)]
 )
-def test_d_init_is_a_dimension_a_fraction_or_80_percent_of_the_variance(d_init, expected):
-    spectrum = with_variances([50.0, 31.0, 5, 4, 4, 3, 2, 1])
+def test_d_init_is_a_dimension_a_fraction_or_90_percent_of_the_variance(d_init, expected):
+    spectrum = with_variances([60.0, 31.0, 3, 2, 1, 1, 1, 1])
     assert choose_d_init(ActiveSubspaceInit(d_init=d_init), spectrum) == expected
 
 
-def test_auto_holds_exactly_80_percent_or_more():
-    assert choose_d_init(ActiveSubspaceInit(), with_variances([50.0, 29.0, 6, 5, 4, 3, 2, 1])) == 3
+def test_auto_tokens_are_32_for_each_dimension_of_d_in():
+    assert ActiveSubspaceInit().tokens_for(576) == 32 * 576
+    assert ActiveSubspaceInit(n_tokens=1000).tokens_for(576) == 1000
+
+
+def test_a_fraction_that_needs_more_tokens_than_given_is_refused_once_the_width_is_known():
+    with pytest.raises(ValueError, match="n_tokens=100 is too few for d_init=128"):
+        ActiveSubspaceInit(d_init=0.5, n_tokens=100).check_width(256)
+
+
+def test_auto_holds_exactly_90_percent_or_more():
+    assert choose_d_init(ActiveSubspaceInit(), with_variances([60.0, 29.0, 6, 1, 1, 1, 1, 1])) == 3
 
 
 @pytest.mark.parametrize("d_init", [7, 0.9])
@@ -236,7 +247,7 @@ def test_a_seed_decides_the_directions():
 @pytest.mark.parametrize("chunk", [16, 32, 48])
 @pytest.mark.parametrize("d_init", [1, 5])
 def test_chunks_of_a_multiple_of_16_rows_draw_the_same_directions(chunk, d_init):
-    """torch draws normal values sixteen at a time, so that other sizes of chunk give other (equally good) directions."""
+    """torch draws normal values sixteen at a time, so that other chunks give other (equally good) directions."""
     basis = orthogonal(0, 8)[:, :d_init]
     torch.testing.assert_close(directions(96, basis, chunk=chunk), directions(96, basis), rtol=0, atol=1e-6)
 

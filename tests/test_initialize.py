@@ -222,7 +222,7 @@ def test_weights_that_are_not_fresh_are_refused_and_kept():
     sae = make_sae("topk")
     sae.b_dec.data[3] = 1e-3
     before = {name: value.clone() for name, value in sae.state_dict().items()}
-    with pytest.raises(ValueError, match="not freshly initialised .*b_dec is not zero.*initializer='default'"):
+    with pytest.raises(ValueError, match=r"not freshly initialised .*b_dec is not zero.*initializer='default'"):
         initialize_(sae, ActiveSubspaceInit(d_init=D_INIT), SPECTRUM, SAMPLE)
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
 

@@ -110,7 +110,7 @@ def test_firing_rates_are_the_shares_of_tokens(split):
     with torch.no_grad():
         expected = (torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc) > 0).float().mean(dim=0)
     torch.testing.assert_close(firing_rates(sae, x.split(split)), expected)
-    assert expected.max() > 0 and expected[3] == 0
+    assert expected[3] == 0 < expected.max()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_losses_are_those_of_the_model(model, tokens):
 
     result = loss_recovered(model, StandIn(0.5), tokens, HOOK)
     for name, hooks in {"clean": [], "zero": [(HOOK, ablate)], "reconstructed": [(HOOK, halve)]}.items():
-        expected = float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks))
+        expected = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks).item()
         assert getattr(result, name) == pytest.approx(expected, rel=1e-5)
     assert len({result.clean, result.zero, result.reconstructed}) == 3
 
@@ -195,3 +195,12 @@ def test_the_loss_does_not_depend_on_the_batch_size(model, tokens, monkeypatch):
 def test_the_model_is_left_without_hooks(model, tokens):
     loss_recovered(model, StandIn(0), tokens, HOOK)
     assert not any(hook.fwd_hooks for hook in model.hook_dict.values())
+
+
+def test_clean_and_zero_losses_can_be_taken_over_from_another_sae(model, tokens):
+    first = loss_recovered(model, StandIn(0.2), tokens, HOOK)
+    alone = loss_recovered(model, StandIn(0.5), tokens, HOOK)
+    assert loss_recovered(model, StandIn(0.5), tokens, HOOK, same_tokens=first) == alone
+    marked = LossRecovered(clean=-1.0, zero=-2.0, reconstructed=-3.0, n_tokens=1)
+    taken = loss_recovered(model, StandIn(0.5), tokens, HOOK, same_tokens=marked)
+    assert (taken.clean, taken.zero, taken.reconstructed) == (-1, -2, alone.reconstructed)

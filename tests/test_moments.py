@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_are_refused_with_their_place_and_leave_the_m
     moments = moments_of(x[:64])
     before = (moments.n_tokens, moments.mean.clone(), moments.scatter.clone())
     x[70, 1] = bad
-    with pytest.raises(ValueError, match="activations 64 to 96 .*NaN or infinity"):
+    with pytest.raises(ValueError, match=r"activations 64 to 96 .*NaN or infinity"):
         moments.update_(x[64:])
     assert_same(moments, *before, tolerance=0)
 

@@ -97,6 +97,7 @@ def test_rank_of_n_samples_is_at_most_n_minus_1(seed, n, offset):
     d = 8
     x = (gaussian(seed, n, d) + offset).float()
     assert spectrum_of(x).rank == min(n - 1, d)
+    assert with_variances([1.0] * d, n_tokens=n).rank == min(n - 1, d)  # also where rounding fills the covariance
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -130,3 +134,29 @@ def runner_config(sae: Any, folder: Path | str, **changes: Any) -> LanguageModel
 
 def run(cfg: LanguageModelSAERunnerConfig[Any], model: Any, dataset: Dataset, **overrides: Any) -> Any:
     return LanguageModelSAETrainingRunner(cfg, override_dataset=dataset, override_model=model, **overrides).run()
+
+
+def activations(n: int, d_active: int = 5, noise: float = 0.02, seed: int = 0) -> torch.Tensor:
+    """(n, D_MODEL) vectors around a mean that is not zero, nearly all of whose variance lies in ``d_active`` dims."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(3, 1, d_active)
+    basis = torch.linalg.qr(torch.randn(D_MODEL, d_active, generator=torch.Generator().manual_seed(99)))[0]
+    x = torch.randn(n, d_active, generator=generator) * scales @ basis.T
+    return x + 1 + noise * torch.randn(n, D_MODEL, generator=generator)
+
+
+def batches(seed: int = 0, **settings: Any) -> Iterator[torch.Tensor]:
+    """Endless batches of ``activations``."""
+    while True:
+        yield activations(BATCH, seed=seed, **settings)
+        seed += 1
+
+
+def trainer(architecture: str = "topk", provider: Any = None, n_steps: int = 10, **settings: Any) -> SAETrainer:
+    """A trainer made by hand; ``settings`` are those of the trainer's config, all others those of the SAE's."""
+    names = {field.name for field in fields(SAETrainerConfig)} - {"device"}
+    own = {name: settings.pop(name) for name in names & settings.keys()}
+    defaults = {"lr": 1e-3, "lr_end": 1e-4, "n_batches_for_norm_estimate": 4}
+    steps = {"total_training_samples": n_steps * BATCH, "train_batch_size_samples": BATCH}
+    sae = get_sae_training_class(architecture)[0](sae_config(architecture, **settings))
+    return SAETrainer(SAETrainerConfig(**{**defaults, **steps, **own}), sae, provider or batches())

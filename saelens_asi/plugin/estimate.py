@@ -79,7 +79,8 @@ class _Estimate:
         if settings is None:
             raise ValueError("this SAE's config asks for no initializer")
         self.settings = settings
-        self.n_wanted = settings.n_tokens if settings.spectrum is None else min(settings.n_tokens, _TOKENS_FOR_NORM)
+        n_tokens = settings.tokens_for(self.sae.cfg.d_in)
+        self.n_wanted = n_tokens if settings.spectrum is None else min(n_tokens, _TOKENS_FOR_NORM)
         self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device)
         self.sample: list[Tensor] = []
         self.n_drawn = 0

@@ -56,6 +56,8 @@ def _checked_optimizer(value: object) -> str:
 def _parse_initializer(text: str) -> str | ActiveSubspaceInit:
     try:
         return _checked_initializer(json.loads(text) if text.startswith("{") else text, None)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -7,11 +7,13 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Any
 
 import torch
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
@@ -102,8 +104,8 @@ def _with_hook_names(data_provider: Iterator[Any], hook_widths: Mapping[str, int
 
 
 def _is_multi_hook_loader(data_provider: Any) -> bool:
-    code = getattr(data_provider, "gi_code", None)
-    return code is not None and code.co_name == "multi_hook_concat_split_iter"
+    # By the generator's own name: its code is that of the decorator (torch.no_grad) around SAELens's function.
+    return isinstance(data_provider, GeneratorType) and data_provider.__name__ == multi_hook_concat_split_iter.__name__
 
 
 def _check_hooks(store: ActivationsStore, hook_widths: Mapping[str, int]) -> None:

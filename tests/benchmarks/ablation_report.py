@@ -1,0 +1,98 @@
+"""The committed page about the ablation: tables from the result files, and a figure of error against d_init.
+
+    python -m tests.benchmarks.ablation_report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tests.benchmarks.ablation import BASE, HOOK_NAME, RESULTS, grids
+
+Row = dict[str, Any]
+
+
+def read(grid: str) -> list[Row]:
+    """Rows of the current grid, in its order; rows of older settings are left out."""
+    path = RESULTS / f"{grid}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    cells = [{**BASE, **changes} for changes in grids()[grid]]
+    return [row for cell in cells for row in rows if all(row[key] == value for key, value in cell.items())]
+
+
+def table(rows: Iterable[Row], keys: list[str]) -> str:
+    measures: dict[str, Callable[[Row], str]] = {
+        "initial NMSE": lambda row: f"{row['initial_nmse']:.3f}",
+        "NMSE": lambda row: f"{row['nmse']:.4f}",
+        "dead": lambda row: f"{row['dead_fraction']:.2%}",
+    }
+    lines = ["| " + " | ".join([*keys, *measures]) + " |", "|" + "---|" * len(keys) + "---:|" * len(measures)]
+    for row in rows:
+        cells = [str(row[key]) for key in keys] + [measure(row) for measure in measures.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def effects(rows: list[Row]) -> str:
+    """Each factor's mean over all cells that share its value: NMSE and dead features."""
+    lines = ["| factor | value | mean NMSE | mean dead |", "|---|---|---:|---:|"]
+    for factor in ("subspace", "norm", "center", "optimizer"):
+        for value in dict.fromkeys(row[factor] for row in rows):
+            group = [row for row in rows if row[factor] == value]
+            nmse = sum(row["nmse"] for row in group) / len(group)
+            dead = sum(row["dead_fraction"] for row in group) / len(group)
+            lines.append(f"| {factor} | {value} | {nmse:.4f} | {dead:.2%} |")
+    return "\n".join(lines)
+
+
+def d_init_figure(rows: list[Row]) -> Figure:
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    left = figure.add_subplot()
+    right = left.twinx()
+    dims = [row["d_init"] for row in rows]
+    left.semilogx(dims, [row["nmse"] for row in rows], "o-", color="#1f6feb", base=2)
+    right.semilogx(dims, [100 * row["dead_fraction"] for row in rows], "s--", color="#d9822b", base=2)
+    auto = min(rows, key=lambda row: abs(row["variance_explained"] - 0.9))["d_init"]
+    left.axvspan(auto * 0.8, auto * 1.25, color="black", alpha=0.06)
+    left.annotate("auto: 90 % of\nthe variance", (auto, left.get_ylim()[1]), ha="center", va="top", fontsize=8)
+    left.set_xticks(dims, [str(d) for d in dims])
+    left.minorticks_off()
+    left.set_xlabel("d_init (of 576)")
+    left.set_ylabel("normalized MSE", color="#1f6feb")
+    right.set_ylabel("dead features (%)", color="#d9822b")
+    left.set_title("Dimension of the active subspace")
+    return figure
+
+
+def main() -> None:
+    rows = {grid: read(grid) for grid in grids()}
+    shared = ", ".join(f"{name} = {BASE[name]}" for name in ("d_sae", "k", "steps", "lr"))
+    sections = [
+        "# What each ingredient does",
+        f"SmolLM2-135M, `{HOOK_NAME}`, World English Bible; TopK, {shared}, batches of 1024 tokens, the same batches "
+        "in every cell. NMSE and dead features (fire on none of the tokens) are counted on "
+        f"{rows['factors'][0]['held_out_tokens']:,} held-out tokens; initial NMSE on a sample before the first step. "
+        "Made by `make ablation`.",
+        "## Subspace x norm x centre x optimizer",
+        table(rows["factors"], ["subspace", "norm", "center", "optimizer"]),
+        "Mean over all cells with the same value:",
+        effects(rows["factors"]),
+        "## Dimension of the subspace",
+        table(rows["d_init"], ["d_init", "variance_explained"]),
+        "![error and dead features against d_init](d_init.png)",
+        "## Tokens behind the estimate",
+        table(rows["n_tokens"], ["n_tokens"]),
+        "## Bias correction of SparseAdam",
+        table(rows["bias"], ["seed", "optimizer", "bias_correction"]),
+    ]
+    d_init_figure(rows["d_init"]).savefig(RESULTS / "d_init.png", dpi=150)
+    (RESULTS / "ablation.md").write_text("\n\n".join(sections) + "\n")
+    print(f"wrote {RESULTS / 'ablation.md'} and {RESULTS / 'd_init.png'}")
+
+
+if __name__ == "__main__":
+    main()
