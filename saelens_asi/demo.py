@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,6 +140,7 @@ def runner_config(settings: DemoSettings, d_in: int, flags: dict[str, Any], out:
     steps = settings.training_tokens // batch
     return LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=d_in, d_sae=settings.d_sae, k=settings.k, **flags),
+        model_from_pretrained_kwargs={},
         model_name=MODEL_NAME if settings.model == EMBEDDED_MODEL else settings.model,
         hook_name=settings.hook_name,
         dataset_path=settings.dataset,
@@ -225,6 +227,7 @@ def main(args: Sequence[str]) -> None:
     for name, default in vars(defaults).items():
         kind = Path if name == "out" else type(default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default: {default}")
+    warnings.filterwarnings("ignore", module="sae_lens")  # hints about data that the demo chose on purpose
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("saelens_asi").setLevel(logging.INFO)
     run_demo(DemoSettings(**vars(parser.parse_args(args))))

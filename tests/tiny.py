@@ -102,7 +102,7 @@ def sae_config(architecture: str = "topk", d_in: int = D_MODEL, d_sae: int = 48,
     if architecture.endswith("topk"):
         own["k"] = 4
     if architecture == "matryoshka_batchtopk":
-        own["matryoshka_widths"] = [16, d_sae]
+        own["matryoshka_widths"] = [d_sae // 3, d_sae]
     if architecture == "matching_pursuit":
         own["max_iterations"] = 4
     return config_class(**{"d_in": d_in, "d_sae": d_sae, **own, **settings})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -116,6 +118,13 @@ class PluginTrainer(SAETrainer[Any, Any]):
         self._stop_prefetching()
         super().load_trainer_state(checkpoint_path)
         self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n >= self.n_training_samples]
+        self._take_over_provenance(Path(checkpoint_path) / SAE_CFG_FILENAME)
+
+    def _take_over_provenance(self, cfg_path: Path) -> None:
+        """A resume loads weights and trainer state only: how the weights began stands in the checkpoint's config."""
+        saved = json.loads(cfg_path.read_text())["metadata"] if cfg_path.exists() else {}
+        if METADATA_KEY in saved:
+            self.sae.cfg.metadata[METADATA_KEY] = saved[METADATA_KEY]
 
     def _stop_prefetching(self) -> None:
         """The runner winds its store forward next, which must not happen while a prefetcher reads from it."""
@@ -138,10 +147,14 @@ class PluginTrainer(SAETrainer[Any, Any]):
         return own
 
     def _save_interrupted_run(self) -> None:
-        if self.cfg.checkpoint_path is None or self.initialization_pending:
+        if self.cfg.checkpoint_path is None:
             return
-        self.save_checkpoint(str(self.n_training_samples))
         path = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
+        if self.initialization_pending:
+            path.mkdir(parents=True, exist_ok=True)  # SAELens's runner writes there next; without it, its save fails
+            logger.warning("interrupted before training started: there are no weights to save")
+            return
+        self.save_checkpoint(path.name)
         logger.warning("interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path)
 
 

@@ -87,7 +87,7 @@ def main() -> None:
         "## Tokens behind the estimate",
         table(rows["n_tokens"], ["n_tokens"]),
         "## Bias correction of SparseAdam",
-        table(rows["bias"], ["seed", "optimizer", "bias_correction"]),
+        table(rows["bias"], ["seed", "bias_correction"]),
     ]
     d_init_figure(rows["d_init"]).savefig(RESULTS / "d_init.png", dpi=150)
     (RESULTS / "ablation.md").write_text("\n\n".join(sections) + "\n")
