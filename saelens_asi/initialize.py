@@ -50,7 +50,7 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
     Raises:
         ValueError: for weights that are not fresh, or settings that do not suit the SAE or the spectrum.
     """
-    _check_fresh(sae)
+    check_fresh(sae)
     norm = _fixed_norm(sae, settings)
     _check_center(sae, settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -73,7 +73,8 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
     )
 
 
-def _check_fresh(sae: Any) -> None:
+def check_fresh(sae: Any) -> None:
+    """Raise ValueError for an SAE that was trained or loaded: an initialization would overwrite it."""
     if bool(sae.b_dec.any()):
         raise ValueError(
             "initializer='active_subspace' would overwrite this SAE's weights, which are not freshly initialised "
@@ -156,10 +157,15 @@ def _least_squares_norm_(sae: Any, sample: Tensor) -> float:
             r = (reconstruction - offset) / norm**2
             target_dot += float(((x - offset) * r).sum())
             square += float(r.square().sum())
-        if square == 0 or target_dot <= 0:
+        if square == 0:
             raise ValueError(
                 "norm='least_squares' found no reconstruction to scale: no feature fires on the sample at norm "
                 f"{norm:.3g}. Give norm a number, or check the activation function's threshold"
+            )
+        if target_dot <= 0:
+            raise ValueError(
+                f"norm='least_squares' found a reconstruction at norm {norm:.3g} that points away from the activations "
+                "(no scale of it lowers the error): give norm a number, or check what the SAE's decoder adds"
             )
         factor = (target_dot / square) ** 0.5 / norm
         _rescale_rows_(sae, factor)

@@ -71,7 +71,7 @@ def test_a_record_that_is_not_strict_json_is_refused():
         saelens_asi.provenance.write_provenance({}, {"norm": math.nan})
 
 
-@pytest.mark.parametrize("architecture", (*tiny.ARCHITECTURES, third_party.ARCHITECTURE))
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, third_party.ARCHITECTURE])
 def test_the_record_survives_every_way_to_save_and_load(architecture, tmp_path):
     trainer = tiny.trainer(architecture, n_steps=3, initializer="active_subspace", optimizer="sparse_adam")
     sae = trainer.fit()

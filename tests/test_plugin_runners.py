@@ -102,6 +102,12 @@ def test_llm_runner_with_transformer_bridge(hook_name, bridge, dataset, tmp_path
     _check(tiny.run(cfg, bridge, dataset), *trainers)
 
 
+def test_a_hook_that_a_bridge_does_not_have_is_named_with_a_near_one(bridge, dataset, tmp_path):
+    cfg = tiny.runner_config(tiny.sae_config(**FLAGS), tmp_path, hook_name="blocks.1.attn.hook_outt")
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.hook_outt.*did you mean.*'blocks\.1\.attn\.hook_out'"):
+        tiny.run(cfg, bridge, dataset)
+
+
 def test_llm_runner_on_one_head(model, dataset, tmp_path, trainers):
     head = {"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 2}
     sae_cfg = tiny.sae_config(d_in=4, initializer=ActiveSubspaceInit(d_init=3, n_tokens=256))

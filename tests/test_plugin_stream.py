@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sae_lens.cache_activations_runner
 import torch
 from datasets import Dataset
 from sae_lens import (
@@ -22,7 +23,6 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, Synthet
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-import sae_lens.cache_activations_runner
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.provenance import METADATA_KEY
 from tests import tiny

@@ -176,17 +176,17 @@ def test_a_spectrum_file_is_scaled_with_the_activations(tmp_path):
     torch.testing.assert_close(trainer.sae.b_dec.detach(), expected, atol=1e-4, rtol=0)
 
 
-def test_the_estimate_beside_the_checkpoints_gives_the_same_start_again(model, dataset, tmp_path):
+def test_the_estimate_in_the_first_checkpoint_gives_the_same_start_again(model, dataset, tmp_path):
     def start(settings: ActiveSubspaceInit, folder: str, **changes: Any) -> Any:
         checkpoints = {"checkpoint_path": str(tmp_path / folder), "n_checkpoints": 1, **changes}
         cfg = tiny.runner_config(tiny.sae_config(initializer=settings), tmp_path, lr=1e-30, **checkpoints)
         return tiny.run(cfg, model, dataset)
 
     first = start(SETTINGS, "one")
-    (path,) = tmp_path.glob("one/*/active_subspace_spectrum.safetensors")
+    (path,) = tmp_path.glob("one/*/*/active_subspace_spectrum.safetensors")
     assert Spectrum.load(path).n_tokens == 512
     again = start(ActiveSubspaceInit(d_init=D_INIT, n_tokens=512, spectrum=path), "two")
-    assert list(tmp_path.glob("two/*/active_subspace_spectrum.safetensors")) == []
+    assert list(tmp_path.glob("two/*/*/active_subspace_spectrum.safetensors")) == []
     torch.testing.assert_close(again.W_dec, first.W_dec)
     torch.testing.assert_close(again.b_dec, first.b_dec)
 

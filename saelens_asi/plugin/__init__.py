@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -39,11 +40,13 @@ def register() -> None:
 def _extend_trainer() -> None:
     """Every construction of a trainer passes here, whoever does it; configs without our fields pass untouched."""
     stock_new = SAETrainer.__new__
+    signature = inspect.signature(SAETrainer.__init__)
 
     def __new__(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-        sae = kwargs.get("sae", args[1] if len(args) > 1 else None)
+        given = _given_arguments(signature, args, kwargs)
+        sae = given.get("sae")
         if sae is not None:
-            take_flags_from_runner(sae, kwargs.get("save_checkpoint_fn", args[4] if len(args) > 4 else None))
+            take_flags_from_runner(sae, given.get("save_checkpoint_fn"))
             if asks_for_plugin(sae.cfg):
                 cls = plugin_trainer_class(cls)  # type: ignore[arg-type]
         return object.__new__(cls) if stock_new is object.__new__ else stock_new(cls, *args, **kwargs)
@@ -51,13 +54,20 @@ def _extend_trainer() -> None:
     SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]
 
 
+def _given_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a trainer by name; those of a user's subclass with a signature of its own, as far as named."""
+    try:
+        return dict(signature.bind_partial(None, *args, **kwargs).arguments)
+    except TypeError:
+        return kwargs
+
+
 def _extend_multi_trainer() -> None:
     stock_estimate = MultiSAETrainer._estimate_scaling_factors
     stock_load = MultiSAETrainer.load_checkpoint
 
     def _estimate_scaling_factors(self: MultiSAETrainer) -> None:
-        stock_estimate(self)
-        initialize_multi_trainer(self)
+        initialize_multi_trainer(self, estimate_normalization=lambda: stock_estimate(self))
 
     def load_checkpoint(self: MultiSAETrainer, path: Any) -> None:
         uses_plugin = any(isinstance(trainer, PluginTrainer) for trainer in self.trainers.values())

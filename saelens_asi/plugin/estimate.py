@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi.active_subspace import ActiveSubspaceInit
-from saelens_asi.initialize import NORM_SAMPLE, Initialization, initialize_
+from saelens_asi.initialize import NORM_SAMPLE, Initialization, check_fresh, initialize_
 from saelens_asi.moments import RunningMoments
 from saelens_asi.plugin.fields import initializer_settings
 from saelens_asi.plugin.stream import ActivationStream
@@ -20,8 +19,6 @@ from saelens_asi.provenance import write_provenance
 from saelens_asi.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
-
-SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 
 # With a spectrum file, activations are read for the norm alone: enough to spread its sample over many documents.
 _TOKENS_FOR_NORM = 8 * NORM_SAMPLE
@@ -34,6 +31,7 @@ def check_settings(settings: ActiveSubspaceInit, sae: Any) -> None:
     """Raise ValueError, before anything long starts, for settings that cannot work for this SAE."""
     d_in, mode = sae.cfg.d_in, sae.cfg.normalize_activations
     settings.check_width(d_in)
+    check_fresh(sae)
     if settings.spectrum is None:
         return
     if mode not in ("none", "expected_average_only_in"):
@@ -54,6 +52,7 @@ def initialize_together(trainers: Mapping[str, Sequence[Any]], stream: Activatio
     """
     estimates = {name: [_Estimate(trainer) for trainer in group] for name, group in trainers.items()}
     open_ones = [estimate for group in estimates.values() for estimate in group]
+    _warn_of_twins(estimates)
     total = max(estimate.n_wanted for estimate in open_ones)
     if stream.is_training_stream:
         logger.warning("this data provider allows no second look: %d activations are used up for the estimate", total)
@@ -67,6 +66,13 @@ def initialize_together(trainers: Mapping[str, Sequence[Any]], stream: Activatio
                 break
     for estimate in open_ones:
         estimate.finish(stream.is_training_stream)
+
+
+def _warn_of_twins(estimates: Mapping[str, Sequence[_Estimate]]) -> None:
+    for name, group in estimates.items():
+        starts = [(type(one.sae), one.sae.cfg.d_sae, one.settings) for one in group]
+        if len(set(starts)) < len(starts):
+            logger.warning("SAEs on %s start with the same weights: give each an ActiveSubspaceInit(seed=...)", name)
 
 
 class _Estimate:
@@ -121,7 +127,8 @@ class _Estimate:
                 f"the {n_tokens} activations of the estimate are constant: they span no subspace. Check hook_name and "
                 "that the data holds more than one text"
             )
-        self._save_spectrum(spectrum)
+        if self._space_is_raw() and self.settings.spectrum is None:
+            self.trainer.unsaved_spectrum = spectrum.scaled(1 / (self.trainer.activation_scaler.scaling_factor or 1.0))
         result = initialize_(self.sae, self.settings, spectrum, torch.cat(self.sample))
         self._record(spectrum, result, self.n_drawn if is_training_stream else 0)
         self.trainer.initialization_pending = False
@@ -136,14 +143,8 @@ class _Estimate:
             return Spectrum(self.moments.mean.cpu(), torch.diag(variances).cpu(), self.moments.n_tokens)
         return Spectrum.from_moments(self.moments).to("cpu")
 
-    def _save_spectrum(self, spectrum: Spectrum) -> None:
-        """Keep the finished estimate beside the checkpoints, where there are any and the space is the raw one."""
-        cfg, scaler = self.trainer.cfg, self.trainer.activation_scaler
-        keeps_checkpoints = cfg.checkpoint_path is not None and (cfg.n_checkpoints > 0 or cfg.save_final_checkpoint)
-        is_raw = self.sae.cfg.normalize_activations in ("none", "expected_average_only_in")
-        if keeps_checkpoints and is_raw and self.settings.spectrum is None:
-            path = spectrum.scaled(1 / (scaler.scaling_factor or 1.0)).save(Path(cfg.checkpoint_path) / SPECTRUM_FILENAME)
-            logger.info("wrote the spectrum of the estimate to %s", path)
+    def _space_is_raw(self) -> bool:
+        return self.sae.cfg.normalize_activations in ("none", "expected_average_only_in")
 
     def _record(self, spectrum: Spectrum, result: Initialization, n_used_up: int) -> None:
         record = {

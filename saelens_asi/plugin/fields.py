@@ -42,9 +42,7 @@ def _checked_initializer(value: object, d_in: int | None) -> str | ActiveSubspac
         return value
     if isinstance(value, str) and value in INITIALIZERS:
         return value
-    raise ValueError(
-        f"initializer={value!r} must be one of {INITIALIZERS}, or a saelens_asi.ActiveSubspaceInit(...)"
-    )
+    raise ValueError(f"initializer={value!r} must be one of {INITIALIZERS}, or a saelens_asi.ActiveSubspaceInit(...)")
 
 
 def _checked_optimizer(value: object) -> str:
@@ -94,7 +92,7 @@ def _decorate_subclasses(cls: type[Any]) -> None:
 def _decorate_again(cls: Any, fresh: tuple[str, ...] = ()) -> None:
     """Run ``dataclass`` on a dataclass again, so that its generated methods know the base's new fields."""
     old_fields = cls.__dataclass_fields__
-    for name in cls.__dict__.get("__annotations__", {}):
+    for name in inspect.get_annotations(cls):
         if name in old_fields and name not in fresh and old_fields[name]._field_type is dataclasses._FIELD:  # type: ignore[attr-defined]
             setattr(cls, name, _copied(old_fields[name]))
     for name in _GENERATED:
@@ -109,9 +107,7 @@ def _decorate_again(cls: Any, fresh: tuple[str, ...] = ()) -> None:
 
 
 def _copied(field: Any) -> Any:
-    options = {
-        name: getattr(field, name) for name in ("init", "repr", "hash", "compare", "metadata", "kw_only")
-    }
+    options = {name: getattr(field, name) for name in ("init", "repr", "hash", "compare", "metadata", "kw_only")}
     if field.default is not dataclasses.MISSING:
         options["default"] = field.default
     if field.default_factory is not dataclasses.MISSING:

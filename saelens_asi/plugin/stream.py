@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import GeneratorType
@@ -43,7 +43,7 @@ def find_store(data_provider: Any, evaluator: Any) -> ActivationsStore | None:
 
 
 @contextmanager
-def open_stream(data_provider: Any, evaluator: Any, hook_widths: Mapping[str, int]) -> Iterator[ActivationStream]:
+def open_stream(data_provider: Any, evaluator: Any, hook_names: Collection[str]) -> Iterator[ActivationStream]:
     """Give a second look at the data of ``data_provider``; draw from itself where it allows none.
 
     SAELens's own stores are read through a copy that starts at the beginning, and synthetic data is drawn with the
@@ -52,26 +52,39 @@ def open_stream(data_provider: Any, evaluator: Any, hook_widths: Mapping[str, in
     Args:
         data_provider: what the trainer draws from.
         evaluator: the trainer's; SAELens's own hold the store that a prefetcher hides.
-        hook_widths: d_in of every hook that is asked for.
+        hook_names: the hooks that are asked for; see ``check_hooks``.
+    """
+    store = find_store(data_provider, evaluator)
+    with _undisturbed(data_provider, store):
+        if store is not None:
+            yield ActivationStream(_read_store(rewound(store)), is_training_stream=False)
+        else:
+            is_synthetic = isinstance(data_provider, SyntheticActivationIterator)
+            yield ActivationStream(_with_hook_names(data_provider, hook_names), is_training_stream=not is_synthetic)
+
+
+def check_hooks(data_provider: Any, evaluator: Any, hook_widths: Mapping[str, int]) -> None:
+    """Look at one sequence, where there is a second look.
 
     Raises:
         ValueError: when the model has no such hook, or its activations have another width.
     """
     store = find_store(data_provider, evaluator)
+    if store is None or store.cached_activation_dataset is not None:
+        return  # SAELens checked name and width when it opened a cache
+    with _undisturbed(data_provider, store):
+        _check_hooks(rewound(store), hook_widths)
+
+
+@contextmanager
+def _undisturbed(data_provider: Any, store: ActivationsStore | None) -> Iterator[None]:
+    """Hold a prefetcher still, and put the random state back afterwards, where the data is looked at twice."""
     with ExitStack() as stack:
         if isinstance(data_provider, PrefetchingIterator) and store is not None:
             stack.enter_context(data_provider.paused())
         if store is not None or isinstance(data_provider, SyntheticActivationIterator):
             stack.enter_context(torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))))
-        if store is not None:
-            fresh = rewound(store)
-            _check_hooks(fresh, hook_widths)
-            fresh = rewound(store)
-            yield ActivationStream(_read_store(fresh), is_training_stream=False)
-        elif isinstance(data_provider, SyntheticActivationIterator):
-            yield ActivationStream(_with_hook_names(data_provider, hook_widths), is_training_stream=False)
-        else:
-            yield ActivationStream(_with_hook_names(data_provider, hook_widths), is_training_stream=True)
+        yield
 
 
 def rewound(store: ActivationsStore) -> ActivationsStore:
@@ -98,9 +111,9 @@ def _read_store(store: ActivationsStore) -> Iterator[Batch]:
         return
 
 
-def _with_hook_names(data_provider: Iterator[Any], hook_widths: Mapping[str, int]) -> Iterator[Batch]:
+def _with_hook_names(data_provider: Iterator[Any], hook_names: Collection[str]) -> Iterator[Batch]:
     for batch in data_provider:
-        yield batch if isinstance(batch, Mapping) else {name: batch for name in hook_widths}
+        yield batch if isinstance(batch, Mapping) else {name: batch for name in hook_names}
 
 
 def _is_multi_hook_loader(data_provider: Any) -> bool:
@@ -109,8 +122,6 @@ def _is_multi_hook_loader(data_provider: Any) -> bool:
 
 
 def _check_hooks(store: ActivationsStore, hook_widths: Mapping[str, int]) -> None:
-    if store.cached_activation_dataset is not None:
-        return  # SAELens checked name and width when it opened the cache
     known = list(getattr(store.model, "hook_dict", {}))
     tokens = store.get_batch_tokens(batch_size=1)
     for name, d_in in hook_widths.items():

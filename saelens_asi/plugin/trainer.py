@@ -22,12 +22,15 @@ from torch import nn
 
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
-from saelens_asi.plugin.stream import find_store, open_stream, rewound
+from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.plugin.upstream import refuse_known_failures
 from saelens_asi.provenance import METADATA_KEY
 from saelens_asi.sparse_adam import SparseAdam
+from saelens_asi.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
+
+SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 
 
 class PluginTrainer(SAETrainer[Any, Any]):
@@ -41,6 +44,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
     initialization_pending: bool
     checkpoint_thresholds: list[int]
     data_provider: Any
+    unsaved_spectrum: Spectrum | None = None
     _prefetch_after_resume: int | None = None
 
     def __init__(
@@ -50,13 +54,16 @@ class PluginTrainer(SAETrainer[Any, Any]):
         data_provider: Any,
         evaluator: Any = None,
         save_checkpoint_fn: Any = None,
+        **later_arguments: Any,
     ) -> None:
         refuse_known_failures(cfg, sae)
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)
-        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        super().__init__(
+            cfg, sae, data_provider, evaluator=evaluator, save_checkpoint_fn=save_checkpoint_fn, **later_arguments
+        )
         settings = initializer_settings(sae.cfg)
         self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
         if settings is not None and self.initialization_pending:
@@ -95,9 +102,10 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if not self.initialization_pending:
             return
         self.sae.to(self.cfg.device)
-        self._estimate_normalization()
         hook_name = getattr(find_store(self.data_provider, self.evaluator), "hook_name", "activations")
-        with open_stream(self.data_provider, self.evaluator, {hook_name: self.sae.cfg.d_in}) as stream:
+        check_hooks(self.data_provider, self.evaluator, {hook_name: self.sae.cfg.d_in})
+        self._estimate_normalization()
+        with open_stream(self.data_provider, self.evaluator, [hook_name]) as stream:
             initialize_together({hook_name: [self]}, stream)
 
     def _estimate_normalization(self) -> None:
@@ -112,6 +120,17 @@ class PluginTrainer(SAETrainer[Any, Any]):
             scaler.estimate_scaling_factor(**arguments)
         elif mode == "covariance_whitening" and scaler.whitening is None:
             scaler.estimate_whitening(**arguments)
+
+    def save_checkpoint(
+        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
+    ) -> None:
+        """SAELens's checkpoint; the first one also keeps the spectrum that the initialization came from."""
+        super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if self.unsaved_spectrum is not None and base is not None:
+            path = self.unsaved_spectrum.save(Path(base) / checkpoint_name / SPECTRUM_FILENAME)
+            logger.info("wrote the spectrum of the estimate to %s", path)
+            self.unsaved_spectrum = None
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         self.initialization_pending = False
@@ -155,7 +174,9 @@ class PluginTrainer(SAETrainer[Any, Any]):
             logger.warning("interrupted before training started: there are no weights to save")
             return
         self.save_checkpoint(path.name)
-        logger.warning("interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path)
+        logger.warning(
+            "interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path
+        )
 
 
 def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
@@ -202,14 +223,21 @@ def take_flags_from_runner(sae: Any, save_checkpoint_fn: Callable[..., Any] | No
 
 
 @torch.no_grad()
-def initialize_multi_trainer(trainer: Any) -> None:
-    """Initialise every SAE of a ``MultiSAETrainer`` that asks for it, from one pass over the activations."""
+def initialize_multi_trainer(trainer: Any, estimate_normalization: Callable[[], None]) -> None:
+    """Initialise every SAE of a ``MultiSAETrainer`` that asks for it, from one pass over the activations.
+
+    Args:
+        trainer: the coordinator of all SAEs.
+        estimate_normalization: SAELens's own first step, which comes before the initialization.
+    """
     pending: dict[str, list[PluginTrainer]] = {}
     for name, single in trainer.trainers.items():
         if isinstance(single, PluginTrainer) and single.initialization_pending:
             pending.setdefault(trainer.hook_names[name], []).append(single)
-    if not pending:
-        return
-    widths = {hook_name: singles[0].sae.cfg.d_in for hook_name, singles in pending.items()}
-    with open_stream(trainer.data_provider, trainer.evaluator, widths) as stream:
-        initialize_together(pending, stream)
+    if pending:
+        widths = {hook_name: singles[0].sae.cfg.d_in for hook_name, singles in pending.items()}
+        check_hooks(trainer.data_provider, trainer.evaluator, widths)
+    estimate_normalization()
+    if pending:
+        with open_stream(trainer.data_provider, trainer.evaluator, list(pending)) as stream:
+            initialize_together(pending, stream)

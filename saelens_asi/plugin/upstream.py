@@ -15,7 +15,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 REQUIREMENTS = {"torch": ">=2.6", "sae-lens": ">=6.52,<7", "transformer-lens": ">=2.16.1,<4"}
 
-_TRAINER_PARAMETERS = ["self", "cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"]
+_TRAINER_PARAMETERS = {"cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"}
 _PATCHED = {
     TrainingSAEConfig: ("to_dict", "get_training_architecture_details", "add_training_info_to_metadata"),
     SAETrainer: ("fit", "load_trainer_state", "save_checkpoint"),
@@ -28,11 +28,13 @@ def check_upstream() -> None:
     for package, bounds in REQUIREMENTS.items():
         installed = version(package)
         if not SpecifierSet(bounds).contains(installed, prereleases=True):
-            raise ImportError(f"saelens_asi needs {package}{bounds}, found {installed}: pip install '{package}{bounds}'")
+            raise ImportError(
+                f"saelens_asi needs {package}{bounds}, found {installed}: pip install '{package}{bounds}'"
+            )
     moved = [
         f"{owner.__name__}.{name}" for owner, names in _PATCHED.items() for name in names if not hasattr(owner, name)
     ]
-    if list(inspect.signature(SAETrainer.__init__).parameters) != _TRAINER_PARAMETERS:
+    if not _TRAINER_PARAMETERS <= inspect.signature(SAETrainer.__init__).parameters.keys():
         moved.append("SAETrainer.__init__")
     own = {"initializer", "optimizer"} & {field.name for field in fields(TrainingSAEConfig)}
     moved += [f"TrainingSAEConfig.{name} (SAELens has this field itself now)" for name in sorted(own)]
