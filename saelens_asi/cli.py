@@ -45,7 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
         COMMANDS[args[0]](args[1:])
     elif args and args[0].startswith("--") and args[0] != "--help":
         train(args)
+    elif not args or args[0] in ("-h", "--help"):
+        print(_USAGE)
     else:
-        known = not args or args[0] in ("-h", "--help")
-        print(_USAGE if known else f"saelens-asi: unknown command {args[0]!r}\n{_USAGE}", file=None if known else sys.stderr)
-        raise SystemExit(0 if known else 2)
+        print(f"saelens-asi: unknown command {args[0]!r}\n{_USAGE}", file=sys.stderr)
+        raise SystemExit(2)

@@ -60,7 +60,7 @@ class DemoSettings:
     hook_name: str = ""
     d_sae: int = 8192
     k: int = 32
-    training_tokens: int = 120_000
+    training_tokens: int = 81_920
     held_out_tokens: int = 40_000
     loss_windows: int = 48
     context_size: int = 128
@@ -227,7 +227,9 @@ def main(args: Sequence[str]) -> None:
     for name, default in vars(defaults).items():
         kind = Path if name == "out" else type(default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default: {default}")
-    warnings.filterwarnings("ignore", module="sae_lens")  # hints about data that the demo chose on purpose
+    # SAELens hints at choices that the demo made on purpose: its own data and model.
+    warnings.filterwarnings("ignore", module="sae_lens")
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("saelens_asi").setLevel(logging.INFO)
     run_demo(DemoSettings(**vars(parser.parse_args(args))))

@@ -34,7 +34,7 @@ def check_upstream() -> None:
     moved = [
         f"{owner.__name__}.{name}" for owner, names in _PATCHED.items() for name in names if not hasattr(owner, name)
     ]
-    if not _TRAINER_PARAMETERS <= inspect.signature(SAETrainer.__init__).parameters.keys():
+    if not inspect.signature(SAETrainer.__init__).parameters.keys() >= _TRAINER_PARAMETERS:
         moved.append("SAETrainer.__init__")
     own = {"initializer", "optimizer"} & {field.name for field in fields(TrainingSAEConfig)}
     moved += [f"TrainingSAEConfig.{name} (SAELens has this field itself now)" for name in sorted(own)]

@@ -1,6 +1,6 @@
 """The committed page about the ablation: tables from the result files, and a figure of error against d_init.
 
-    python -m tests.benchmarks.ablation_report
+python -m tests.benchmarks.ablation_report
 """
 
 from __future__ import annotations
