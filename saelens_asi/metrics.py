@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
 
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
 _MAX_DENSE_VALUES = 2**25
@@ -73,31 +74,42 @@ def firing_rates(sae: Any, batches: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class LossRecovered:
-    """What replacing a hook's activations by their reconstruction does to the model's next-token loss, in nats.
+    """What replacing a hook's activations by their reconstruction does to the model's predictions, in nats a token.
 
     Attributes:
-        clean: loss of the model as it is.
-        zero: loss with the hook zero-ablated.
-        reconstructed: loss with the SAE's reconstruction in place of the activations.
+        clean: next-token cross-entropy of the model as it is.
+        zero: with the hook zero-ablated.
+        reconstructed: with the SAE's reconstruction in place of the activations.
+        kl_zero: divergence KL(clean || ablated) of the next-token distributions, hook zero-ablated.
+        kl_reconstructed: the same with the SAE's reconstruction.
         n_tokens: tokens predicted.
     """
 
     clean: float
     zero: float
     reconstructed: float
+    kl_zero: float
+    kl_reconstructed: float
     n_tokens: int
 
     @property
     def recovered(self) -> float:
-        """(zero - reconstructed) / (zero - clean)."""
+        """(zero - reconstructed) / (zero - clean) of the cross-entropies.
+
+        Can exceed 1: where a layer's output harms the predictions on this text, a worse reconstruction lowers the
+        loss. ``kl_recovered`` cannot.
+        """
         return (self.zero - self.reconstructed) / (self.zero - self.clean)
+
+    @property
+    def kl_recovered(self) -> float:
+        """1 - kl_reconstructed / kl_zero: 1 where the predictions are those of the model as it is."""
+        return 1 - self.kl_reconstructed / self.kl_zero
 
 
 @torch.no_grad()
-def loss_recovered(
-    model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 16, same_tokens: LossRecovered | None = None
-) -> LossRecovered:
-    """Next-token loss of a TransformerLens model with and without the SAE at ``hook_name``.
+def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> LossRecovered:
+    """Next-token predictions of a TransformerLens model with and without the SAE at ``hook_name``.
 
     The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it.
 
@@ -107,7 +119,6 @@ def loss_recovered(
         tokens: (n_windows, n_positions) token ids.
         hook_name: where the SAE goes.
         batch_size: windows in one forward pass.
-        same_tokens: the result for another SAE on the same tokens, whose clean and zero losses are taken over.
     """
 
     def replace(activation: Tensor, hook: Any) -> Tensor:
@@ -118,19 +129,18 @@ def loss_recovered(
     def zero(activation: Tensor, hook: Any) -> Tensor:
         return torch.cat([activation[:, :1], torch.zeros_like(activation[:, 1:])], dim=1)
 
-    hooks: dict[str, list[Any]] = {"reconstructed": [(hook_name, replace)]}
-    if same_tokens is None:
-        hooks |= {"clean": [], "zero": [(hook_name, zero)]}
-    sums = dict.fromkeys(hooks, 0.0)
+    def log_probabilities(batch: Tensor, *fwd_hooks: tuple[str, Any]) -> Tensor:
+        logits = model.run_with_hooks(batch, return_type="logits", prepend_bos=False, fwd_hooks=list(fwd_hooks))
+        return logits[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
+
+    sums = dict.fromkeys(("clean", "zero", "reconstructed", "kl_zero", "kl_reconstructed"), 0.0)
     for batch in tokens.split(batch_size):
-        for name, fwd_hooks in hooks.items():
-            logits = model.run_with_hooks(batch, return_type="logits", prepend_bos=False, fwd_hooks=fwd_hooks)
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten().to(logits.device), reduction="sum"
-            )
-            sums[name] += float(loss)
+        clean = log_probabilities(batch)
+        targets = batch[:, 1:].flatten().to(clean.device)
+        sums["clean"] += float(nll_loss(clean, targets, reduction="sum"))
+        for name, function in (("zero", zero), ("reconstructed", replace)):
+            changed = log_probabilities(batch, (hook_name, function))
+            sums[name] += float(nll_loss(changed, targets, reduction="sum"))
+            sums[f"kl_{name}"] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
     n_tokens = tokens[:, 1:].numel()
-    losses = {name: value / n_tokens for name, value in sums.items()}
-    if same_tokens is not None:
-        losses |= {"clean": same_tokens.clean, "zero": same_tokens.zero}
-    return LossRecovered(losses["clean"], losses["zero"], losses["reconstructed"], n_tokens)
+    return LossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)

@@ -175,7 +175,8 @@ def test_losses_are_those_of_the_model(model, tokens):
 
 
 def test_recovered_is_the_share_of_the_lost_loss():
-    assert LossRecovered(clean=3.0, zero=5.0, reconstructed=3.5, n_tokens=1).recovered == 0.75
+    result = LossRecovered(clean=3.0, zero=5.0, reconstructed=3.5, kl_zero=2.0, kl_reconstructed=0.5, n_tokens=1)
+    assert (result.recovered, result.kl_recovered) == (0.75, 0.75)
 
 
 def test_the_sae_sees_every_position_but_the_first(model, tokens):
@@ -197,10 +198,17 @@ def test_the_model_is_left_without_hooks(model, tokens):
     assert not any(hook.fwd_hooks for hook in model.hook_dict.values())
 
 
-def test_clean_and_zero_losses_can_be_taken_over_from_another_sae(model, tokens):
-    first = loss_recovered(model, StandIn(0.2), tokens, HOOK)
-    alone = loss_recovered(model, StandIn(0.5), tokens, HOOK)
-    assert loss_recovered(model, StandIn(0.5), tokens, HOOK, same_tokens=first) == alone
-    marked = LossRecovered(clean=-1.0, zero=-2.0, reconstructed=-3.0, n_tokens=1)
-    taken = loss_recovered(model, StandIn(0.5), tokens, HOOK, same_tokens=marked)
-    assert (taken.clean, taken.zero, taken.reconstructed) == (-1, -2, alone.reconstructed)
+def test_the_divergence_is_that_of_the_next_token_distributions(model, tokens):
+    def ablate(activation, hook):
+        activation[:, 1:] = 0
+        return activation
+
+    clean, ablated = (
+        model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)[:, :-1].double().log_softmax(-1)
+        for hooks in ([], [(HOOK, ablate)])
+    )
+    expected = (clean.exp() * (clean - ablated)).sum(-1).mean().item()
+    result = loss_recovered(model, StandIn(0), tokens, HOOK)
+    assert result.kl_zero == pytest.approx(expected, rel=1e-4)
+    assert result.kl_recovered == pytest.approx(0, abs=1e-6)
+    assert loss_recovered(model, StandIn(1), tokens, HOOK).kl_recovered == pytest.approx(1, abs=1e-5)

@@ -32,7 +32,7 @@ def test_the_flag_revives_features_and_lowers_the_error(demo: tuple[Path, dict[s
     stock, ours = rows["stock"], rows["with the flag"]
     assert ours["dead_percent"] < 5 < stock["dead_percent"]
     assert ours["nmse"] < stock["nmse"]
-    assert ours["ce_recovered_percent"] > stock["ce_recovered_percent"]
+    assert ours["kl_recovered_percent"] > stock["kl_recovered_percent"]
     assert ours["l0"] == pytest.approx(16, abs=0.5)
 
 
