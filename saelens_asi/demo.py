@@ -81,12 +81,12 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     for name, flags in _RUNS.items():
         print(f"\nTraining {settings.d_sae:,} TopK features on {settings.hook_name}, {name}: {flags or 'no flags'}")
         start = time.perf_counter()
+        torch.manual_seed(0)
         runner = LanguageModelSAETrainingRunner(
             runner_config(settings, d_in, flags, out / folder_name(name)),
             override_model=model,
             override_dataset=training,
         )
-        torch.manual_seed(0)
         runner.run()
         seconds = time.perf_counter() - start
         saes[name] = SAE.load_from_disk(out / folder_name(name), device=settings.device)
