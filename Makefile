@@ -1,4 +1,4 @@
-# make demo   install everything in .venv, train with and without the flag on a real model, compare (about 10 minutes)
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (about 7 minutes)
 # make test   install everything in .venv, run lint, types and tests
 
 PYTHON ?= python3
