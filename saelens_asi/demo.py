@@ -110,7 +110,9 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
         }
     written = _write(out, settings, rows, saes, rates, batches)
     print(f"\n{table(rows)}\n")
-    print(f"Dead: fires on none of {sum(map(len, batches)):,} held-out tokens. CE and KL recovered: 0 is the hook set to")
+    print(
+        f"Dead: fires on none of {sum(map(len, batches)):,} held-out tokens. CE and KL recovered: 0 is the hook set to"
+    )
     print("zero, 100 the model as it is; CE can pass 100 where the layer's own output raises the loss on this text.")
     print("Written:")
     print("\n".join(f"  {path}" for path in written))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,17 +42,14 @@ def reconstruction_metrics(sae: Any, batches: Iterable[Tensor]) -> Reconstructio
     n_tokens, n_active, error = 0, 0, 0.0
     total = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=sae.device)
     square = 0.0
-    for batch in batches:
-        for x in batch.to(sae.device).split(max(1, _MAX_DENSE_VALUES // d_sae)):
-            acts = sae.encode(x)
-            acts = acts.to_dense() if acts.is_sparse else acts
-            error += float((x.double() - sae.decode(acts).double()).square().sum())
-            active = acts != 0
-            fired |= active.any(dim=0)
-            n_active += int(active.sum())
-            n_tokens += x.shape[0]
-            total += x.double().sum(dim=0)
-            square += float(x.double().square().sum())
+    for x, acts in _encoded(sae, batches):
+        error += float((x.double() - sae.decode(acts).double()).square().sum())
+        active = acts != 0
+        fired |= active.any(dim=0)
+        n_active += int(active.sum())
+        n_tokens += x.shape[0]
+        total += x.double().sum(dim=0)
+        square += float(x.double().square().sum())
     if n_tokens < 2:
         raise ValueError(f"an evaluation needs at least 2 activations, got {n_tokens}")
     variance = square - float(total.square().sum()) / n_tokens
@@ -64,12 +61,18 @@ def firing_rates(sae: Any, batches: Iterable[Tensor]) -> Tensor:
     """(d_sae,) share of tokens on which each feature fires."""
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
     n_tokens = 0
+    for x, acts in _encoded(sae, batches):
+        counts += (acts != 0).sum(dim=0)
+        n_tokens += x.shape[0]
+    return (counts.double() / n_tokens).float().cpu()
+
+
+def _encoded(sae: Any, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations and their dense feature activations, as many tokens at a time as memory should hold."""
     for batch in batches:
         for x in batch.to(sae.device).split(max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)):
             acts = sae.encode(x)
-            counts += ((acts.to_dense() if acts.is_sparse else acts) != 0).sum(dim=0)
-            n_tokens += x.shape[0]
-    return (counts.double() / n_tokens).float().cpu()
+            yield x, acts.to_dense() if acts.is_sparse else acts
 
 
 @dataclass(frozen=True)

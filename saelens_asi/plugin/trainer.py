@@ -133,6 +133,8 @@ class PluginTrainer(SAETrainer[Any, Any]):
             self.unsaved_spectrum = None
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        if self.initialization_pending:
+            logger.info("resuming from %s: initializer is not applied to trained weights", checkpoint_path)
         self.initialization_pending = False
         self._stop_prefetching()
         super().load_trainer_state(checkpoint_path)
