@@ -62,7 +62,11 @@ def grids() -> dict[str, list[Cell]]:
         ],
         "d_init": [{"d_init": d} for d in dims],
         "n_tokens": [{"n_tokens": n} for n in (1000, 5000, 20_000)],
-        "bias": [{"bias_correction": bias, "seed": seed} for seed in (0, 1) for bias in ("global", "per_row")],
+        "bias": [
+            {"bias_correction": bias, "center": center, "seed": seed}
+            for center, seed in (("mean", 0), ("mean", 1), ("zeros", 0))
+            for bias in ("global", "per_row")
+        ],
     }
 
 

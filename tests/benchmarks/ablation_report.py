@@ -113,7 +113,7 @@ def main() -> None:
         "## Tokens behind the estimate",
         table(rows["n_tokens"], ["n_tokens"]),
         "## Bias correction of SparseAdam",
-        table(rows["bias"], ["seed", "bias_correction"]),
+        table(rows["bias"], ["center", "seed", "bias_correction"]),
     ]
     d_init_figure(rows["d_init"]).savefig(RESULTS / "d_init.png", dpi=150)
     (RESULTS / "ablation.md").write_text("\n\n".join(sections) + "\n")
