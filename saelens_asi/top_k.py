@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,11 @@ class Encoder:
     scale: Tensor | None = None
     magnitude: bool = False
     matmul_dtype: torch.dtype | None = None
+
+    def among(self, features: Tensor) -> Encoder:
+        """Some of the features (n,) as an encoder of their own."""
+        scale = None if self.scale is None else self.scale[features]
+        return replace(self, rows=self.rows[features], bias=self.bias[features], scale=scale)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,14 @@ def encode_top_k(x: Tensor, encoder: Encoder, queries: Sequence[Query], workspac
                     here = TopK(here.scores, here.indices + first)
                     best[i] = _merge(best[i], here, query.k, encoder.magnitude)
     return [_concatenate(best, query.k, x) for best, query in zip(found, queries, strict=True)]
+
+
+def encode_top_k_among(x: Tensor, encoder: Encoder, query: Query, workspace: Workspace) -> TopK:
+    """``encode_top_k`` of one query by itself, for a set of features that is small: only their rows are multiplied."""
+    if query.features is None:
+        return encode_top_k(x, encoder, [query], workspace)[0]
+    (found,) = encode_top_k(x, encoder.among(query.features), [Query(query.k)], workspace)
+    return TopK(found.scores, query.features[found.indices])
 
 
 class _EncoderBlock:

@@ -13,7 +13,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
-from saelens_asi.top_k import Encoder, Query, encode_top_k
+from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.top_k import Encoder, Query, encode_top_k, encode_top_k_among
 from saelens_asi.topk_step import (
     Entries,
     TopKGradients,
@@ -23,6 +24,9 @@ from saelens_asi.topk_step import (
     topk_gradients,
 )
 from saelens_asi.workspace import Workspace
+
+# With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
+_MAX_DEAD_SHARE = 0.1
 
 _FAMILY = (TopKTrainingSAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 _PARAMETERS = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -89,7 +93,13 @@ def _has_hooks(module: Any) -> bool:
     return any(getattr(module, name) for name in names)
 
 
-def sparse_pass(sae: Any, step_input: TrainStepInput, decoder_norms: Tensor | None, workspace: Workspace) -> SparsePass:
+def sparse_pass(
+    sae: Any,
+    step_input: TrainStepInput,
+    decoder_norms: Tensor | None,
+    workspace: Workspace,
+    screen: AdaptiveScreen | None = None,
+) -> SparsePass:
     """Losses, metrics and gradients of ``sae.training_forward_pass``, without anything of size d_sae x d_in.
 
     The norm of the decoder rows, by which SAELens rescales activations, takes part in the selection only: it cancels
@@ -101,11 +111,12 @@ def sparse_pass(sae: Any, step_input: TrainStepInput, decoder_norms: Tensor | No
         step_input: as the trainer makes it.
         decoder_norms: (d_sae,), where ``rescale_acts_by_decoder_norm`` is set.
         workspace: of the run.
+        screen: of the run; without one, scores come from the whole product.
     """
     with torch.no_grad():
         x = sae.process_sae_in(step_input.sae_in)
         auxiliary = auxiliary_levels(sae, step_input)
-        active, levels = _encode(sae, x, decoder_norms, auxiliary, workspace)
+        active, levels = _encode(sae, x, encoder_of(sae, decoder_norms), auxiliary, workspace, screen)
         scale = None if decoder_norms is None else decoder_norms.to(active.scores.dtype)
         unscaled = [_unscaled(entries, scale) for entries in levels]
         activations = stack_levels(unscaled, x.shape[0])
@@ -159,23 +170,38 @@ def _widths(sae: Any) -> list[int]:
     return getattr(sae.cfg, "matryoshka_widths", None) or [sae.cfg.d_sae]
 
 
-def _encode(
-    sae: Any, x: Tensor, decoder_norms: Tensor | None, auxiliary: list[AuxiliaryLevel], workspace: Workspace
-) -> tuple[Entries, list[Entries]]:
-    """The active features, and those of every level of reconstruction followed by every auxiliary level."""
-    encoder = Encoder(
-        rows=sae.W_enc.t(),
-        bias=sae.b_enc,
+def encoder_of(sae: Any, decoder_norms: Tensor | None) -> Encoder:
+    """The features of an SAE as they are ranked; inside autocast, with its products."""
+    device = sae.W_enc.device.type
+    return Encoder(
+        rows=sae.W_enc.detach().t(),
+        bias=sae.b_enc.detach(),
         scale=decoder_norms,
         magnitude=isinstance(sae, AbsTopKTrainingSAE),
-        matmul_dtype=torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
+        matmul_dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
+
+
+def _encode(
+    sae: Any,
+    x: Tensor,
+    encoder: Encoder,
+    auxiliary: list[AuxiliaryLevel],
+    workspace: Workspace,
+    screen: AdaptiveScreen | None,
+) -> tuple[Entries, list[Entries]]:
+    """The active features, and those of every level of reconstruction followed by every auxiliary level."""
     queries = [Query(level.k, level.features) for level in auxiliary]
+    n_dead = sum(level.features.numel() for level in auxiliary)
     k = sae.activation_fn.k
     if isinstance(sae, BatchTopKTrainingSAE):
         active, answers = encode_batch_top_k(x, encoder, int(k * x.shape[0]), queries, workspace)
     else:
-        found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+        if screen is None or n_dead > sae.cfg.d_sae * _MAX_DEAD_SHARE:
+            found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+        else:
+            found = screen.top_k(x, encoder, k, workspace)
+            answers = [encode_top_k_among(x, encoder, query, workspace) for query in queries]
         active = entries_of(found)
         active = active.where(active.scores != 0 if encoder.magnitude else active.scores > 0)
     widths = torch.tensor(_widths(sae), device=x.device)

@@ -12,8 +12,9 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
-from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, is_topk, sparse_pass
+from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.row_sparse import total_norm
+from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.workspace import Workspace
 
@@ -27,6 +28,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
 
     _workspace: Workspace | None = None
     _decoder_norms: Tensor | None = None
+    _screen: AdaptiveScreen | None = None
     _reason_given: str | None = None
     _layout_hook: Any = None
 
@@ -52,7 +54,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
         self._lay_out_by_feature()
         reason = self._dense_path_reason(sae, sae_in)
         if reason is not None:
-            self._decoder_norms = None
+            self._decoder_norms = self._screen = None
             return super()._train_step(sae, sae_in)
         return self._sparse_step(sae, sae_in)
 
@@ -71,6 +73,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
     def _sparse_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         """The counterpart of ``SAETrainer._train_step``, line by line."""
         self._workspace = self._workspace or Workspace()
+        self._screen = self._screen or AdaptiveScreen()
         sae.train()
         with self.autocast_if_enabled:
             step_input = TrainStepInput(
@@ -80,7 +83,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
                 n_training_steps=self.n_training_steps,
                 is_logging_step=self._is_logging_step(),
             )
-            done = sparse_pass(sae, step_input, self._current_decoder_norms(sae), self._workspace)
+            norms = self._current_decoder_norms(sae)
+            done = sparse_pass(sae, step_input, norms, self._workspace, self._screen)
         self._count_firings(done.firings)
         self._apply(sae, done)
         self.lr_scheduler.step()
@@ -108,6 +112,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
         self.optimizer.zero_grad()
         if self._decoder_norms is not None:
             update_row_norms_(self._decoder_norms, sae.W_dec, done.gradients.W_dec.rows)
+        if self._screen is not None:
+            self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
 
     def _current_decoder_norms(self, sae: Any) -> Tensor | None:
         """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since."""
@@ -136,7 +142,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
 
     def finish_sparse_steps(self) -> None:
         """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook."""
-        self._workspace = self._decoder_norms = None
+        self._workspace = self._decoder_norms = self._screen = None
         if self._layout_hook is not None:
             self._layout_hook.remove()
             self._layout_hook = None
