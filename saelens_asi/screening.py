@@ -22,6 +22,9 @@ from saelens_asi.workspace import Workspace
 # Columns of a group whose largest bound stands for all of them.
 _GROUP = 16
 
+# Features with the largest bounds that are scored first, as a multiple of k.
+_FIRST = 2
+
 # Costs in multiply-adds of a dense product, measured on x86: an exact score costs so many for each of its d_in, and so
 # many more to be found; comparing the bounds costs as much as so many directions of the product.
 _SCORE_COST = 28
@@ -116,21 +119,23 @@ def choose_screen(x: Tensor, encoder: Encoder, k: int, changed_share: float = 1.
         changed_share: share of the rows that a step changes, and which must be projected again.
     """
     d_sae, d_in = encoder.rows.shape
-    if not can_be_screened(encoder) or len(x) == 0:
+    if not can_be_screened(encoder) or len(x) == 0 or d_sae < _FIRST * k * _GROUP:
         return None
     ranks = sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES})
     basis = torch.linalg.eigh((x.t() @ x).double()).eigenvectors.flip(1).to(x.dtype)
     tokens = x[:: -(-len(x) // _SAMPLE_TOKENS)]
-    (best,) = encode_top_k(tokens, encoder, [Query(k)], Workspace())
-    threshold = best.scores.amin(dim=1, keepdim=True)
-    every = -(-d_sae // _SAMPLE_FEATURES)
+    every = max(1, min(d_sae // _SAMPLE_FEATURES, k // 4))
     features = encoder.among(torch.arange(0, d_sae, every, device=x.device))
+    exact = (tokens @ features.rows.t() + features.bias) * (1.0 if features.scale is None else features.scale)
+    n_best = -(-k // every)
     chosen, least = None, float(d_in)
     for rank in ranks:
         bounds = Screen.of(features, basis[:, :rank]).bounds(tokens)
+        first = exact.gather(1, bounds.topk(_FIRST * n_best, dim=1).indices)
+        threshold = first.topk(n_best, dim=1).values[:, -1:]
         candidates = every * float((bounds >= threshold).sum(dim=1).float().mean())
         cost = rank + _COMPARE_COST + rank * d_in * changed_share / len(x)
-        cost += (candidates + k) * (_SCORE_COST * d_in + _FIND_COST) / d_sae
+        cost += (candidates + _FIRST * k) * (_SCORE_COST * d_in + _FIND_COST) / d_sae
         if cost < least:
             chosen, least = rank, cost
     return None if chosen is None else Screen.of(encoder, basis[:, :chosen].contiguous())
@@ -165,15 +170,18 @@ def screened_top_k(x: Tensor, encoder: Encoder, screen: Screen, k: int, workspac
 def _screened_tile(x: Tensor, encoder: Encoder, bounds: Tensor, k: int) -> TopK | None:
     n_tokens, d_sae = bounds.shape
     n_groups = d_sae // _GROUP
+    if n_groups < k:
+        return None
     maxima = bounds.view(n_tokens, _GROUP, n_groups).amax(dim=1)  # a group is every n_groups-th feature
     members = torch.arange(_GROUP, device=x.device) * n_groups
 
-    # Exact scores of the k features with the largest bounds: the k-th best score is at least their least.
-    groups = top_k(maxima, k).indices
+    # Exact scores of the features with the largest bounds: their k-th best is at most the k-th best of all.
+    n_first = min(_FIRST * k, n_groups)
+    groups = top_k(maxima, n_first).indices
     first = (groups[:, :, None] + members).flatten(1)
-    first = first.gather(1, top_k(bounds.gather(1, first), k).indices)
-    starts = torch.arange(0, first.numel() + 1, k, device=x.device)
-    threshold = _scores(x, encoder, starts, first.flatten()).view(n_tokens, k).amin(dim=1)
+    first = first.gather(1, top_k(bounds.gather(1, first), n_first).indices)
+    starts = torch.arange(0, first.numel() + 1, n_first, device=x.device)
+    threshold = _scores(x, encoder, starts, first.flatten()).view(n_tokens, n_first).topk(k, dim=1).values[:, -1]
 
     tokens, groups = (maxima >= threshold[:, None]).nonzero(as_tuple=True)
     if tokens.numel() * (_SCORE_COST * x.shape[1] + _FIND_COST) > n_tokens * d_sae * x.shape[1]:
