@@ -134,8 +134,11 @@ class Lorsa(nn.Module):
             allowed: bool, broadcastable to (batch, 1, n_new, n_positions): where a position may attend, beside the
                 causal order and the window (padding, for example).
         """
-        features = self.encode(x, n_new, allowed)
-        return decode(features, self.W_O).unflatten(0, (x.shape[0], -1)) + self.b_D
+        return self.decode(self.encode(x, n_new, allowed), x.shape[0])
+
+    def decode(self, features: SparseFeatures, batch: int) -> Tensor:
+        """(batch, n_new, d_model) from the features of batch * n_new positions."""
+        return decode(features, self.W_O).unflatten(0, (batch, -1)) + self.b_D
 
     def encode(self, x: Tensor, n_new: int | None = None, allowed: Tensor | None = None) -> SparseFeatures:
         """Active features of the batch * n_new positions, in order. Arguments as in ``forward``."""

@@ -199,6 +199,8 @@ def _bridge_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor |
     if scaling is None and getattr(cfg, "scale_attn_by_inverse_layer_idx", False) and layer is not None:
         scale *= layer + 1
     window = getattr(hf, "sliding_window", None)
+    if not hasattr(hf, "sliding_window") and getattr(hf_cfg, "use_sliding_window", True):  # Mistral: in its config only
+        window = getattr(hf_cfg, "sliding_window", None)
     if getattr(hf, "attention_type", None) == "local":  # GPT-Neo
         window = getattr(hf_cfg, "window_size", None)
     soft_cap = getattr(hf, "attn_logit_softcapping", None)
