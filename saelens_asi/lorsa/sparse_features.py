@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, scaled_dot_product_attention
 
-# Pre-activations made at a time, where half of all heads are more than that.
+# Features are treated in at least so many pieces, so that their pre-activations never exist all at once.
+_PIECES = 4
+
+# Pre-activations made at a time, where a quarter of all are more than that.
 _MAX_CHUNK_VALUES = 2**24
 
 
@@ -149,9 +152,11 @@ class _SelectFeatures(torch.autograd.Function):
         by_feature = features.argsort()
         rows = _rows(offsets, values.shape[0])[by_feature]
         features, grad = features[by_feature], grad[by_feature]
-        bounds = torch.searchsorted(features, torch.arange(0, W_V.shape[0] + 1, group, device=q.device)).tolist()
-        for head in range(n_qk):
-            entries = slice(bounds[head], bounds[head + 1])
+        pieces = _pieces(n_qk, group)
+        starts = torch.tensor([start for _, start, _ in pieces] + [W_V.shape[0]], device=q.device)
+        bounds = torch.searchsorted(features, starts).tolist()
+        for i_piece, (head, _, _) in enumerate(pieces):
+            entries = slice(bounds[i_piece], bounds[i_piece + 1])
             active, columns = torch.unique_consecutive(features[entries], return_inverse=True)
             if active.numel() == 0:
                 continue
@@ -178,23 +183,37 @@ class _SelectFeatures(torch.autograd.Function):
         return (*out, *weights, None, None)
 
 
+def _pieces(n_qk: int, group: int) -> list[tuple[int, int, int]]:
+    """(QK head, first feature, end) of pieces that hold at most a quarter of all features, and one head each.
+
+    A piece takes four times its size (values, pre-activations, a copy in row order, the piece before; backward, values,
+    pre-activations and the gradients of both), which together is then no more than all pre-activations once.
+    """
+    width = min(group, -(-n_qk * group // _PIECES))
+    return [
+        (head, head * group + start, head * group + min(start + width, group))
+        for head in range(n_qk)
+        for start in range(0, group, width)
+    ]
+
+
 def _pre_activations(
     q: Tensor, k: Tensor, x: Tensor, W_V: Tensor, b_V: Tensor, scores: Scores
 ) -> Iterator[tuple[int, Tensor]]:
-    """Index of the first feature and (rows, features) pre-activations, for a few QK heads at a time.
-
-    At most half of the heads, so that a chunk's values and pre-activations together are no more than all of one.
-    """
+    """Index of the first feature and (rows, features) pre-activations, piece by piece or a few heads at a time."""
     batch, n_qk, n_queries, _ = q.shape
     group = W_V.shape[0] // n_qk
-    fitting = _MAX_CHUNK_VALUES // (batch * x.shape[1] * group)
-    step = max(1, min(fitting, n_qk // 2))
-    for head in range(0, n_qk, step):
-        heads = slice(head, min(head + step, n_qk))
-        features = slice(head * group, heads.stop * group)
-        v = linear(x, W_V[features], b_V[features]).unflatten(-1, (-1, group)).transpose(1, 2)
+    heads_at_once = min(_MAX_CHUNK_VALUES // (batch * x.shape[1] * group), n_qk // _PIECES)
+    if heads_at_once > 1:
+        firsts = range(0, n_qk, heads_at_once)
+        chunks = [(slice(i, i + heads_at_once), i * group, min(i + heads_at_once, n_qk) * group) for i in firsts]
+    else:
+        chunks = [(slice(head, head + 1), start, stop) for head, start, stop in _pieces(n_qk, group)]
+    for heads, start, stop in chunks:
+        v = linear(x, W_V[start:stop], b_V[start:stop])
+        v = v.unflatten(-1, (q[:, heads].shape[1], -1)).transpose(1, 2)
         z = scores.attend(q[:, heads], k[:, heads], v)
-        yield features.start, z.transpose(1, 2).reshape(batch * n_queries, -1)
+        yield start, z.transpose(1, 2).reshape(batch * n_queries, -1)
 
 
 def _top_of_each_row(chunks: Iterator[tuple[int, Tensor]], selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
