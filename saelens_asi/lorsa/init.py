@@ -35,8 +35,8 @@ class LorsaInit:
         d_init: dimension of the subspace, as in ``ActiveSubspaceInit``.
         norm: ``"least_squares"``: scale with the lowest initial error in closed form (tied methods: ``"per_head"``);
             ``"matched"``: the output starts with the energy of attn_out; or the norm of rows of W_V and W_O.
-        center: ``"mean"``: b_D at the mean of attn_out, and b_V such that pre-activations have mean zero; or
-            ``"zeros"``.
+        center: ``"mean"``: b_D at the mean of attn_out, and what each head reads is taken relative to its mean, so that
+            pre-activations have mean zero; or ``"zeros"``.
         n_tokens: positions read for the estimate, or ``"auto"``: 32 for each dimension of d_model. They are streamed.
         balance: of ``"per_head"``: W_V of head h is divided by the strength of its output (root of its variance) to
             this power, and W_O multiplied by it. At 0 features of weak heads are rarely among the top k; at 1 all heads
@@ -143,8 +143,8 @@ def initialize_lorsa_(
     else:
         d_init = [_random_features_(lorsa, spectrum, settings, generator)]
     if settings.center == "mean":
-        read = estimate.mean_read.repeat_interleave(lorsa.cfg.n_ov_heads // target.n_heads, dim=0)
-        lorsa.b_V.copy_(-(lorsa.W_V.double() * read).sum(dim=1))
+        lorsa.mean_read.copy_(estimate.mean_read.repeat_interleave(lorsa.cfg.n_qk_heads // target.n_heads, dim=0))
+        lorsa.b_V.zero_()
         lorsa.b_D.copy_(estimate.output.mean)
     norm = _scale_(lorsa, estimate.sample, settings.norm)
     done = LorsaInitialization(

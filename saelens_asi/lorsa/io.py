@@ -120,7 +120,7 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
     if not theirs.get("use_decoder_bias", True):
         tensors["b_D"] = torch.zeros(lorsa.cfg.d_model)
     _fold(tensors, theirs, norms)
-    tensors["threshold"] = torch.zeros(())
+    tensors |= {name: buffer for name, buffer in lorsa.named_buffers() if name in ("mean_read", "threshold")}
     _check_shapes(lorsa, tensors, folder / _THEIR_WEIGHTS)
     lorsa.load_state_dict(tensors)
     lorsa.provenance = {"imported_from": "llamascopium", "config": theirs}

@@ -31,11 +31,14 @@ class Lorsa(nn.Module):
         W_V, W_O: (n_ov_heads, d_model), one row a feature; b_V: (n_ov_heads,).
         b_D: (d_model,).
         q_norm, k_norm: (n_qk_heads, d_qk) scales of the QK-norm, where the config has one.
+        mean_read: (n_qk_heads, d_model), subtracted from what each head reads, as a fixed part of b_V: weights of
+            values then move without moving their mean. Zero unless an initialization sets it.
         threshold: () of batch-TopK, for evaluation.
         current_k: features active at a position; training may start it higher than the config's k.
         provenance: where the weights come from; saved with them.
     """
 
+    mean_read: Tensor
     threshold: Tensor
     cos: Tensor
     sin: Tensor
@@ -62,6 +65,7 @@ class Lorsa(nn.Module):
         if cfg.qk_norm:
             self.q_norm = nn.Parameter(torch.ones(cfg.n_qk_heads, cfg.d_qk))
             self.k_norm = nn.Parameter(torch.ones(cfg.n_qk_heads, cfg.d_qk))
+        self.register_buffer("mean_read", torch.zeros(cfg.n_qk_heads, cfg.d_model))
         self.register_buffer("threshold", torch.zeros(()))
         if cfg.rotary is not None:
             cos, sin = rotary_table(cfg.rotary, cfg.n_ctx)
@@ -146,7 +150,7 @@ class Lorsa(nn.Module):
         scores = self.scores(q.shape[2], k.shape[2], allowed)
         if any(self._hooks[name] for name in HOOKS[2:]):
             return self._encode_with_hooks(q, k, x, scores)
-        return self._track(select_features(q, k, x, self.W_V, self.b_V, scores, self._selection()))
+        return self._track(select_features(q, k, x, self.W_V, self.value_bias(), scores, self._selection()))
 
     def queries_and_keys(self, x: Tensor, n_new: int | None = None) -> tuple[Tensor, Tensor]:
         """(batch, n_qk_heads, n_new, d_qk) queries and (batch, n_qk_heads, n_positions, d_qk) keys, rotated."""
@@ -205,8 +209,15 @@ class Lorsa(nn.Module):
 
     def values(self, x: Tensor) -> Tensor:
         """(batch, n_qk_heads, n_positions, group_size) value of every feature at every position."""
-        v = nn.functional.linear(x, self.W_V, self.b_V)
+        v = nn.functional.linear(x, self.W_V, self.value_bias())
         return v.unflatten(-1, (self.cfg.n_qk_heads, self.cfg.group_size)).transpose(1, 2)
+
+    def value_bias(self) -> Tensor:
+        """(n_ov_heads,) what is added to the values: b_V less the values of ``mean_read``."""
+        if not bool(self.mean_read.any()):
+            return self.b_V
+        read = torch.bmm(self.W_V.unflatten(0, (self.cfg.n_qk_heads, -1)), self.mean_read[:, :, None])
+        return self.b_V - read.flatten()
 
     def activate(self, pre: Tensor) -> Tensor:
         """Dense features (..., n_ov_heads) from dense pre-activations: what ``encode`` does, written out."""

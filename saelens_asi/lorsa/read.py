@@ -41,7 +41,7 @@ class FeatureReading:
         pre_activation: the sum of ``contributions``.
         contributions: (position + 1,) pattern times value of each source position.
         pattern: (position + 1,) attention of the feature's QK head.
-        values: (position + 1,) w_v . x + b_v of the feature.
+        values: (position + 1,) w_v . x plus its bias.
         head: index of the QK head.
         query: (d_qk,) of the position, rotated.
         keys: (position + 1, d_qk) of the source positions, rotated.
@@ -118,7 +118,7 @@ def read_feature(lorsa: Lorsa, data: Sequences, feature: int, sequence: int, pos
     scores = (k[0, head] @ q[0, head, 0]) / rule.scale
     if rule.soft_cap is not None:
         scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
-    values = x[0] @ lorsa.W_V[feature] + lorsa.b_V[feature]
+    values = x[0] @ lorsa.W_V[feature] + lorsa.value_bias()[feature]
     encoded = lorsa.encode(x, n_new=1)
     activation = float(encoded.values[encoded.features == feature].sum())
     return FeatureReading(
