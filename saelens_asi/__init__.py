@@ -5,6 +5,7 @@ Importing this package adds two fields to SAELens's training configs: ``initiali
 
 from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.initialize import Initialization, initialize_
+from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
 from saelens_asi.moments import RunningMoments
 from saelens_asi.plugin import register
 from saelens_asi.provenance import package_version
@@ -14,11 +15,17 @@ from saelens_asi.spectrum import Spectrum
 __all__ = [
     "ActiveSubspaceInit",
     "Initialization",
+    "Lorsa",
+    "LorsaConfig",
+    "LorsaInit",
+    "LorsaTraining",
     "RunningMoments",
     "SparseAdam",
     "Spectrum",
     "initialize_",
+    "initialize_lorsa_",
     "register",
+    "train_lorsa",
 ]
 
 __version__ = package_version()

@@ -1,4 +1,4 @@
-"""The layer's own rank-one components, as a Lorsa, are the layer: positions, heads, scale, norms and masks are right."""
+"""The layer's own rank-one components, as a Lorsa, are the layer: positions, heads, scale, norms, masks are right."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def test_exact_for_bridges(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["attn_scale", "window", "soft_cap", "rotary"])
-def test_the_comparison_notices_a_setting_that_was_read_wrongly(
-    setting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_notices_a_setting_that_was_read_wrongly(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = {"window": "window", "soft_cap": "soft cap"}.get(setting, "rotary")
     model = tiny_attention.hooked(variant)
     target = read_attention(model, 1)

@@ -77,7 +77,10 @@ def test_token_windows_start_with_bos_and_lose_nothing() -> None:
     rows = [{"text": "w3 w4 w5"}, {"text": "w6 w7"}, {"text": "w8 w9 w10"}]
     windows = token_windows(rows, tiny.tokenizer(), 5)
     assert windows.tolist() == [[0, 3, 4, 5, 6], [0, 7, 8, 9, 10]]
-    assert token_windows([{"tokens": list(range(3, 9))}], tiny.tokenizer(), 4, 2).tolist() == [[0, 3, 4, 5], [0, 6, 7, 8]]
+    assert token_windows([{"tokens": list(range(3, 9))}], tiny.tokenizer(), 4, 2).tolist() == [
+        [0, 3, 4, 5],
+        [0, 6, 7, 8],
+    ]
     with pytest.raises(ValueError, match="gives 2 windows of 5 positions, fewer than 3"):
         token_windows(rows, tiny.tokenizer(), 5, 3)
     with pytest.raises(ValueError, match="column 'text'"):
@@ -107,7 +110,9 @@ def test_per_head_features_read_the_projection_of_their_heads_output(model: Any,
         torch.testing.assert_close(
             pre[..., rows], projected * ratio.median(), rtol=1e-2, atol=1e-3 * float(pre[..., rows].abs().max())
         )
-    torch.testing.assert_close(pre[:, 1:].mean(dim=(0, 1)), torch.zeros(N_OV), rtol=0, atol=1e-3 * float(pre.abs().max()))
+    torch.testing.assert_close(
+        pre[:, 1:].mean(dim=(0, 1)), torch.zeros(N_OV), rtol=0, atol=1e-3 * float(pre.abs().max())
+    )
     torch.testing.assert_close(lorsa.b_D.detach(), y[:, 1:].mean(dim=(0, 1)), rtol=1e-4, atol=1e-5)
 
 
@@ -168,7 +173,8 @@ def test_training_lowers_the_error_and_writes_its_history(
     loaded = load_lorsa(tmp_path)
     torch.testing.assert_close(loaded(data.x), lorsa(data.x), rtol=0, atol=0)
     assert loaded.provenance == json.loads(json.dumps(lorsa.provenance))
-    assert loaded.provenance["model"] and loaded.provenance["training"]["steps"] == 60
+    assert loaded.provenance["layer"] == LAYER
+    assert loaded.provenance["training"]["steps"] == 60
 
 
 def test_sparse_adam_leaves_silent_features_alone(model: Any, data: CachedSequences) -> None:
@@ -246,7 +252,9 @@ def test_readings_add_up(model: Any, data: CachedSequences) -> None:
     assert reading.context.activation == pytest.approx(best.activation, rel=1e-4)
     assert float(reading.contributions.sum()) == pytest.approx(best.activation, rel=1e-4)
     assert float(reading.pattern.sum()) == pytest.approx(1, rel=1e-5)
-    torch.testing.assert_close((reading.keys @ reading.query / 8**0.5).softmax(0), reading.pattern, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        (reading.keys @ reading.query / 8**0.5).softmax(0), reading.pattern, rtol=1e-4, atol=1e-6
+    )
     assert reading.contributions.shape == (best.position + 1,)
     words = words_of(data.tokens[best.sequence], tiny.tokenizer().decode)
     figure = plot_reading(reading, words)

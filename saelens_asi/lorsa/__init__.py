@@ -1,5 +1,6 @@
 """Low-rank sparse attention (Lorsa, arXiv 2504.20938): train it with ASI, put it into the model, read its features."""
 
+from saelens_asi.lorsa.activations import attention_activations
 from saelens_asi.lorsa.attach import attached, lorsa_loss_recovered, replaced
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
 from saelens_asi.lorsa.evaluation import LorsaMetrics, lorsa_metrics
@@ -8,7 +9,7 @@ from saelens_asi.lorsa.io import import_llamascopium, load_lorsa, save_lorsa
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.read import FeatureContext, FeatureReading, plot_reading, read_feature, top_contexts
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, batches, token_windows
-from saelens_asi.lorsa.target import AttentionTarget, attention_activations, read_attention
+from saelens_asi.lorsa.target import AttentionTarget, read_attention
 from saelens_asi.lorsa.training import LorsaTraining, read_history, train_lorsa
 
 __all__ = [

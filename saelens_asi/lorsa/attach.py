@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
+from saelens_asi.lorsa.activations import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.lorsa.target import attention_module, is_bridge
 from saelens_asi.metrics import LossRecovered
 
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
@@ -94,7 +94,7 @@ def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
 
 
 class _Past:
-    """Inputs of the positions that a key-value cache holds: a Lorsa has no keys and values of the layer to go on from."""
+    """Inputs of the positions that a key-value cache holds: a Lorsa cannot go on from the layer's keys and values."""
 
     def __init__(self) -> None:
         self._inputs: dict[int, tuple[Any, Tensor]] = {}
@@ -125,7 +125,7 @@ def _cached_positions(cache: Any, module: Any) -> int:
 
 
 def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None:
-    """Bool, broadcastable to (batch, 1, n_new, n_positions), from the model's attention mask; None where it adds none."""
+    """Bool, broadcastable to (batch, 1, n_new, n_positions), from the model's attention mask; None for none."""
     if mask is None:
         return None
     if mask.is_floating_point():
@@ -137,9 +137,7 @@ def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None
 
 
 @torch.no_grad()
-def lorsa_loss_recovered(
-    model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8
-) -> LossRecovered:
+def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8) -> LossRecovered:
     """What putting the Lorsa in does to the model's next-token predictions.
 
     The skipped positions keep the layer's own output, also in the zero ablation.

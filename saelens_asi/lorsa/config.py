@@ -114,8 +114,8 @@ class LorsaConfig:
         if self.n_ov_heads % self.n_qk_heads:
             below = self.n_ov_heads // self.n_qk_heads * self.n_qk_heads
             raise ValueError(
-                f"n_ov_heads={self.n_ov_heads} must be divisible by n_qk_heads={self.n_qk_heads}, since equal groups of "
-                f"features share a pattern: give {below or self.n_qk_heads} or {below + self.n_qk_heads}"
+                f"n_ov_heads={self.n_ov_heads} must be divisible by n_qk_heads={self.n_qk_heads}, since equal groups "
+                f"of features share a pattern: give {below or self.n_qk_heads} or {below + self.n_qk_heads}"
             )
         if self.k > self.n_ov_heads:
             raise ValueError(f"k={self.k} exceeds n_ov_heads={self.n_ov_heads}: give a lower k, or more features")

@@ -38,9 +38,9 @@ class LorsaInit:
         center: ``"mean"``: b_D at the mean of attn_out, and what each head reads is taken relative to its mean, so that
             pre-activations have mean zero; or ``"zeros"``.
         n_tokens: positions read for the estimate, or ``"auto"``: 32 for each dimension of d_model. They are streamed.
-        balance: of ``"per_head"``: W_V of head h is divided by the strength of its output (root of its variance) to
-            this power, and W_O multiplied by it. At 0 features of weak heads are rarely among the top k; at 1 all heads
-            are selected alike.
+        balance: of ``"per_head"``: a feature's row of W_V is divided by the standard deviation of its pre-activation
+            to this power, and its row of W_O multiplied by it. At 0 features of weak heads and weak directions are
+            rarely among the top k; at 1 all pre-activations have one variance, and all features start alive.
         seed: of the directions, which have a generator of their own.
     """
 
@@ -197,7 +197,7 @@ def _tie_through_heads_(
 ) -> list[int]:
     """Features of each head: directions in the active subspace of its output o_h = z_h W_O^h, read back through it."""
     n_features = lorsa.cfg.n_ov_heads // target.n_heads
-    dims, strengths = [], []
+    dims = []
     for head, moments in enumerate(estimate.heads):
         W_O = target.W_O[head].to(moments.mean)
         own = Spectrum(moments.mean @ W_O, W_O.T @ moments.covariance() @ W_O, moments.n_tokens)
@@ -208,11 +208,12 @@ def _tie_through_heads_(
         lorsa.W_V[rows].copy_((target.W_V[head] @ through).T)
         lorsa.b_V[rows].copy_(target.b_V[head] @ through)
         dims.append(own.d if basis is None else basis.shape[1])
-        strengths.append(own.total_variance**0.5)
-    factor = torch.tensor(strengths).pow(settings.balance).repeat_interleave(n_features).to(lorsa.W_V)
-    lorsa.W_V.div_(factor[:, None])
-    lorsa.b_V.div_(factor)
-    lorsa.W_O.mul_(factor[:, None])
+        directions = lorsa.W_O[rows].to(own.covariance)
+        deviation = ((directions @ own.covariance) * directions).sum(dim=1).sqrt()
+        factor = deviation.clamp_min(1e-6 * deviation.max()).pow(settings.balance).to(lorsa.W_V)
+        lorsa.W_V[rows] /= factor[:, None]
+        lorsa.b_V[rows] /= factor
+        lorsa.W_O[rows] *= factor[:, None]
     return dims
 
 

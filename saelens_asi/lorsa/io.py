@@ -186,7 +186,7 @@ def _convert_config(theirs: dict[str, Any], tensors: dict[str, Tensor], folder: 
 def _fold(tensors: dict[str, Tensor], theirs: dict[str, Any], norms: dict[str, float]) -> None:
     """Put activation norms and the selection by decoder norm into the weights."""
     if theirs.get("norm_activation", "dataset-wise") == "dataset-wise":
-        hooks = [theirs.get("hook_point_in"), theirs.get("hook_point_out")]
+        hooks = [str(theirs.get("hook_point_in")), str(theirs.get("hook_point_out"))]
         missing = [hook for hook in hooks if not norms.get(hook, 0.0) > 0]
         if missing:
             raise ValueError(

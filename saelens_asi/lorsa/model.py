@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saelens_asi.lorsa.activations import attention_activations
 from saelens_asi.lorsa.config import LorsaConfig
 from saelens_asi.lorsa.positions import rotary_table, rotate
 from saelens_asi.lorsa.sparse_features import Scores, Selection, SparseFeatures, decode, select_features
-from saelens_asi.lorsa.target import AttentionTarget, attention_activations, read_attention
+from saelens_asi.lorsa.target import AttentionTarget, read_attention
 
 HOOKS = ("q", "k", "pattern", "pre_activations", "features")
 
@@ -156,7 +157,9 @@ class Lorsa(nn.Module):
         """(batch, n_qk_heads, n_new, d_qk) queries and (batch, n_qk_heads, n_positions, d_qk) keys, rotated."""
         n_positions = x.shape[1]
         if x.ndim != 3 or x.shape[-1] != self.cfg.d_model:
-            raise ValueError(f"input of shape {tuple(x.shape)} must be (batch, n_positions, d_model={self.cfg.d_model})")
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} must be (batch, n_positions, d_model={self.cfg.d_model})"
+            )
         if n_positions > self.cfg.n_ctx:
             raise ValueError(
                 f"a context of {n_positions} positions exceeds n_ctx={self.cfg.n_ctx} of this Lorsa: give shorter "

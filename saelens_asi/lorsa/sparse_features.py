@@ -169,9 +169,9 @@ class _SelectFeatures(torch.autograd.Function):
                 )
             wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(z, wanted, grad_z.view_as(z)))
-            for i in range(3):
-                if out[i] is not None:
-                    (out[i] if i == 2 else out[i][:, head]).add_(next(found))
+            for i, total in enumerate(out):
+                if total is not None:
+                    (total if i == 2 else total[:, head]).add_(next(found))
             if ctx.needs_input_grad[3]:
                 grad_W[active] = next(found)
             if ctx.needs_input_grad[4]:

@@ -240,9 +240,7 @@ def _checkpoint(
     (folder / "state.json").write_text(json.dumps(state, indent=2))  # last: marks the checkpoint as finished
 
 
-def _restore(
-    folder: Path, lorsa: Lorsa, optimizer: SparseAdam, settings: LorsaTraining
-) -> tuple[int, Tensor]:
+def _restore(folder: Path, lorsa: Lorsa, optimizer: SparseAdam, settings: LorsaTraining) -> tuple[int, Tensor]:
     state = json.loads((folder / "state.json").read_text())
     now = json.loads(json.dumps(asdict(settings)))
     changed = [key for key in now if now[key] != state["settings"].get(key) and key not in ("log_every",)]
