@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: install test demo ablation format clean
+.PHONY: install test demo ablation lorsa format clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,11 @@ demo: install
 ablation: install
 	for grid in factors d_init bias n_tokens; do $(BIN)/python -m tests.benchmarks.ablation $$grid || exit 1; done
 	$(BIN)/python -m tests.benchmarks.ablation_report
+
+lorsa: install
+	$(BIN)/python -m tests.benchmarks.lorsa cells
+	$(BIN)/python -m tests.benchmarks.lorsa step
+	$(BIN)/python -m tests.benchmarks.lorsa report
 
 format: install
 	$(BIN)/ruff check --fix .

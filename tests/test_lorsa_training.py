@@ -144,6 +144,25 @@ def test_least_squares_norm_has_the_lowest_initial_error(model: Any, data: Cache
     assert float(energy) == pytest.approx(1, rel=1e-4)
 
 
+def test_value_share_moves_scale_from_w_o_to_w_v_at_the_same_output(model: Any, data: CachedSequences) -> None:
+    even, shared = made(model, data), made(model, data, value_share=9.0)
+    torch.testing.assert_close(shared(data.x), even(data.x), rtol=1e-4, atol=1e-5)
+    rms = [[float(w.detach().norm()) for w in (lorsa.W_V, lorsa.W_O)] for lorsa in (even, shared)]
+    assert rms[0][0] == pytest.approx(rms[0][1])
+    assert rms[1][0] == pytest.approx(9 * rms[1][1])
+
+
+def test_balance_evens_out_the_pre_activations(model: Any, data: CachedSequences) -> None:
+    spread = []
+    for balance in (0.0, 1.0):
+        lorsa = made(model, data, balance=balance)
+        with torch.no_grad():
+            pattern = lorsa.scores(data.n_positions, data.n_positions).pattern(*lorsa.queries_and_keys(data.x))
+            deviation = lorsa.pre_activations(pattern, data.x)[:, 1:].flatten(0, 1).std(dim=0)
+        spread.append(float(deviation.std() / deviation.mean()))
+    assert spread[1] < 1e-3 < 0.2 < spread[0]
+
+
 def test_initialization_is_recorded_and_done_once(model: Any, data: CachedSequences) -> None:
     lorsa = made(model, data)
     record = lorsa.provenance["initialization"]
@@ -393,6 +412,7 @@ def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], reason: str
         ({"center": "median"}, "center='median'"),
         ({"d_init": 0}, "d_init=0"),
         ({"balance": 2.0}, "balance=2.0"),
+        ({"value_share": 0.0}, "value_share=0.0"),
     ],
 )
 def test_an_initialization_that_cannot_be_is_refused(settings: dict[str, Any], reason: str) -> None:

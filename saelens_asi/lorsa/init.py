@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class LorsaInit:
         balance: of ``"per_head"``: a feature's row of W_V is divided by the standard deviation of its pre-activation
             to this power, and its row of W_O multiplied by it. At 0 features of weak heads and weak directions are
             rarely among the top k; at 1 all pre-activations have one variance, and all features start alive.
+        value_share: rows of W_V are this many times as long as rows of W_O, at the same output. Adam moves both by the
+            same amounts, so the higher, the less pre-activations move in training, compared with what is written.
         seed: of the directions, which have a generator of their own.
     """
 
@@ -50,6 +53,7 @@ class LorsaInit:
     center: Literal["mean", "zeros"] = "mean"
     n_tokens: int | Literal["auto"] = "auto"
     balance: float = 0.5
+    value_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class LorsaInit:
                 )
         if not 0 <= self.balance <= 1:
             raise ValueError(f"balance={self.balance} must lie in [0, 1]")
+        if not 0 < self.value_share < math.inf:
+            raise ValueError(f"value_share={self.value_share} must be a positive number")
         self.subspace()  # checks the settings that both have
 
     def subspace(self) -> ActiveSubspaceInit:
@@ -93,7 +99,7 @@ class LorsaInitialization:
     Attributes:
         d_init: dimension of the subspace; for ``"per_head"`` one for each original head.
         n_tokens: positions that were read.
-        norm: root mean square norm of the rows of W_V, and of those of W_O.
+        norm: geometric mean of the rows' norms (root mean square) of W_V and of W_O.
         initial_nmse: E|y - y_hat|^2 / E|y - E y|^2 on the sample.
     """
 
@@ -146,7 +152,7 @@ def initialize_lorsa_(
         lorsa.mean_read.copy_(estimate.mean_read.repeat_interleave(lorsa.cfg.n_qk_heads // target.n_heads, dim=0))
         lorsa.b_V.zero_()
         lorsa.b_D.copy_(estimate.output.mean)
-    norm = _scale_(lorsa, estimate.sample, settings.norm)
+    norm = _scale_(lorsa, estimate.sample, settings.norm, settings.value_share)
     done = LorsaInitialization(
         d_init=d_init,
         n_tokens=estimate.output.n_tokens,
@@ -217,8 +223,8 @@ def _tie_through_heads_(
     return dims
 
 
-def _scale_(lorsa: Lorsa, sample: list[tuple[Tensor, Tensor]], norm: float | str) -> float:
-    """Scale the output to the wanted norm, then share it evenly between W_V and W_O; returns their rows' norm."""
+def _scale_(lorsa: Lorsa, sample: list[tuple[Tensor, Tensor]], norm: float | str, value_share: float) -> float:
+    """Scale the output to the wanted norm, shared between W_V and W_O; returns the geometric mean of their norms."""
     scale = norm**2 if not isinstance(norm, str) else 1.0
     if isinstance(norm, str):
         dot, square, energy = 0.0, 0.0, 0.0
@@ -232,9 +238,9 @@ def _scale_(lorsa: Lorsa, sample: list[tuple[Tensor, Tensor]], norm: float | str
         scale = dot / square if norm == "least_squares" else (energy / square) ** 0.5
     rms = [float(weight.double().square().sum(dim=1).mean().sqrt()) for weight in (lorsa.W_V, lorsa.W_O)]
     each = (scale * rms[0] * rms[1]) ** 0.5
-    lorsa.W_V.mul_(each / rms[0])
-    lorsa.b_V.mul_(each / rms[0])
-    lorsa.W_O.mul_(each / rms[1])
+    lorsa.W_V.mul_(each * value_share**0.5 / rms[0])
+    lorsa.b_V.mul_(each * value_share**0.5 / rms[0])
+    lorsa.W_O.mul_(each / value_share**0.5 / rms[1])
     return each
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.lorsa cells       # one line a cell in results/lorsa.jsonl; goes on where it stopped
     python -m tests.benchmarks.lorsa step        # the training step against its floor
-    python -m tests.benchmarks.lorsa report      # results/lorsa.md from the two
+    python -m tests.benchmarks.lorsa report      # the table in results/lorsa.md from the two
 
 All cells read the same cached activations of SmolLM2-135M's layer 15 on the World English Bible, in the same order, and
 are evaluated on the same held-out tokens. ``--seconds`` ends a call after the cell in which they are over.
@@ -41,20 +41,23 @@ CONTEXT = 128
 N_TRAIN, N_HELD_OUT = 1920, 240
 RESULTS = Path(__file__).parent / "results"
 
+_TABLE = ("<!-- table -->", "<!-- end of the table -->")
+
 Cell = dict[str, Any]
 BASE: Cell = {
     "method": "per_head",
     "norm": "least_squares",
     "center": "mean",
-    "d_init": "auto",
+    "d_init": 64,
     "balance": 0.5,
+    "value_share": 1.0,
     "optimizer": "sparse_adam",
     "train_qk": True,
-    "n_ov_heads": 9216,
+    "n_ov_heads": 4608,
     "k": 64,
     "steps": 240,
     "batch_size": 8,
-    "lr": 1e-3,
+    "lr": 2e-3,
     "seed": 0,
 }
 STARTS: dict[str, Cell] = {
@@ -62,8 +65,12 @@ STARTS: dict[str, Cell] = {
     "ASI on W_O (the paper's)": {"method": "active", "norm": "matched", "center": "zeros"},
     "random, centred": {"method": "random", "norm": "matched", "center": "mean"},
     "ASI on W_O, centred": {"method": "active", "norm": "matched", "center": "mean"},
-    "tied per head": {"method": "per_head", "norm": "least_squares", "center": "mean"},
+    "tied per head": {},
+    "tied per head, values 32 times as long": {"value_share": 32.0},
 }
+
+
+VANILLA = "random (vanilla)"
 
 
 def cells() -> list[Cell]:
@@ -97,7 +104,7 @@ def run_cell(
     cell: Cell, target: AttentionTarget, training: CachedSequences, held_out: CachedSequences
 ) -> dict[str, Any]:
     lorsa = make(cell, target)
-    names = ("method", "norm", "center", "d_init", "balance", "seed")
+    names = ("method", "norm", "center", "d_init", "balance", "value_share", "seed")
     done = initialize_lorsa_(lorsa, target, batches(training, 8), LorsaInit(**{name: cell[name] for name in names}))
     start = time.perf_counter()
     train_lorsa(lorsa, training, training_settings(cell), progress=False)
@@ -170,17 +177,26 @@ def _floor(lorsa: Lorsa, x: Tensor, timed: Any) -> None:
 
 
 def report(folder: Path) -> str:
+    """Markdown tables of the cells, and of a training step."""
     rows = [json.loads(line) for line in (folder / "lorsa.jsonl").read_text().splitlines()]
+    vanilla = next(row for row in rows if row["name"] == VANILLA and row["optimizer"] == "adam")
     lines = [
-        "| start | optimizer | dead | normalized MSE | at the start | seconds |",
-        "|---|---|---:|---:|---:|---:|",
+        "| start | optimizer | dead | of vanilla | normalized MSE | of vanilla | at the start | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        name = row["name"] + ("" if row["seed"] == 0 else f", seed {row['seed']}")
         lines.append(
-            f"| {name} | {row['optimizer']} | {row['dead_fraction']:.2%} | {row['nmse']:.4f} | "
-            f"{row['initial_nmse']:.3f} | {row['seconds']:.0f} |"
+            f"| {row['name']} | {row['optimizer']} | {row['dead_fraction']:.2%} | "
+            f"{row['dead_fraction'] / vanilla['dead_fraction']:.2f} | {row['nmse']:.4f} | "
+            f"{row['nmse'] / vanilla['nmse']:.2f} | {row['initial_nmse']:.3f} | {row['seconds']:.0f} |"
         )
+    if (folder / "lorsa_step.json").exists():
+        step = json.loads((folder / "lorsa_step.json").read_text())
+        floor = sum(value for name, value in step.items() if name.startswith("floor"))
+        ours = sum(step[name] for name in ("forward", "backward", "optimizer"))
+        lines += ["", "| part of a step (1,024 positions) | milliseconds |", "|---|---:|"]
+        lines += [f"| {name} | {value:.0f} |" for name, value in step.items()]
+        lines += [f"| sum of the floor | {floor:.0f} |", f"| the step over its floor | {ours / floor:.2f} |"]
     return "\n".join(lines)
 
 
@@ -192,7 +208,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "report":
-        print(report(args.out))
+        page = args.out / "lorsa.md"
+        before, _, rest = page.read_text().partition(_TABLE[0])
+        page.write_text(before + _TABLE[0] + "\n" + report(args.out) + "\n" + _TABLE[1] + rest.partition(_TABLE[1])[2])
         return
     target, training, held_out = sequences()
     if args.what == "step":
