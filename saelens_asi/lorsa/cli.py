@@ -32,6 +32,7 @@ def train(args: argparse.Namespace) -> None:
         k=args.k,
         n_qk_heads=args.n_qk_heads,
         activation=args.activation,
+        skip_positions=args.skip_positions,
         n_ctx=context if args.n_ctx is None else args.n_ctx,
     )
     settings = LorsaTraining(**_given(args, LorsaTraining, ""))
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--k", type=int, default=64, help="features active at a position")
     training.add_argument("--n-qk-heads", type=int, help="a multiple of the layer's query heads")
     training.add_argument("--activation", default="topk", help="topk or batch_topk")
+    training.add_argument("--skip-positions", type=int, default=1, help="first positions to read but not reconstruct")
     training.add_argument("--n-ctx", type=int, help="longest context of the Lorsa; --context-size by default")
     training.add_argument("--n-sequences", type=int, default=1024, help="windows of training text")
     training.add_argument("--cache", action="store_true", help="run the model once and hold its activations in memory")

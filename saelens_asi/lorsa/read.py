@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from saelens_asi.lorsa.evaluation import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
-from saelens_asi.plots import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ def plot_reading(reading: FeatureReading, words: Sequence[str], n_shown: int = 4
         words: one string for each source position.
         n_shown: only the last so many positions before the one that is read.
     """
+    from matplotlib.figure import Figure
+
+    from saelens_asi.plots import COLORS
+
     n_positions = len(reading.contributions)
     if len(words) < n_positions:
         raise ValueError(f"{len(words)} words for {n_positions} source positions: give one for each")

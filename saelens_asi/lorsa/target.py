@@ -16,7 +16,7 @@ _NOT_LORSA = "which Lorsa does not reproduce: choose another layer or model"
 
 @dataclass(frozen=True)
 class AttentionTarget:
-    """Weights and settings of one attention layer; keys and values are repeated to one for each query head.
+    """Float32 weights and settings of one attention layer; keys and values are repeated to one for each query head.
 
     Attributes:
         W_Q, W_K, W_V: (n_heads, d_model, d_head).
@@ -71,7 +71,7 @@ def read_attention(model: Any, layer: int) -> AttentionTarget:
     if getattr(cfg, "attention_dir", "causal") != "causal":
         raise ValueError(f"layer {layer} attends in both directions, {_NOT_LORSA}")
     try:
-        W_Q, W_K, W_V, W_O = (getattr(attention, name).detach() for name in ("W_Q", "W_K", "W_V", "W_O"))
+        W_Q, W_K, W_V, W_O = (getattr(attention, name).detach().float() for name in ("W_Q", "W_K", "W_V", "W_O"))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"layer {layer} has no separate query, key, value and output weights, {_NOT_LORSA}") from error
     if W_Q.ndim != 3:
@@ -111,7 +111,7 @@ def _bias(attention: Any, name: str) -> Tensor | None:
         bias = getattr(attention, name)
     except AttributeError:  # a bridge raises where its linear layer has none
         return None
-    return None if bias is None else bias.detach()
+    return None if bias is None else bias.detach().float()
 
 
 def _refuse(layer: int | None, found: dict[str, Any]) -> None:
@@ -239,5 +239,5 @@ def _with_qk_norm(
     scales = []
     for module in (attention.q_norm, attention.k_norm):
         module = getattr(module, "original_component", module)
-        scales.append((module(ones) * (1 + float(eps)) ** 0.5).flatten().detach())
+        scales.append((module(ones) * (1 + float(eps)) ** 0.5).flatten().detach().float())
     return settings, scales[0], scales[1]

@@ -60,16 +60,18 @@ BASE: Cell = {
     "lr": 2e-3,
     "seed": 0,
 }
+_UNTIED: Cell = {"d_init": "auto", "norm": 1.0, "center": "zeros"}
 STARTS: dict[str, Cell] = {
-    "random (vanilla)": {"method": "random", "norm": "matched", "center": "zeros"},
-    "ASI on W_O (the paper's)": {"method": "active", "norm": "matched", "center": "zeros"},
-    "random, centred": {"method": "random", "norm": "matched", "center": "mean"},
-    "ASI on W_O, centred": {"method": "active", "norm": "matched", "center": "mean"},
+    "random (vanilla)": {**_UNTIED, "method": "random"},
+    "ASI on W_O (the paper's)": {**_UNTIED, "method": "active"},
     "tied per head": {},
     "tied per head, values 32 times as long": {"value_share": 32.0},
+    "tied per head, values 8 times as long": {"value_share": 8.0},
+    "ASI on W_O, centred": {**_UNTIED, "method": "active", "center": "mean"},
+    "random, centred": {**_UNTIED, "method": "random", "center": "mean"},
+    "random, norm 0.5": {**_UNTIED, "method": "random", "norm": 0.5},
+    "random, norm matched": {**_UNTIED, "method": "random", "norm": "matched"},
 }
-
-
 VANILLA = "random (vanilla)"
 
 
