@@ -122,12 +122,13 @@ def test_a_cache_filled_before_is_refused(build: Callable[[str], Any]) -> None:
         model(tokens[:, 5:], past_kv_cache=cache)
 
 
-def test_padding_on_the_left_does_not_matter(build: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_padding_on_the_left_does_not_matter(skip: int, build: Callable[[str], Any]) -> None:
     for name in ("hooked, rotary", "bridge"):
         model, tokens = build(name), tiny_attention.tokens(1, 9)
         padded = torch.cat([torch.full((1, 3), 2), tokens], dim=1)
         mask = torch.tensor([[0, 0, 0] + [1] * 9])
-        lorsa = small(model, skip_positions=0)
+        lorsa = small(model, skip_positions=skip)
         with attached(lorsa, model, 1), torch.no_grad():
             alone = model(tokens, return_type="logits")
             together = model(padded, attention_mask=mask, return_type="logits")[:, 3:]

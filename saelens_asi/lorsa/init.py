@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saelens_asi.active_subspace import ActiveSubspaceInit, random_directions_, subspace_basis
+from saelens_asi.active_subspace import ActiveSubspaceInit, choose_d_init, random_directions_, subspace_basis
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.target import AttentionTarget
@@ -33,7 +33,8 @@ class LorsaInit:
             subspace of attn_out, W_V random (arXiv 2508.16929, section on Lorsa). ``"per_head"``: the features of
             original head h start with W_O in the active subspace of that head's own output o_h, and W_V tied to it
             through W_V^h W_O^h, so that a pre-activation is the projection of o_h on the feature's direction.
-        d_init: dimension of the subspace, as in ``ActiveSubspaceInit``.
+        d_init: dimension of the subspace, as in ``ActiveSubspaceInit``; ``"auto"`` with ``"per_head"`` is all that the
+            head writes to.
         norm: ``"least_squares"``: scale with the lowest initial error in closed form (tied methods: ``"per_head"``);
             ``"matched"``: the output starts with the energy of attn_out; or the norm of rows of W_V and W_O.
         center: ``"mean"``: b_D at the mean of attn_out, and what each head reads is taken relative to its mean, so that
@@ -207,13 +208,14 @@ def _tie_through_heads_(
     for head, moments in enumerate(estimate.heads):
         W_O = target.W_O[head].to(moments.mean)
         own = Spectrum(moments.mean @ W_O, W_O.T @ moments.covariance() @ W_O, moments.n_tokens)
-        basis = subspace_basis(settings.subspace(), own, generator)
+        all_of_it = min(target.d_head, own.rank)
+        d_init = all_of_it if settings.d_init == "auto" else choose_d_init(settings.subspace(), own)
         rows = slice(head * n_features, (head + 1) * n_features)
-        random_directions_(lorsa.W_O[rows], basis, generator)
+        random_directions_(lorsa.W_O[rows], own.principal_directions(d_init), generator)
         through = target.W_O[head] @ lorsa.W_O[rows].T.to(target.W_O)  # (d_head, n_features)
         lorsa.W_V[rows].copy_((target.W_V[head] @ through).T)
         lorsa.b_V[rows].copy_(target.b_V[head] @ through)
-        dims.append(own.d if basis is None else basis.shape[1])
+        dims.append(d_init)
         directions = lorsa.W_O[rows].to(own.covariance)
         deviation = ((directions @ own.covariance) * directions).sum(dim=1).sqrt()
         factor = deviation.clamp_min(1e-6 * deviation.max()).pow(settings.balance).to(lorsa.W_V)
