@@ -120,7 +120,7 @@ def test_active_puts_w_o_into_the_active_subspace_and_random_does_not(model: Any
     basis = Spectrum.from_moments(RunningMoments.zeros(16).update_(data.y[:, 1:])).principal_directions(4).float()
     share = {}
     for method in ("active", "random"):
-        lorsa = made(model, data, method=method, norm=0.5, center="zeros")
+        lorsa = made(model, data, method=method, norm=0.5, center="zeros", value_share=1.0)
         directions = lorsa.W_O.detach()
         share[method] = float((directions @ basis).square().sum() / directions.square().sum())
         torch.testing.assert_close(lorsa.W_O.norm(dim=1), torch.full((N_OV,), 0.5))
@@ -145,7 +145,7 @@ def test_least_squares_norm_has_the_lowest_initial_error(model: Any, data: Cache
 
 
 def test_value_share_moves_scale_from_w_o_to_w_v_at_the_same_output(model: Any, data: CachedSequences) -> None:
-    even, shared = made(model, data), made(model, data, value_share=9.0)
+    even, shared = (made(model, data, value_share=share) for share in (1.0, 9.0))
     torch.testing.assert_close(shared(data.x), even(data.x), rtol=1e-4, atol=1e-5)
     rms = [[float(w.detach().norm()) for w in (lorsa.W_V, lorsa.W_O)] for lorsa in (even, shared)]
     assert rms[0][0] == pytest.approx(rms[0][1])

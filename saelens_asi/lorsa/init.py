@@ -28,6 +28,8 @@ NORM_SAMPLE = 2048
 class LorsaInit:
     """Settings of a Lorsa's initialization. Frozen and inert.
 
+    The defaults are those that measured best on a real model (tests/benchmarks/results/lorsa.md).
+
     Attributes:
         method: ``"random"``: W_O and W_V in random directions. ``"active"``: W_O in random directions of the active
             subspace of attn_out, W_V random (arXiv 2508.16929, section on Lorsa). ``"per_head"``: the features of
@@ -36,7 +38,8 @@ class LorsaInit:
         d_init: dimension of the subspace, as in ``ActiveSubspaceInit``; ``"auto"`` with ``"per_head"`` is all that the
             head writes to.
         norm: ``"least_squares"``: scale with the lowest initial error in closed form (tied methods: ``"per_head"``);
-            ``"matched"``: the output starts with the energy of attn_out; or the norm of rows of W_V and W_O.
+            ``"matched"``: the output starts with the energy of attn_out; or a number: the geometric mean of the
+            norms of rows of W_V and W_O.
         center: ``"mean"``: b_D at the mean of attn_out, and what each head reads is taken relative to its mean, so that
             pre-activations have mean zero; or ``"zeros"``.
         n_tokens: positions read for the estimate, or ``"auto"``: 32 for each dimension of d_model. They are streamed.
@@ -54,7 +57,7 @@ class LorsaInit:
     center: Literal["mean", "zeros"] = "mean"
     n_tokens: int | Literal["auto"] = "auto"
     balance: float = 0.5
-    value_share: float = 1.0
+    value_share: float = 16.0
     seed: int = 0
 
     def __post_init__(self) -> None:
