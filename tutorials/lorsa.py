@@ -87,21 +87,19 @@ print(f"divergence from the model's own predictions recovered: {loss.kl_recovere
 # each source, and the scores of its QK head.
 
 # %%
-from saelens_asi.lorsa.read import firing_rates, words_of  # noqa: E402
-
-rates = firing_rates(best, held_out)
+rates = lo.firing_rates(best, held_out)
 feature = int((rates - rates[rates > 0].median()).abs().argmin())
 contexts = lo.top_contexts(best, held_out, [feature], n=5)[feature]
 for context in contexts:
     reading = lo.read_feature(best, held_out, feature, context.sequence, context.position)
-    words = words_of(held_out.tokens[context.sequence], model.tokenizer.decode)
+    words = lo.words_of(held_out.tokens[context.sequence], model.tokenizer.decode)
     here, source = words[context.position].strip(), words[reading.top_source].strip()
     print(f"feature {feature} at {here!r}: {context.activation:.2f}, most of it from {source!r}")
 
 # %%
 first = contexts[0]
 reading = lo.read_feature(best, held_out, feature, first.sequence, first.position)
-figure = lo.plot_reading(reading, words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
+figure = lo.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
 OUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUT / "feature.png", dpi=120)
 print("written to", OUT)

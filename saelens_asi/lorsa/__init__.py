@@ -7,7 +7,15 @@ from saelens_asi.lorsa.evaluation import LorsaMetrics, lorsa_metrics
 from saelens_asi.lorsa.init import LorsaInit, LorsaInitialization, initialize_lorsa_
 from saelens_asi.lorsa.io import import_llamascopium, load_lorsa, save_lorsa
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.lorsa.read import FeatureContext, FeatureReading, plot_reading, read_feature, top_contexts
+from saelens_asi.lorsa.read import (
+    FeatureContext,
+    FeatureReading,
+    firing_rates,
+    plot_reading,
+    read_feature,
+    top_contexts,
+    words_of,
+)
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, batches, token_windows
 from saelens_asi.lorsa.target import AttentionTarget, read_attention
 from saelens_asi.lorsa.training import LorsaTraining, read_history, train_lorsa
@@ -29,6 +37,7 @@ __all__ = [
     "attached",
     "attention_activations",
     "batches",
+    "firing_rates",
     "import_llamascopium",
     "initialize_lorsa_",
     "load_lorsa",
@@ -43,4 +52,5 @@ __all__ = [
     "token_windows",
     "top_contexts",
     "train_lorsa",
+    "words_of",
 ]
