@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from saelens_asi import plots
 from saelens_asi.corpus import MODEL_NAME, smollm2_folder, world_english_bible
-from saelens_asi.metrics import firing_rates, loss_recovered, reconstruction_metrics
+from saelens_asi.metrics import firing_rates, sae_loss_recovered, reconstruction_metrics
 from saelens_asi.moments import RunningMoments
 from saelens_asi.provenance import METADATA_KEY
 from saelens_asi.spectrum import Spectrum
@@ -99,7 +99,7 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     rates = {}
     for name, sae in saes.items():
         metrics = reconstruction_metrics(sae, batches)
-        loss = loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
+        loss = sae_loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
         rates[name] = firing_rates(sae, batches)
         rows[name] |= {
             "dead_percent": 100 * metrics.dead_fraction,
