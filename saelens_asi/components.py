@@ -41,12 +41,12 @@ class ComponentLosses:
         With ``"zero"`` this is the fraction of arXiv 2508.16929 v1, section 4.2. It can pass 1, or lose its meaning:
         where the ablation lowers the loss on this text, the denominator is negative. ``kl_recovered`` cannot.
         """
-        worst = self._baseline(baseline).cross_entropy
+        worst = self.baseline(baseline).cross_entropy
         return _ratio(worst - self.components[k].cross_entropy, worst - self.clean.cross_entropy)
 
     def kl_recovered(self, k: int, baseline: str = "zero") -> float:
         """1 - KL_k / KL_baseline: 1 where the predictions are those of the model as it is."""
-        return 1 - _ratio(self.components[k].kl, self._baseline(baseline).kl)
+        return 1 - _ratio(self.components[k].kl, self.baseline(baseline).kl)
 
     def components_needed(self, share: float = 0.95, baseline: str = "zero", measure: str = "kl") -> int | None:
         """Smallest measured number of components from which on ``share`` is recovered; None where none does.
@@ -66,14 +66,15 @@ class ComponentLosses:
             found = k
         return found
 
-    def _baseline(self, name: str) -> Predictions:
+    def baseline(self, name: str) -> Predictions:
+        """Predictions with the hook zero-ablated (``"zero"``) or mean-ablated (``"mean"``)."""
         if name not in ("zero", "mean"):
             raise ValueError(f"baseline={name!r} must be 'zero' or 'mean'")
         return self.zero if name == "zero" else self.mean
 
     def warning(self) -> str | None:
         """Says which ablation lowers the cross-entropy, so that its fractions mean nothing; None where none does."""
-        helpful = [name for name in ("zero", "mean") if self._baseline(name).cross_entropy <= self.clean.cross_entropy]
+        helpful = [name for name in ("zero", "mean") if self.baseline(name).cross_entropy <= self.clean.cross_entropy]
         if not helpful:
             return None
         losses = ", ".join(f"{name} {getattr(self, name).cross_entropy:.4f}" for name in ("clean", *helpful))
