@@ -161,8 +161,8 @@ def decompose_attention_output(
     note = ""
     if output == own_name:
         note = (
-            f"{out_name} is not Z W_O + b_O (relative error {checks[out_name].error:.2g}): something stands between, such "
-            "as Gemma-2's norm after attention. The attention module's own output is decomposed instead"
+            f"{out_name} is not Z W_O + b_O (relative error {checks[out_name].error:.2g}): something stands between, "
+            "such as Gemma-2's norm after attention. The attention module's own output is decomposed instead"
         )
     spectrum = Spectrum.from_moments(checks[output].moments)
     directions = spectrum.principal_directions(k or spectrum.d)
@@ -196,7 +196,7 @@ class _Check:
 
 def _keep_in(read: dict[str, Tensor], name: str, shape: torch.Size, rows: Tensor) -> Reader:
     def reader(activations: Tensor) -> None:
-        read[name] = as_vectors(activations, *shape, name)[rows.to(activations.device)]
+        read[name] = as_vectors(activations, shape, name)[rows.to(activations.device)]
 
     return reader
 

@@ -74,7 +74,9 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     out = settings.out
     print(f"Loading {settings.model} and {settings.dataset}", flush=True)
     model = load_model(settings.model, settings.device)
-    training, held_out = load_documents(settings.dataset, settings.training_tokens, columns=("text",))
+    training, held_out = load_documents(
+        settings.dataset, max(settings.training_tokens, 4 * settings.held_out_tokens), columns=("text",)
+    )
     settings = replace(settings, hook_name=settings.hook_name or f"blocks.{model.cfg.n_layers // 2}.hook_attn_out")
     d_in = _width(model, settings)
     saes, rows = {}, {}

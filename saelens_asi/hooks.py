@@ -177,17 +177,17 @@ def attention_output_weights(model: Any, layer: int) -> tuple[Tensor, Tensor]:
     return weight, torch.zeros_like(weight[0]) if bias is None else bias.detach()
 
 
-def as_vectors(activations: Tensor, n_windows: int, n_positions: int, name: str) -> Tensor:
-    """(n_windows * n_positions, width): one vector a token; heads are laid side by side.
+def as_vectors(activations: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """(n_windows * n_positions, width) from ``shape`` = (n_windows, n_positions); heads are laid side by side.
 
     Raises ValueError for activations that are not one vector a token, such as attention patterns.
     """
-    if activations.ndim < 3 or activations.shape[:2] != (n_windows, n_positions):
+    if activations.ndim < 3 or tuple(activations.shape[:2]) != tuple(shape):
         raise ValueError(
-            f"{name!r} holds {tuple(activations.shape)} for {n_windows} windows of {n_positions} tokens, which is not "
+            f"{name!r} holds {tuple(activations.shape)} for {shape[0]} windows of {shape[1]} tokens, which is not "
             "one vector a token: choose a hook such as 'blocks.0.hook_attn_out'"
         )
-    return activations.reshape(n_windows * n_positions, -1)
+    return activations.reshape(shape[0] * shape[1], -1)
 
 
 def special_token_ids(model: Any, exclude_special_tokens: bool | Sequence[int]) -> Tensor:

@@ -12,8 +12,9 @@ from saelens_asi.corpus import smollm2_folder, world_english_bible
 EMBEDDED_MODEL, EMBEDDED_DATASET = "smollm2", "bible"
 _COLUMNS = ("text", "tokens", "input_ids")
 
-# Documents are rarely shorter.
-_TOKENS_PER_DOCUMENT = 50
+# More than a token holds in most languages, so that the text is enough; and as many documents at least.
+_CHARACTERS_PER_TOKEN = 8
+_FEWEST_DOCUMENTS = 20
 _HELD_OUT_EVERY = 5
 
 
@@ -26,7 +27,7 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def load_documents(name: str, n_tokens: int, columns: tuple[str, ...] = _COLUMNS) -> tuple[Dataset, Dataset]:
-    """Training and held-out documents, at least about ``n_tokens`` in all.
+    """Training documents that hold ``n_tokens`` where the dataset does, and a quarter as many held-out ones.
 
     Args:
         name: on the hub, a local folder, or ``"bible"`` (as much as there is). Every fifth document is held out.
@@ -39,13 +40,18 @@ def load_documents(name: str, n_tokens: int, columns: tuple[str, ...] = _COLUMNS
     if name == EMBEDDED_DATASET:
         return world_english_bible()
     stream = load_dataset(name, split="train", streaming=True)
-    row = next(iter(stream), {})
+    row: dict[str, Any] = next(iter(stream), {})
     found = next((column for column in columns if column in row), None)
     if found is None:
-        wanted = " or ".join(map(repr, columns))
-        raise ValueError(f"--dataset {name!r} has no column {wanted}; its columns are {list(row)}")
+        names = " or ".join(map(repr, columns))
+        raise ValueError(f"--dataset {name!r} has no column {names}; its columns are {list(row)}")
     kept = [column for column in (found, "attention_mask") if column in row]
-    n_documents = 20 + n_tokens // _TOKENS_PER_DOCUMENT
-    rows = [{column: row[column] for column in kept} for row in stream.take(n_documents)]
+    wanted = n_tokens * (_CHARACTERS_PER_TOKEN if found == "text" else 1) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1)
+    rows: list[dict[str, Any]] = []
+    for row in stream:
+        rows.append({column: row[column] for column in kept})
+        wanted -= len(row[found]) if "attention_mask" not in row else sum(row["attention_mask"])
+        if wanted <= 0 and len(rows) >= _FEWEST_DOCUMENTS:
+            break
     training = [row for i, row in enumerate(rows) if i % _HELD_OUT_EVERY]
     return Dataset.from_list(training), Dataset.from_list(rows[::_HELD_OUT_EVERY])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saelens_asi.ablation import replacement_losses
+from saelens_asi.hooks import Writer
 
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
 _MAX_DENSE_VALUES = 2**25
@@ -132,7 +133,7 @@ def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, bat
 
     replaced = torch.ones_like(tokens, dtype=torch.bool)
     replaced[:, 0] = False
-    functions = {"zero": torch.zeros_like, "reconstructed": reconstruct}
+    functions: dict[str, Writer] = {"zero": torch.zeros_like, "reconstructed": reconstruct}
     losses = replacement_losses(model, tokens, hook_name, functions, replaced=replaced, batch_size=batch_size)
     return SAELossRecovered(
         clean=losses["clean"].cross_entropy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _panels(d: int) -> list[tuple[int, int]]:
     """Column ranges that cover ``d``."""
     n = max(1, min(_MAX_PANELS, d // _MIN_PANEL))
     edges = [i * d // n for i in range(n + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def split_name(hook_name: str) -> tuple[int, str]:
-    """Layer and kind of a hook: ``blocks.3.attn.hook_z`` -> (3, ``hook_z``), ``blocks.3.hook_mlp_out`` -> ``mlp_out``."""
+    """Layer (-1 where it has none) and kind of a hook: ``blocks.3.hook_mlp_out`` -> (3, ``mlp_out``)."""
     layer = re.search(r"\.(\d+)\.", hook_name)
     rest = hook_name if layer is None else hook_name[layer.end() :]
     kind = "hook_z" if rest == "attn.hook_z" else rest.removeprefix("hook_")
@@ -82,7 +82,7 @@ def findings(
     for kind in dict.fromkeys(row["kind"] for row in rows):
         own = [row for row in rows if row["kind"] == kind]
         ranks, dims = ([row[key] for row in own] for key in ("effective_rank_share", "dimension_99_share"))
-        verdict = "low-rank" if mean(dims) < _LOW_RANK_SHARE else "close to full rank"
+        verdict = "low-rank" if mean(dims) < _LOW_RANK_SHARE else "not low-rank"
         said.append(
             f"{kind} is {verdict}: {mean(dims):.0%} of its dimensions hold 99 % of the variance "
             f"(layers: {min(dims):.0%} to {max(dims):.0%}), effective rank {mean(ranks):.0%} of the width."
@@ -114,30 +114,39 @@ def findings(
 
 def _why_low_rank(parts: AttentionDecomposition) -> str:
     d = parts.variance.shape[0]
-    halves = {"first half": (0, d // 2), "second half": (d // 2, d - 1)}
+    parts_of_way = {"first half": (0, d // 2), "half behind it, up to the last tenth,": (d // 2, 9 * d // 10)}
     sentences = []
-    for name, (start, end) in halves.items():
+    for name, (start, end) in parts_of_way.items():
         falls = [float((values[start] / values[end]).sqrt()) for values in (parts.variance, parts.z_variance)]
         w = falls[0] / falls[1] if falls[1] else float("nan")
-        sentences.append(f"over the {name} of the directions O falls {falls[0]:.3g}-fold, Z {falls[1]:.3g}, W_O {w:.3g}")
+        sentences.append(
+            f"over the {name} of the directions O falls {falls[0]:.3g}-fold, Z {falls[1]:.3g}, W_O {w:.3g}"
+        )
     text = f"Layer {parts.layer}, why: {'; '.join(sentences)} (standard deviations; O = Z x W_O)."
     return f"{text} {parts.note}." if parts.note else text
 
 
 def _loss_sentence(kind: str, loss: ComponentLosses) -> str:
-    needed = {name: loss.components_needed(0.95, "zero", name) for name in ("kl", "cross_entropy")}
-    numbers = {name: "more components than were measured" if k is None else f"{k}" for name, k in needed.items()}
+    needed = [f"95 % of the divergence is recovered by {_number(loss.components_needed(0.95, 'zero', 'kl'))}"]
+    if not loss.warning():
+        k = loss.components_needed(0.95, "zero", "cross_entropy")
+        needed.append(f"95 % of the cross-entropy by {_number(k)}")
     return (
         f"{kind}, on {loss.n_tokens:,} held-out tokens: cross-entropy {loss.clean.cross_entropy:.4f} as it is, "
         f"{loss.zero.cross_entropy:.4f} zero-ablated, {loss.mean.cross_entropy:.4f} mean-ablated (divergence "
-        f"{loss.zero.kl:.4f} and {loss.mean.kl:.4f}). 95 % of the divergence is recovered by {numbers['kl']}, 95 % of "
-        f"the cross-entropy by {numbers['cross_entropy']}."
+        f"{loss.zero.kl:.4f} and {loss.mean.kl:.4f}). {', '.join(needed)}."
     )
+
+
+def _number(k: int | None) -> str:
+    return "more components than were measured" if k is None else f"{k} components"
 
 
 def advice(rows: Sequence[Row], files: Mapping[str, str]) -> str:
     """What it means for an SAE on the lowest-rank hook; ``files`` leads from hooks to their spectrum files."""
-    row = min(rows, key=lambda row: row["effective_rank_share"])
+    # Where one direction holds most of the variance, a share of the variance chooses no subspace.
+    usual = [row for row in rows if row["first_component_variance_share"] <= 0.5] or rows
+    row = min(usual, key=lambda row: row["effective_rank_share"])
     d_init = row["dimension_90"]
     return (
         f"An SAE on {row['hook']} that starts with random features spends them on {row['width']} dimensions, of which "
@@ -167,7 +176,9 @@ _COLUMNS = {
 }
 
 
-def html_page(title: str, command: str, said: Sequence[str], what_now: str, figures: Sequence[Path], rows: list[Row]) -> str:
+def html_page(
+    title: str, command: str, said: Sequence[str], what_now: str, figures: Sequence[Path], rows: list[Row]
+) -> str:
     """A page that stands alone: figures are inside it."""
     images = "".join(
         f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,7 @@ def activation_spectra(
         )
     if n_tokens is not None and state.n_kept < n_tokens:
         logger.warning("the data ended after %d of n_tokens=%d tokens", state.n_kept, n_tokens)
-    spectra = {
-        name: Spectrum.from_moments(state.moments[first]).to("cpu") for name, first in state.first_names.items()
-    }
+    spectra = {name: Spectrum.from_moments(state.moments[first]).to("cpu") for name, first in state.first_names.items()}
     warn_of_small_samples(spectra)
     return spectra
 
@@ -136,7 +135,7 @@ class _Pass:
 
     def _reader(self, name: str, tokens: Tensor, rows: Tensor) -> Any:
         def read(activations: Tensor) -> None:
-            vectors = as_vectors(activations, *tokens.shape, name)
+            vectors = as_vectors(activations, tokens.shape, name)
             moments = self.moments.get(name)
             if moments is None:
                 moments = RunningMoments.zeros(vectors.shape[1])
@@ -185,9 +184,7 @@ def _update_(moments: RunningMoments, vectors: Tensor, rows: Tensor, name: str) 
         raise ValueError(f"{name}: {error}") from None
 
 
-def spectra_from_cache(
-    cache: Any, hook_names: str | Iterable[str], mask: Tensor | None = None
-) -> dict[str, Spectrum]:
+def spectra_from_cache(cache: Any, hook_names: str | Iterable[str], mask: Tensor | None = None) -> dict[str, Spectrum]:
     """Spectra of activations that are at hand: an ActivationCache of either kind of model, or a plain dict.
 
     Args:
@@ -204,16 +201,19 @@ def spectra_from_cache(
         if point.name in keys:
             keys.setdefault(alias, point.name)
     has_windows = getattr(cache, "has_batch_dim", True)
+    shapes = Counter(tuple(x.shape[:-1]) for x in cache.values() if x.ndim == 2 + has_windows)
     spectra = {}
     for name in resolve_hook_names(hook_names, keys):
         activations = cache[keys[name]]
         activations = activations if has_windows else activations[None]
-        n_windows, n_positions = activations.shape[:2]
-        if mask is not None and mask.reshape(-1, mask.shape[-1]).shape != (n_windows, n_positions):
+        # Activations with one vector a token give the shape; heads and attention patterns alone would not.
+        shape = shapes.most_common(1)[0][0] if shapes else activations.shape[:2]
+        shape = shape if len(shape) == 2 else (1, *shape)
+        vectors = as_vectors(activations, shape, name)
+        if mask is not None and mask.numel() != len(vectors):
             raise ValueError(
-                f"the mask is {tuple(mask.shape)}, but {name!r} holds {n_windows} windows of {n_positions} tokens"
+                f"the mask is {tuple(mask.shape)}, but {name!r} holds {shape[0]} windows of {shape[1]} tokens"
             )
-        vectors = as_vectors(activations, n_windows, n_positions, name)
         rows = torch.arange(len(vectors)) if mask is None else mask.flatten().nonzero().squeeze(1)
         moments = RunningMoments.zeros(vectors.shape[1], vectors.device)
         _update_(moments, vectors, rows, name)

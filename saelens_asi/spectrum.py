@@ -82,7 +82,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values scaled to sum 1 (Roy and Vetterli 2007; at most d, 0 if constant)."""
+        """exp of the entropy of the singular values scaled to sum 1 (Roy and Vetterli 2007); 0 where nothing varies."""
         return _effective_rank(self.variances)
 
     @cached_property

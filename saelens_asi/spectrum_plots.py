@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -86,9 +87,14 @@ def loss_recovered(losses: Mapping[str, ComponentLosses], widths: Mapping[str, i
     axes[0].plot([], [], "-", color="grey", label="against zero ablation")
     axes[0].plot([], [], "--", color="grey", label="against mean ablation")
     axes[0].legend(frameon=False, loc="lower right", fontsize=8)
-    skipped = [kind for kind, loss in losses.items() if loss.warning()]
+    skipped = [
+        f"{kind}: {baseline} ablation lowers the loss"
+        for kind, loss in losses.items()
+        for baseline in ("zero", "mean")
+        if loss.baseline(baseline).cross_entropy <= loss.clean.cross_entropy
+    ]
     if skipped:
-        note = f"not drawn where an ablation\nlowers the loss ({', '.join(skipped)})"
+        note = "\n".join(["not drawn:", *skipped])
         axes[1].annotate(note, (0.97, 0.05), xycoords="axes fraction", ha="right", fontsize=8)
     for axis, name in zip(axes, ("divergence from the clean model", "cross-entropy"), strict=True):
         axis.axhline(0.95, color="black", linestyle=":", linewidth=0.8)
@@ -118,13 +124,14 @@ def attention_decomposition(parts: AttentionDecomposition) -> Figure:
         "W_O: output weights": (parts.w_norm_squared.sqrt(), KIND_COLORS["mlp_out"], 1.2),
     }
     for label, (values, color, width) in curves.items():
-        left.semilogy(range(1, d + 1), (values / values.max()).tolist(), color=color, linewidth=width, label=label)
+        left.semilogy(range(1, d + 1), (values / values[0]).tolist(), color=color, linewidth=width, label=label)
     left.set_title("Each factor along O's principal directions")
-    left.set_ylabel("standard deviation or norm / largest")
+    left.set_ylabel("standard deviation or norm / first")
+    left.set_ylim(bottom=1e-4)
     left.legend(frameon=False, loc="lower left")
     n_heads = parts.head_share.shape[1]
     edges = [i * d // min(_HEAD_BINS, d) for i in range(min(_HEAD_BINS, d) + 1)]
-    bins = [parts.head_share[a:b].mean(dim=0).tolist() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    bins = [parts.head_share[a:b].mean(dim=0).tolist() for a, b in pairwise(edges)]
     limit = max(abs(value) for column in bins for value in column)
     image = right.pcolormesh(
         [edge + 0.5 for edge in edges],

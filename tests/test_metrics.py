@@ -6,7 +6,7 @@ from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainin
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from saelens_asi import metrics
-from saelens_asi.metrics import SAELossRecovered, firing_rates, sae_loss_recovered, reconstruction_metrics
+from saelens_asi.metrics import SAELossRecovered, firing_rates, reconstruction_metrics, sae_loss_recovered
 from tests.reference import gaussian
 
 D_IN, D_SAE = 6, 12

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -63,9 +64,9 @@ def parse_layers(words: Sequence[str], n_layers: int) -> list[int]:
         return list(range(n_layers))
     layers: list[int] = []
     for word in words:
-        first, _, last = word.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not re.fullmatch(r"\d+(-\d+)?", word):
             raise ValueError(f"--layers {word!r} must be all, a number, or a range such as 10-15")
+        first, _, last = word.partition("-")
         layers += range(int(first), int(last or first) + 1)
     outside = [layer for layer in layers if layer >= n_layers]
     if outside or not layers:
@@ -87,10 +88,8 @@ def run(settings: argparse.Namespace, command: str) -> list[report.Row]:
         "exclude_special_tokens": not settings.keep_special_tokens,
         "exclude_positions": settings.exclude_positions,
     }
-    windows: dict[str, int] = {"batch_size": settings.batch_size, "context_size": settings.context_size}
-    checkpoint = out / "pass.safetensors"
-    spectra = activation_spectra(model, training, names, settings.n_tokens, checkpoint=checkpoint, **windows, **exclude)
-    files = {name: spectrum.save(out / "spectra" / f"{name}.safetensors") for name, spectrum in spectra.items()}
+    windows: dict[str, Any] = {"batch_size": settings.batch_size, "context_size": settings.context_size}
+    spectra, files = _spectra(model, training, names, settings, {**windows, **exclude})
     rows = report.table_rows(spectra)
     written = report.write_table(rows, out)
 
@@ -114,12 +113,32 @@ def run(settings: argparse.Namespace, command: str) -> list[report.Row]:
     what_now = report.advice(rows, {name: str(path) for name, path in files.items()})
     page = report.html_page(f"Spectra of {settings.model}", command, said, what_now, paths, rows)
     (out / "report.html").write_text(page)
-    checkpoint.unlink(missing_ok=True)
     print("\n".join(["", *(f"- {sentence}" for sentence in said), "", what_now, "", "Written:"]))
     for path in (out / "report.html", *written, *paths):
         print(f"  {path}")
     print(f"  {out / 'spectra'} ({len(files)} files)")
     return rows
+
+
+def _spectra(
+    model: Any, data: Any, names: Sequence[str], settings: argparse.Namespace, how: dict[str, Any]
+) -> tuple[dict[str, Spectrum], dict[str, Path]]:
+    """Spectra and their files: those of a finished pass with these settings where they are there, or a pass."""
+    folder = settings.out / "spectra"
+    files = {name: folder / f"{name}.safetensors" for name in names}
+    own = {"model": settings.model, "dataset": settings.dataset, "dtype": settings.dtype}
+    asked = json.dumps({**own, "hooks": list(names), "n_tokens": settings.n_tokens, **how}, indent=1) + "\n"
+    done = folder / "settings.json"
+    if done.exists() and done.read_text() == asked:
+        print(f"The spectra are in {folder} already: delete {done} to measure them again", flush=True)
+        return {name: Spectrum.load(path) for name, path in files.items()}, files
+    checkpoint = settings.out / "pass.safetensors"
+    spectra = activation_spectra(model, data, names, settings.n_tokens, checkpoint=checkpoint, **how)
+    for name, spectrum in spectra.items():
+        spectrum.save(files[name])
+    done.write_text(asked)
+    checkpoint.unlink(missing_ok=True)
+    return spectra, files
 
 
 def _losses(
