@@ -63,10 +63,11 @@ class RunningMoments:
                 f"activations {self.n_tokens} to {self.n_tokens + x.shape[0]} of the stream contain NaN or infinity: "
                 "run the model in a wider dtype (bfloat16 or float32), or leave those positions out"
             )
+        buffer = torch.empty(min(len(x), _CHUNK), self.d, dtype=torch.float64, device=x.device)
         for chunk in x.split(_CHUNK):
-            values = chunk.to(torch.float64)
+            values = buffer[: len(chunk)].copy_(chunk)
             mean = values.mean(dim=0)
-            values = values - mean
+            values -= mean
             for start, stop in _panels(self.d):
                 self.scatter[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
             self._merge_mean_(chunk.shape[0], mean)
