@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -10,39 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from saelens_asi.adam_update import AdamSettings, adam_update_, adam_update_rows_
+from saelens_asi.row_sparse import RowGradient
+
 BiasCorrection = Literal["global", "per_row"]
 _BIAS_CORRECTIONS = ("global", "per_row")
-
-
-def adam_update_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor | float,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """One Adam step in place (arXiv 1412.6980, algorithm 1). All tensors share a shape; ``step`` broadcasts to it.
-
-    The moments are computed in their own dtype, which may be wider than the parameter's.
-    """
-    grad = grad.to(exp_avg.dtype)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq / _bias_correction(beta2, step)).sqrt_().add_(eps)
-    update = (exp_avg / _bias_correction(beta1, step)).div_(denominator).mul_(lr)
-    param.sub_(update.to(param.dtype))
-
-
-def _bias_correction(beta: float, step: Tensor | float) -> Tensor | float:
-    """1 - beta^step, without the cancellation that costs a float32 ``step`` three digits where beta is near 1."""
-    if isinstance(step, Tensor) and beta > 0:
-        return -torch.expm1(step * math.log(beta))
-    return 1 - beta**step
 
 
 class SparseAdam(Optimizer):
@@ -58,6 +29,8 @@ class SparseAdam(Optimizer):
       not zero. For an SAE, ``W_dec`` (d_sae, d_in) has 0 and ``W_enc`` (d_in, d_sae) has 1.
     - ``row_dim=None`` (default): with a dense gradient every entry is updated, as in ``torch.optim.Adam``.
     - A sparse (COO) gradient, as from ``nn.Embedding(sparse=True)``, names its own rows along dimension 0.
+    - A ``RowGradient`` in ``row_gradients[param]`` stands in for ``param.grad``, with rows along ``row_dim``: no
+      tensor of the parameter's size need exist. It is forgotten by ``zero_grad``, as gradients are.
 
     Bias correction, ``bias_correction``:
 
@@ -89,7 +62,12 @@ class SparseAdam(Optimizer):
         row_dim: int | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction, "row_dim": row_dim}
+        self.row_gradients: dict[Tensor, RowGradient] = {}
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.row_gradients = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -107,37 +85,36 @@ class SparseAdam(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    self._step_param(param, param.grad, group)
+                gradient = self.row_gradients.get(param, param.grad)
+                if gradient is not None:
+                    self._step_param(param, gradient, group)
         return loss
 
-    def _step_param(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        row_dim = 0 if grad.is_sparse else group["row_dim"]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.row_gradients.clear()
+
+    def _step_param(self, param: Tensor, gradient: Tensor | RowGradient, group: dict[str, Any]) -> None:
+        row_dim = 0 if isinstance(gradient, Tensor) and gradient.is_sparse else group["row_dim"]
         state = self._state_of(param, row_dim, group["bias_correction"])
         state["step"] += 1
+        step = float(state["step"])
         beta1, beta2 = group["betas"]
-        options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        settings = AdamSettings(group["lr"], beta1, beta2, group["eps"])
         tensors = (param, state["exp_avg"], state["exp_avg_sq"])
         if row_dim is None:
-            adam_update_(param, grad, *tensors[1:], float(state["step"]), **options)
+            if isinstance(gradient, RowGradient):
+                raise ValueError("row_dim=None: set row_dim in the group of a parameter that has row_gradients")
+            adam_update_(param, gradient, *tensors[1:], step, settings)
             return
-
-        rows, row_grad = _active_rows(grad, row_dim)
-        if rows.numel() == 0:
-            return
-        step: Tensor | float = float(state["step"])
+        rows, values, divisor = gradient if isinstance(gradient, RowGradient) else _active_rows(gradient, row_dim)
+        settings = settings._replace(grad_divisor=divisor)
+        row_step: Tensor | None = None
         if "row_step" in state:
             state["row_step"][rows] += 1
-            shape = [1] * param.ndim
-            shape[row_dim] = -1
-            step = state["row_step"][rows].to(state["exp_avg"].dtype).view(shape)
-        if rows.numel() == param.shape[row_dim]:  # every row fired: nothing to gather
-            adam_update_(param, row_grad, *tensors[1:], step, **options)
-            return
-        parts = [tensor.index_select(row_dim, rows) for tensor in tensors]
-        adam_update_(parts[0], row_grad, parts[1], parts[2], step, **options)
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.index_copy_(row_dim, rows, part)
+            row_step = state["row_step"][rows].to(state["exp_avg"].dtype)
+        by_row = [tensor.movedim(row_dim, 0) for tensor in tensors]
+        adam_update_rows_(by_row, rows, values, step if row_step is None else row_step, settings)
 
     def _state_of(self, param: Tensor, row_dim: int | None, bias_correction: str) -> dict[str, Any]:
         state = self.state[param]
@@ -176,8 +153,8 @@ class SparseAdam(Optimizer):
                     self.state[param][key] = value.detach().clone().to(device)
 
 
-def _active_rows(grad: Tensor, row_dim: int) -> tuple[Tensor, Tensor]:
-    """Indices of the rows with gradient, and the gradient of just those rows."""
+def _active_rows(grad: Tensor, row_dim: int) -> RowGradient:
+    """The rows of a whole or a COO gradient that are not zero."""
     if grad.is_sparse:
         if grad.sparse_dim() != 1:
             raise ValueError(
@@ -185,14 +162,12 @@ def _active_rows(grad: Tensor, row_dim: int) -> tuple[Tensor, Tensor]:
                 f"sparse_dim={grad.sparse_dim()}"
             )
         grad = grad.coalesce()
-        return grad.indices()[0], grad.values()
+        return RowGradient(grad.indices()[0], grad.values())
     other_dims = [dim for dim in range(grad.ndim) if dim != row_dim]
     nonzero = grad != 0
     active = nonzero.any(dim=other_dims) if other_dims else nonzero
-    rows = active.nonzero().squeeze(1)
-    if rows.numel() == grad.shape[row_dim]:
-        return rows, grad
-    return rows, grad.index_select(row_dim, rows)
+    rows, by_row = active.nonzero().squeeze(1), grad.movedim(row_dim, 0)
+    return RowGradient(rows, by_row if rows.numel() == by_row.shape[0] else by_row.index_select(0, rows))
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""``saelens-asi lorsa`` from end to end on a tiny model, and the tutorial cell by cell."""
+"""``saelens-asi lorsa`` from end to end on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from saelens_asi import cli
 from saelens_asi.lorsa import load_lorsa, read_history
 from tests import tiny
 
-TUTORIAL = Path(__file__).parent.parent / "tutorials" / "lorsa.py"
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +88,3 @@ def test_public_names() -> None:
     for name in ("Lorsa", "LorsaConfig", "LorsaInit", "LorsaTraining", "initialize_lorsa_", "train_lorsa"):
         assert name in saelens_asi.__all__
         assert hasattr(saelens_asi, name)
-
-
-def test_the_tutorial_runs_on_a_tiny_model(
-    llama_folder: Path,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    settings = {"MODEL": llama_folder, "DATASET": text_folder, "TOKENS": 1600, "CONTEXT": 16, "OUT": tmp_path}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"TUTORIAL_{name}", str(value))
-    namespace: dict[str, object] = {}
-    for cell in re.split(r"^# %%.*$", TUTORIAL.read_text(), flags=re.MULTILINE)[1:]:
-        exec(compile(cell, "tutorials/lorsa.py", "exec"), namespace)
-    printed = capsys.readouterr().out
-    assert "layer 1: 4 query heads, 2 key-value heads" in printed
-    assert re.search(r"tied per head +dead +\d", printed)
-    assert "with the Lorsa in:" in printed
-    assert "most of it from" in printed
-    assert (tmp_path / "feature.png").stat().st_size > 1000
-    assert load_lorsa(tmp_path / "tied_per_head").cfg == load_lorsa(tmp_path / "random").cfg

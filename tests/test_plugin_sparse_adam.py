@@ -11,7 +11,7 @@ from sae_lens import LoggingConfig
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
-from saelens_asi.plugin.trainer import feature_row_groups
+from saelens_asi.plugin.sparse_training import feature_row_groups
 from saelens_asi.provenance import METADATA_KEY
 from tests import third_party, tiny
 
@@ -27,6 +27,10 @@ def _moved(before: dict[str, Tensor], sae: Any) -> dict[str, Tensor]:
     return {name: (after != before[name]).any(dim=1) for name, after in _features(sae).items()}
 
 
+def _fired(output: Any) -> Tensor:
+    return output.feature_acts.to_dense().bool().any(dim=0)
+
+
 def _steps(trainer: Any, n: int) -> Any:
     for _ in range(n):
         output = trainer.step(next(trainer.data_provider))
@@ -40,7 +44,7 @@ def test_silent_features_stay_bit_identical_and_fired_ones_move(architecture, re
     trainer = tiny.trainer(architecture, optimizer="sparse_adam", rescale_acts_by_decoder_norm=rescale, **WIDE)
     _steps(trainer, 3)  # so that moments exist
     before = {name: value.clone() for name, value in _features(trainer.sae).items()}
-    fired = _steps(trainer, 1).feature_acts.bool().any(dim=0)
+    fired = _fired(_steps(trainer, 1))
     assert 0 < fired.sum() < 200
     for name, moved in _moved(before, trainer.sae).items():
         assert torch.equal(moved, fired), name
@@ -50,9 +54,9 @@ def test_silent_features_do_move_under_adam():
     """What the optimizer is there to prevent."""
     trainer = tiny.trainer(initializer=ActiveSubspaceInit(d_init=5, n_tokens=128), **WIDE)
     outputs = [_steps(trainer, 1) for _ in range(3)]
-    once = torch.stack([output.feature_acts.bool().any(dim=0) for output in outputs]).any(dim=0)
+    once = torch.stack([_fired(output) for output in outputs]).any(dim=0)
     before = {name: value.clone() for name, value in _features(trainer.sae).items()}
-    fired = _steps(trainer, 1).feature_acts.bool().any(dim=0)
+    fired = _fired(_steps(trainer, 1))
     silent = once & ~fired
     assert silent.any()
     assert _moved(before, trainer.sae)["W_dec"][silent].all()
@@ -63,7 +67,7 @@ def test_silent_features_keep_their_moments():
     _steps(trainer, 3)
     state = trainer.optimizer.state[trainer.sae.W_dec]
     before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    fired = _steps(trainer, 1).feature_acts.bool().any(dim=0)
+    fired = _fired(_steps(trainer, 1))
     for name, old in before.items():
         assert torch.equal((state[name] != old).any(dim=1), fired), name
 
@@ -123,7 +127,8 @@ def test_gradients_are_clipped_before_the_step():
     stock_step = trainer.optimizer.step
 
     def step(*args: Any) -> Any:
-        grads = [param.grad for param in trainer.sae.parameters() if param.grad is not None]
+        rows = trainer.optimizer.row_gradients
+        grads = [rows[param].to_dense(48) if param in rows else param.grad for param in trainer.sae.parameters()]
         norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
         return stock_step(*args)
 
@@ -169,7 +174,7 @@ def test_dead_features_of_the_auxiliary_loss_are_updated_too():
     dead = trainer.dead_neurons.clone()
     assert dead.any()
     before = {name: value.clone() for name, value in _features(trainer.sae).items()}
-    fired = _steps(trainer, 1).feature_acts.bool().any(dim=0)
+    fired = _fired(_steps(trainer, 1))
     assert _moved(before, trainer.sae)["W_dec"][dead & ~fired].any()
 
 

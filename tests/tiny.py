@@ -152,11 +152,21 @@ def batches(seed: int = 0, **settings: Any) -> Iterator[torch.Tensor]:
         seed += 1
 
 
-def trainer(architecture: str = "topk", provider: Any = None, n_steps: int = 10, **settings: Any) -> SAETrainer:
+def training_sae(architecture: str = "topk", **settings: Any) -> Any:
+    return get_sae_training_class(architecture)[0](sae_config(architecture, **settings))
+
+
+def trainer(
+    architecture: str = "topk",
+    provider: Any = None,
+    n_steps: int = 10,
+    trainer_class: type[Any] = SAETrainer,
+    **settings: Any,
+) -> Any:
     """A trainer made by hand; ``settings`` are those of the trainer's config, all others those of the SAE's."""
     names = {field.name for field in fields(SAETrainerConfig)} - {"device"}
     own = {name: settings.pop(name) for name in names & settings.keys()}
     defaults = {"lr": 1e-3, "lr_end": 1e-4, "n_batches_for_norm_estimate": 4}
     steps = {"total_training_samples": n_steps * BATCH, "train_batch_size_samples": BATCH}
-    sae = get_sae_training_class(architecture)[0](sae_config(architecture, **settings))
-    return SAETrainer(SAETrainerConfig(**{**defaults, **steps, **own}), sae, provider or batches())
+    cfg = SAETrainerConfig(**{**defaults, **steps, **own})
+    return trainer_class(cfg, training_sae(architecture, **settings), provider or batches())

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from saelens_asi import lorsa as lo
-from saelens_asi.demo import DemoSettings, load_model_and_text
+from saelens_asi.loading import load_documents, load_model
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
@@ -23,7 +23,8 @@ N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 60_000))
 CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
 OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
 
-model, text, held_out_text = load_model_and_text(DemoSettings(model=MODEL, dataset=DATASET, training_tokens=N_TOKENS))
+model = load_model(MODEL)
+text, held_out_text = load_documents(DATASET, N_TOKENS)
 layer = model.cfg.n_layers // 2
 
 # %% [markdown]

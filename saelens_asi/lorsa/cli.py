@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.evaluation import lorsa_metrics
 from saelens_asi.lorsa.init import LorsaInit, initialize_lorsa_
@@ -76,12 +77,8 @@ def _report(model: Any, lorsa: Lorsa, layer: int, text: Any, args: argparse.Name
 
 
 def _model_and_text(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from saelens_asi.demo import DemoSettings, load_model_and_text
-
     n_tokens = args.context_size * getattr(args, "n_sequences", args.held_out_sequences)
-    return load_model_and_text(
-        DemoSettings(model=args.model, dataset=args.dataset, device=args.device, training_tokens=n_tokens)
-    )
+    return load_model(args.model, args.device), *load_documents(args.dataset, n_tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help=train.__doc__, formatter_class=formatter)
     evaluation = commands.add_parser("evaluate", help=evaluate.__doc__, formatter_class=formatter)
     for command in (training, evaluation):
-        command.add_argument("--model", default="smollm2", help="name on the hub, folder, or the embedded model")
-        command.add_argument("--dataset", default="bible", help="name on the hub, or the embedded text")
+        command.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or the embedded model")
+        command.add_argument("--dataset", default=EMBEDDED_DATASET, help="name on the hub, folder, or the embedded text")
         command.add_argument("--layer", type=int, help="index of the block; the middle one, or the Lorsa's own")
         command.add_argument("--device", default="cpu", help="of the model and the Lorsa")
         command.add_argument("--context-size", type=int, default=128, help="positions of a window")

@@ -15,17 +15,14 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
-from sae_lens.training.sae_trainer import SAETrainer
-from torch import nn
 
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
+from saelens_asi.plugin.sparse_training import SparseTrainer
 from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.plugin.upstream import refuse_known_failures
 from saelens_asi.provenance import METADATA_KEY
-from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -33,7 +30,7 @@ logger = logging.getLogger(__name__)
 SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 
 
-class PluginTrainer(SAETrainer[Any, Any]):
+class PluginTrainer(SparseTrainer):
     """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
 
     Beside the two flags it mends, for these runs only: weights are saved when a run is interrupted, checkpoints
@@ -69,22 +66,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if settings is not None and self.initialization_pending:
             check_settings(settings, sae)
         if sae.cfg.optimizer == "sparse_adam":
-            self._use_sparse_adam()
-
-    def _use_sparse_adam(self) -> None:
-        cfg = self.cfg
-        betas = (cfg.adam_beta1, cfg.adam_beta2)
-        self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
-        self.lr_scheduler = get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            lr=cfg.lr,
-            optimizer=self.optimizer,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            training_steps=cfg.total_training_steps,
-            lr_end=cfg.lr_end,
-            num_cycles=cfg.n_restart_cycles,
-        )
+            self.use_sparse_adam()
 
     def fit(self) -> Any:
         own_prefetcher = self._restart_prefetching()
@@ -95,6 +77,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
             self._save_interrupted_run()
             raise
         finally:
+            self.finish_sparse_steps()
             if own_prefetcher is not None:
                 own_prefetcher.close()
 
@@ -179,22 +162,6 @@ class PluginTrainer(SAETrainer[Any, Any]):
         logger.warning(
             "interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path
         )
-
-
-def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
-    """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
-
-    SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
-    parameter is split along the one dimension that has the size d_sae; without one it is updated as a whole.
-    """
-    d_sae = sae.cfg.d_sae
-    known = {"W_dec": 0, "W_enc": 1, "b_dec": None}
-    by_dim: dict[int | None, list[nn.Parameter]] = {}
-    for name, param in sae.named_parameters():
-        dims = [dim for dim, size in enumerate(param.shape) if size == d_sae]
-        row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
-        by_dim.setdefault(row_dim, []).append(param)
-    return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
 
 
 def asks_for_plugin(cfg: Any) -> bool:

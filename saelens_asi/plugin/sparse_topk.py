@@ -1,0 +1,237 @@
+"""SAELens's TopK family (topk, abstopk, batchtopk, matryoshka_batchtopk), with gradients of active rows only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import Tensor
+
+from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.top_k import Encoder, Query, encode_top_k, encode_top_k_among
+from saelens_asi.topk_step import (
+    Entries,
+    TopKGradients,
+    encode_batch_top_k,
+    entries_of,
+    stack_levels,
+    topk_gradients,
+)
+from saelens_asi.workspace import Workspace
+
+# With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
+_MAX_DEAD_SHARE = 0.1
+
+_FAMILY = (TopKTrainingSAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
+_PARAMETERS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_METHODS = (
+    "training_forward_pass",
+    "encode_with_hidden_pre",
+    "process_sae_in",
+    "decode",
+    "calculate_aux_loss",
+    "calculate_topk_aux_loss",
+    "update_topk_threshold",
+)
+_STOCK = {cls: {name: getattr(cls, name, None) for name in _METHODS} for cls in _FAMILY}
+
+
+@dataclass(frozen=True)
+class AuxiliaryLevel:
+    """Dead features that are to predict a residual: which, how many a token, and the weight of their loss.
+
+    ``residual_level`` is the reconstruction whose residual it is.
+    """
+
+    features: Tensor
+    k: int
+    weight: float
+    residual_level: int
+
+
+class SparsePass(NamedTuple):
+    """What a forward and backward pass over a batch gives: all gradients, and how often each feature fired (d_sae,)."""
+
+    output: TrainStepOutput
+    gradients: TopKGradients
+    firings: Tensor
+
+
+def is_topk(sae: Any) -> bool:
+    """Whether an SAE belongs to the family that can be trained sparsely."""
+    return isinstance(sae, TopKTrainingSAE)
+
+
+def dense_path_reason(sae: Any, sae_in: Tensor) -> str | None:
+    """Why this SAE cannot be trained on the sparse path as it stands; None when it can, or is not a TopK at all."""
+    stock = _STOCK.get(type(sae))
+    if stock is None:
+        return f"{type(sae).__name__} is not a TopK architecture of SAELens"
+    replaced = [name for name in _METHODS if name in vars(sae) or getattr(type(sae), name, None) is not stock[name]]
+    if replaced:
+        return f"{', '.join(replaced)} of the SAE is replaced (by compile_sae, for one)"
+    if any(_has_hooks(module) for module in sae.modules()):
+        return "hooks are attached to the SAE"
+    parameters = dict(sae.named_parameters())
+    if parameters.keys() != _PARAMETERS or not all(param.requires_grad for param in parameters.values()):
+        return "the SAE's parameters are not W_enc, b_enc, W_dec and b_dec, all of them trained"
+    if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in parameters.values()):
+        return "hooks are attached to the SAE's parameters"
+    if sae_in.ndim != 2 or sae.W_dec.device.type not in ("cpu", "cuda"):
+        return f"activations have {sae_in.ndim} dimensions on a device of type {sae.W_dec.device.type!r}"
+    return None
+
+
+def _has_hooks(module: Any) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def sparse_pass(
+    sae: Any,
+    step_input: TrainStepInput,
+    decoder_norms: Tensor | None,
+    workspace: Workspace,
+    screen: AdaptiveScreen | None = None,
+) -> SparsePass:
+    """Losses, metrics and gradients of ``sae.training_forward_pass``, without anything of size d_sae x d_in.
+
+    The norm of the decoder rows, by which SAELens rescales activations, takes part in the selection only: it cancels
+    in the reconstruction, and so does its gradient. ``feature_acts`` and ``hidden_pre`` of the output are sparse COO
+    tensors (batch, d_sae); ``hidden_pre`` has the active features only.
+
+    Args:
+        sae: one for which ``dense_path_reason`` gave None.
+        step_input: as the trainer makes it.
+        decoder_norms: (d_sae,), where ``rescale_acts_by_decoder_norm`` is set.
+        workspace: of the run.
+        screen: of the run; without one, scores come from the whole product.
+    """
+    with torch.no_grad():
+        x = sae.process_sae_in(step_input.sae_in)
+        auxiliary = auxiliary_levels(sae, step_input)
+        active, levels = _encode(sae, x, encoder_of(sae, decoder_norms), auxiliary, workspace, screen)
+        scale = None if decoder_norms is None else decoder_norms.to(active.scores.dtype)
+        unscaled = [_unscaled(entries, scale) for entries in levels]
+        activations = stack_levels(unscaled, x.shape[0])
+        decoded = activations.decode(sae.W_dec)
+    decoded, b_dec = decoded.requires_grad_(), sae.b_dec.detach().requires_grad_()
+    loss, losses, sae_out = _losses(sae, step_input, decoded.unflatten(0, (-1, x.shape[0])), b_dec, auxiliary)
+    d_decoded, d_b_dec = torch.autograd.grad(loss, [decoded, b_dec])
+    with torch.no_grad():
+        gradients = topk_gradients(activations, d_decoded, x, sae.W_enc, sae.W_dec, workspace)
+        if sae.cfg.apply_b_dec_to_input:
+            d_b_dec = d_b_dec + gradients.b_dec
+        shape = (x.shape[0], sae.cfg.d_sae)
+        output = TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out.detach(),
+            feature_acts=_as_coo(active, shape),
+            hidden_pre=_as_coo(_unscaled(active, scale), shape),
+            loss=loss.detach(),
+            losses={name: value.detach() for name, value in losses.items()},
+        )
+        if isinstance(sae, BatchTopKTrainingSAE):
+            sae.update_topk_threshold(active.scores)
+            output.metrics["topk_threshold"] = sae.topk_threshold
+        firings = torch.bincount(active.features, minlength=sae.cfg.d_sae)
+    return SparsePass(output, gradients._replace(b_dec=d_b_dec), firings)
+
+
+def auxiliary_levels(sae: Any, step_input: TrainStepInput) -> list[AuxiliaryLevel]:
+    """The dead features that take part in SAELens's auxiliary loss, level by level."""
+    mask = step_input.dead_neuron_mask
+    if mask is None or sae.cfg.aux_loss_coefficient == 0:
+        return []
+    dead = mask.nonzero().squeeze(1)
+    widths = _widths(sae)
+    if not getattr(sae.cfg, "use_matryoshka_aux_loss", False):
+        groups = [(len(widths) - 1, dead)]
+    else:
+        bounds = torch.searchsorted(dead, torch.tensor(widths[:-1], device=dead.device))
+        groups = list(enumerate(dead.tensor_split(bounds.tolist())))
+    k_aux = step_input.sae_in.shape[-1] // 2
+    return [
+        AuxiliaryLevel(
+            features, min(k_aux, n), sae.cfg.aux_loss_coefficient * min(n / k_aux, 1.0), residual_level=level
+        )
+        for level, features in groups
+        if (n := features.numel()) > 0
+    ]
+
+
+def _widths(sae: Any) -> list[int]:
+    return getattr(sae.cfg, "matryoshka_widths", None) or [sae.cfg.d_sae]
+
+
+def encoder_of(sae: Any, decoder_norms: Tensor | None) -> Encoder:
+    """The features of an SAE as they are ranked; inside autocast, with its products."""
+    device = sae.W_enc.device.type
+    return Encoder(
+        rows=sae.W_enc.detach().t(),
+        bias=sae.b_enc.detach(),
+        scale=decoder_norms,
+        magnitude=isinstance(sae, AbsTopKTrainingSAE),
+        matmul_dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+    )
+
+
+def _encode(
+    sae: Any,
+    x: Tensor,
+    encoder: Encoder,
+    auxiliary: list[AuxiliaryLevel],
+    workspace: Workspace,
+    screen: AdaptiveScreen | None,
+) -> tuple[Entries, list[Entries]]:
+    """The active features, and those of every level of reconstruction followed by every auxiliary level."""
+    queries = [Query(level.k, level.features) for level in auxiliary]
+    n_dead = sum(level.features.numel() for level in auxiliary)
+    k = sae.activation_fn.k
+    if isinstance(sae, BatchTopKTrainingSAE):
+        active, answers = encode_batch_top_k(x, encoder, int(k * x.shape[0]), queries, workspace)
+    else:
+        if screen is None or n_dead > sae.cfg.d_sae * _MAX_DEAD_SHARE:
+            found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+        else:
+            found = screen.top_k(x, encoder, k, workspace)
+            answers = [encode_top_k_among(x, encoder, query, workspace) for query in queries]
+        active = entries_of(found)
+        active = active.where(active.scores != 0 if encoder.magnitude else active.scores > 0)
+    widths = torch.tensor(_widths(sae), device=x.device)
+    level = torch.bucketize(active.features, widths, right=True)
+    levels = [active.where(level == i) for i in range(len(widths))] if len(widths) > 1 else [active]
+    return active, [*levels, *map(entries_of, answers)]
+
+
+def _losses(
+    sae: Any, step_input: TrainStepInput, decoded: Tensor, b_dec: Tensor, auxiliary: list[AuxiliaryLevel]
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss, its parts by SAELens's names, and the reconstruction, from the decoded levels (n_levels, batch, d_in)."""
+    widths, sae_in = _widths(sae), step_input.sae_in
+    partial = decoded[: len(widths)].cumsum(0) if len(widths) > 1 else decoded[:1]
+    outputs = [sae.run_time_activation_norm_fn_out(level + b_dec) for level in partial]
+    sae_out = sae.reshape_fn_out(outputs[-1], sae.d_head)
+    errors = [sae.mse_loss_fn(out, sae_in).sum(dim=-1).mean() for out in (*outputs[:-1], sae_out)]
+    auxiliary_loss = sae_out.new_tensor(0.0)
+    for level, predicted in zip(auxiliary, decoded[len(widths) :], strict=True):
+        residual = (sae_in - outputs[level.residual_level]).detach()
+        auxiliary_loss = auxiliary_loss + level.weight * (predicted - residual).pow(2).sum(dim=-1).mean()
+    losses = {"mse_loss": errors[-1], "auxiliary_reconstruction_loss": auxiliary_loss}
+    losses |= {f"inner_mse_loss_{width}": error for width, error in zip(widths, errors[:-1], strict=False)}
+    return sum(losses.values(), start=sae_out.new_tensor(0.0)), losses, sae_out
+
+
+def _unscaled(entries: Entries, scale: Tensor | None) -> Entries:
+    return entries if scale is None else entries._replace(scores=entries.scores / scale[entries.features])
+
+
+def _as_coo(entries: Entries, shape: tuple[int, int]) -> Tensor:
+    indices = torch.stack([entries.tokens, entries.features])
+    return torch.sparse_coo_tensor(indices, entries.scores, shape, check_invariants=False)

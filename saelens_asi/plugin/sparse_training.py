@@ -1,0 +1,187 @@
+"""Training steps with SparseAdam: on the sparse path where the SAE allows it, and SAELens's own otherwise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+
+from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
+from saelens_asi.row_sparse import total_norm
+from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.sparse_adam import SparseAdam
+from saelens_asi.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_MAX_GRAD_NORM = 1.0  # SAELens's own, which is no setting there either
+
+
+class SparseTrainer(SAETrainer[Any, Any]):
+    """A SAELens trainer whose steps with ``optimizer="sparse_adam"`` cost what their active features cost."""
+
+    _workspace: Workspace | None = None
+    _decoder_norms: Tensor | None = None
+    _screen: AdaptiveScreen | None = None
+    _reason_given: str | None = None
+    _layout_hook: Any = None
+
+    def use_sparse_adam(self) -> None:
+        """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
+        cfg = self.cfg
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+
+    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        if not isinstance(self.optimizer, SparseAdam):
+            return super()._train_step(sae, sae_in)
+        self._lay_out_by_feature()
+        reason = self._dense_path_reason(sae, sae_in)
+        if reason is not None:
+            self._decoder_norms = self._screen = None
+            return super()._train_step(sae, sae_in)
+        return self._sparse_step(sae, sae_in)
+
+    def _dense_path_reason(self, sae: Any, sae_in: Tensor) -> str | None:
+        """Why this step is SAELens's own. Said once for an SAE of the TopK family, which could do better."""
+        if not is_topk(sae):
+            return "only TopK architectures are sparse"
+        reason = dense_path_reason(sae, sae_in)
+        if reason is None and super()._train_step.__func__ is not SAETrainer._train_step:  # type: ignore[attr-defined]
+            reason = f"{type(self).__name__} has a _train_step of its own"
+        if reason is not None and reason != self._reason_given:
+            logger.warning("training steps take SAELens's dense path: %s", reason)
+            self._reason_given = reason
+        return reason
+
+    def _sparse_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
+        """The counterpart of ``SAETrainer._train_step``, line by line."""
+        self._workspace = self._workspace or Workspace()
+        self._screen = self._screen or AdaptiveScreen()
+        sae.train()
+        with self.autocast_if_enabled:
+            step_input = TrainStepInput(
+                sae_in=sae_in,
+                dead_neuron_mask=self.dead_neurons,
+                coefficients=self.get_coefficients(),
+                n_training_steps=self.n_training_steps,
+                is_logging_step=self._is_logging_step(),
+            )
+            norms = self._current_decoder_norms(sae)
+            done = sparse_pass(sae, step_input, norms, self._workspace, self._screen)
+        self._count_firings(done.firings)
+        self._apply(sae, done)
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return done.output
+
+    @torch.no_grad()
+    def _count_firings(self, firings: Tensor) -> None:
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[firings > 0] = 0
+        self.act_freq_scores += firings
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    @torch.no_grad()
+    def _apply(self, sae: Any, done: SparsePass) -> None:
+        """Clip the gradients, move the rows that have one, and bring their norms up to date."""
+        by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
+        norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
+        divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
+        for param, gradient in by_row.items():
+            self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
+        sae.b_dec.grad = done.gradients.b_dec / divisor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self._decoder_norms is not None:
+            update_row_norms_(self._decoder_norms, sae.W_dec, done.gradients.W_dec.rows)
+        if self._screen is not None:
+            self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
+
+    def _current_decoder_norms(self, sae: Any) -> Tensor | None:
+        """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since."""
+        if not sae.cfg.rescale_acts_by_decoder_norm:
+            return None
+        W_dec = sae.W_dec.detach()
+        sample = slice(None, None, max(1, W_dec.shape[0] // 64))
+        known = self._decoder_norms
+        if known is None or not torch.allclose(known[sample], row_norms(W_dec[sample]), rtol=1e-5, atol=0):
+            self._decoder_norms = row_norms(W_dec)
+        return self._decoder_norms
+
+    def _lay_out_by_feature(self) -> None:
+        """Keep ``W_enc`` and its moments so that what belongs to a feature lies together; shapes stay as they are.
+
+        Files are written from contiguous copies, which a hook of ``state_dict`` makes.
+        """
+        W_enc = self.sae._parameters.get("W_enc")
+        if W_enc is None or W_enc.ndim != 2:
+            return
+        for tensor in (W_enc, *(self.optimizer.state[W_enc].get(key) for key in ("exp_avg", "exp_avg_sq"))):
+            if tensor is not None and not tensor.t().is_contiguous():
+                tensor.data = tensor.data.t().contiguous().t()
+        if self._layout_hook is None:
+            self._layout_hook = self.sae.register_state_dict_post_hook(_contiguous_state)
+
+    def finish_sparse_steps(self) -> None:
+        """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook."""
+        self._workspace = self._decoder_norms = self._screen = None
+        if self._layout_hook is not None:
+            self._layout_hook.remove()
+            self._layout_hook = None
+            self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
+
+    def set_final_sae_metadata(self) -> None:
+        super().set_final_sae_metadata()
+        self.finish_sparse_steps()
+
+
+def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
+    """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
+
+    SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
+    parameter is split along the one dimension that has the size d_sae; without one it is updated as a whole.
+    """
+    d_sae = sae.cfg.d_sae
+    known = {"W_dec": 0, "W_enc": 1, "b_dec": None}
+    by_dim: dict[int | None, list[nn.Parameter]] = {}
+    for name, param in sae.named_parameters():
+        dims = [dim for dim, size in enumerate(param.shape) if size == d_sae]
+        row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
+        by_dim.setdefault(row_dim, []).append(param)
+    return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
+
+
+def row_norms(table: Tensor) -> Tensor:
+    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider."""
+    return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
+
+
+def update_row_norms_(norms: Tensor, table: Tensor, rows: Tensor, chunk: int = 2048) -> None:
+    """Renew the norms of some rows. Where most rows are meant, reading all in order is quicker than picking them."""
+    if rows.numel() > table.shape[0] // 4:
+        norms.copy_(row_norms(table))
+        return
+    for part in rows.split(chunk):
+        norms[part] = row_norms(table[part])
+
+
+def _contiguous_state(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

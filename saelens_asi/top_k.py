@@ -1,0 +1,187 @@
+"""The largest entries of rows, exactly: of a matrix at hand, and of a product that is never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelens_asi.workspace import Workspace
+
+# Scores of one tile (256 MiB in float32) and features in it: large enough for the matrix product to run at full speed.
+TILE_ENTRIES = 2**26
+TILE_FEATURES = 2**15
+
+_GROUP_SIZES = (16, 8)
+
+
+class TopK(NamedTuple):
+    """The k largest scores of each row, in no particular order: scores (n_rows, k), int64 columns (n_rows, k)."""
+
+    scores: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Scores of features, ``(x @ W_enc + b_enc) * scale``, of which only the largest are wanted.
+
+    Attributes:
+        rows: (d_sae, d_in), ``W_enc`` transposed: one row a feature.
+        bias: (d_sae,).
+        scale: (d_sae,) factor of each feature (SAELens ranks by the norm of its decoder row); None for 1.
+        magnitude: rank by absolute value; the scores keep their sign.
+        matmul_dtype: dtype in which autocast multiplies; None for that of the rows.
+    """
+
+    rows: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+    magnitude: bool = False
+    matmul_dtype: torch.dtype | None = None
+
+    def among(self, features: Tensor) -> Encoder:
+        """Some of the features (n,) as an encoder of their own."""
+        scale = None if self.scale is None else self.scale[features]
+        return replace(self, rows=self.rows[features], bias=self.bias[features], scale=scale)
+
+
+@dataclass(frozen=True)
+class Query:
+    """How many features of which set: ``features`` is sorted int64, None for all; k is at most their number."""
+
+    k: int
+    features: Tensor | None = None
+
+
+def top_k(scores: Tensor, k: int, group_sizes: Sequence[int] = _GROUP_SIZES) -> TopK:
+    """``scores.topk(k, sorted=False)`` in about a third of the time; ties may resolve otherwise.
+
+    The k largest entries lie in the k groups of columns with the largest maxima. So the maxima are ranked first (by
+    the same method), then the entries of k groups: one pass over the scores that only compares.
+
+    Args:
+        scores: (n_rows, n_columns).
+        k: at most n_columns.
+        group_sizes: columns in a group, for each level of nesting.
+    """
+    n_rows, n_columns = scores.shape
+    if not group_sizes or n_columns < 4 * k * group_sizes[0]:
+        return TopK(*scores.topk(k, dim=1, sorted=False))
+    size = group_sizes[0]
+    n_groups = n_columns // size
+    grouped = scores[:, : n_groups * size].unflatten(1, (size, n_groups))  # a group is every n_groups-th column
+    groups = top_k(grouped.amax(dim=1), k, group_sizes[1:]).indices
+    members = grouped.gather(2, groups[:, None].expand(n_rows, size, k)).flatten(1)
+    rest = scores[:, n_groups * size :]
+    values, positions = torch.cat([members, rest], dim=1).topk(k, dim=1, sorted=False)
+    columns = positions.div(k, rounding_mode="floor") * n_groups + groups.gather(1, positions % k)
+    return TopK(values, torch.where(positions < k * size, columns, positions + (n_groups - k) * size))
+
+
+def encode_top_k(x: Tensor, encoder: Encoder, queries: Sequence[Query], workspace: Workspace) -> list[TopK]:
+    """The largest scores of each token for every query, from one pass over the encoder.
+
+    Scores exist a tile at a time: memory is that of ``TILE_ENTRIES`` numbers, whatever n_tokens x d_sae is.
+
+    Args:
+        x: (n_tokens, d_in), what the encoder reads.
+        encoder: the features.
+        queries: what to look for.
+        workspace: holds the tile between calls.
+
+    Returns:
+        For each query a TopK with features as indices; scores in float32 or wider.
+    """
+    d_sae = encoder.rows.shape[0]
+    n_features = min(d_sae, TILE_FEATURES)
+    tiles = list(x.split(max(1, TILE_ENTRIES // n_features)))
+    found: list[list[TopK | None]] = [[None] * len(tiles) for _ in queries]
+    for first in range(0, d_sae, n_features):
+        block = _EncoderBlock(encoder, first, min(d_sae, first + n_features), workspace)
+        subsets = [block.columns_of(query.features) for query in queries]
+        for i, tile in enumerate(tiles):
+            scores = block.scores(tile)
+            for best, query, columns in zip(found, queries, subsets, strict=True):
+                if columns is None or columns.numel() > 0:
+                    here = _top_k_of_columns(scores, columns, query.k, encoder.magnitude)
+                    here = TopK(here.scores, here.indices + first)
+                    best[i] = _merge(best[i], here, query.k, encoder.magnitude)
+    return [_concatenate(best, query.k, x) for best, query in zip(found, queries, strict=True)]
+
+
+def encode_top_k_among(x: Tensor, encoder: Encoder, query: Query, workspace: Workspace) -> TopK:
+    """``encode_top_k`` of one query by itself, for a set of features that is small: only their rows are multiplied."""
+    if query.features is None:
+        return encode_top_k(x, encoder, [query], workspace)[0]
+    (found,) = encode_top_k(x, encoder.among(query.features), [Query(query.k)], workspace)
+    return TopK(found.scores, query.features[found.indices])
+
+
+class _EncoderBlock:
+    """Some consecutive features of an encoder, ready for products with many tiles of tokens."""
+
+    def __init__(self, encoder: Encoder, first: int, stop: int, workspace: Workspace) -> None:
+        self.first, self.stop = first, stop
+        self.workspace = workspace
+        self.scale = None if encoder.scale is None else encoder.scale[first:stop]
+        rows, self.bias = encoder.rows[first:stop], encoder.bias[first:stop]
+        self.matmul_dtype = encoder.matmul_dtype or rows.dtype
+        self.fold = self.matmul_dtype.itemsize >= 4
+        if not self.fold:  # bias and scale stay outside a product of low precision, as autocast has them
+            self.weights = rows.to(self.matmul_dtype)
+            return
+        # Bias and scale go into the product: a column more costs less than two passes over the scores.
+        n_features, d_in = rows.shape
+        self.weights = workspace.take("encoder block", (n_features, d_in + 1), rows)
+        self.weights[:, :d_in] = rows
+        self.weights[:, d_in] = self.bias
+        if self.scale is not None:
+            self.weights *= self.scale[:, None]
+
+    def columns_of(self, features: Tensor | None) -> Tensor | None:
+        """Those of the given sorted features that are in this block, by their columns; None for all."""
+        if features is None:
+            return None
+        bounds = torch.tensor([self.first, self.stop], device=features.device)
+        lo, hi = torch.searchsorted(features, bounds).tolist()
+        return features[lo:hi] - self.first
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(n_tokens, n_features) of this tile of tokens, in memory that the next call overwrites."""
+        shape = (x.shape[0], self.stop - self.first)
+        tile = self.workspace.take("tile", shape, x, self.matmul_dtype)
+        if self.fold:
+            return torch.mm(torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1), self.weights.t(), out=tile)
+        torch.mm(x.to(self.matmul_dtype), self.weights.t(), out=tile)
+        wide = self.workspace.take("wide tile", shape, x, torch.float32).copy_(tile).add_(self.bias)
+        return wide if self.scale is None else wide.mul_(self.scale)
+
+
+def _top_k_of_columns(scores: Tensor, columns: Tensor | None, k: int, magnitude: bool) -> TopK:
+    if columns is not None:
+        scores = scores.index_select(1, columns)
+    k = min(k, scores.shape[1])
+    best = top_k(scores.abs() if magnitude else scores, k)
+    signed = scores.gather(1, best.indices) if magnitude else best.scores
+    return TopK(signed, best.indices if columns is None else columns[best.indices])
+
+
+def _merge(found: TopK | None, here: TopK, k: int, magnitude: bool) -> TopK:
+    if found is None:
+        return here
+    both = TopK(torch.cat([found.scores, here.scores], 1), torch.cat([found.indices, here.indices], 1))
+    if both.scores.shape[1] <= k:
+        return both
+    best = _top_k_of_columns(both.scores, None, k, magnitude)
+    return TopK(best.scores, both.indices.gather(1, best.indices))
+
+
+def _concatenate(tiles: Sequence[TopK | None], k: int, x: Tensor) -> TopK:
+    found = [tile for tile in tiles if tile is not None]
+    if x.shape[0] == 0 or not found:
+        return TopK(x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64))
+    return TopK(torch.cat([tile.scores for tile in found]), torch.cat([tile.indices for tile in found]))

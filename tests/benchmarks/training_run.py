@@ -1,0 +1,103 @@
+"""A training run on a real model's attention output: what its steps cost against the dense floor, all the way.
+
+    python -m tests.benchmarks.training_run                              # d_sae = 32,768, 300 steps of 4,096 tokens
+    python -m tests.benchmarks.training_run --d-sae 131072 --steps 100
+
+Active Subspace Initialization and SparseAdam, through SAELens's trainer. Every tenth step the floor (one ``addmm`` and
+one ``topk``, see train_step.py) is timed beside it, and the features that the step selected are compared with those
+that the whole product gives for the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.ablation import activations
+from tests.benchmarks.train_step import LR, RESULTS, machine, make_trainer
+
+
+def dense_selection(sae: Any, x: Tensor, k: int) -> tuple[Tensor, float]:
+    """(batch, k) features by the whole product, and the seconds that product and top-k took."""
+    with torch.no_grad():
+        W_enc, b_enc, shifted = sae.W_enc.detach(), sae.b_enc.detach(), x - sae.b_dec
+        start = time.perf_counter()
+        torch.addmm(b_enc, shifted, W_enc).topk(k, dim=1, sorted=False)
+        seconds = time.perf_counter() - start
+        norms = sae.W_dec.norm(dim=1)
+        parts = [((part @ W_enc + b_enc) * norms).topk(k, dim=1) for part in shifted.split(512)]
+        features = torch.cat([part.indices.masked_fill(part.values <= 0, -1) for part in parts])
+        return features.sort(dim=1).values, seconds
+
+
+def differing(output: Any, expected: Tensor) -> int:
+    """Selected features that the dense selection has not."""
+    acts = output.feature_acts.coalesce()
+    tokens, features = acts.indices()
+    return int((expected[tokens] != features[:, None]).all(dim=1).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d-sae", type=int, default=32_768)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.device, args.autocast = "cpu", False
+    data = [batch for batch in activations(300_000, 80_000)[0].split(args.batch) if len(batch) == args.batch]
+    trainer = make_trainer(args, data, optimizer="sparse_adam")
+    rows, steps, since = [], [], 0
+    for i in range(args.steps):
+        x = data[i % len(data)]
+        check = i % 10 == 5
+        expected, floor = dense_selection(trainer.sae, x, args.k) if check else (None, 0.0)
+        start = time.perf_counter()
+        output = trainer.step(x)
+        steps.append(time.perf_counter() - start)
+        trainer.n_training_steps += 1
+        if expected is not None:
+            screen = trainer._screen.screen
+            row = {
+                "step": i,
+                "floor_s": floor,
+                "step_s": sum(steps[since:]) / (len(steps) - since),  # all steps since the last row, its own included
+                "rank": None if screen is None else screen.rank,
+                "differing_features": differing(output, expected),
+                "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
+                "loss": float(output.loss),
+            }
+            since = len(steps)
+            rows.append(row)
+            print(" ".join(f"{name}={value:.4g}" if value is not None else name for name, value in row.items()))
+    floor = median(row["floor_s"] for row in rows)
+    summary = {
+        "d_sae": args.d_sae,
+        "batch": args.batch,
+        "k": args.k,
+        "lr": LR,
+        "steps": args.steps,
+        "seconds_a_step": sum(steps[5:]) / len(steps[5:]),
+        "floor_s": floor,
+        "times_the_floor": sum(steps[5:]) / len(steps[5:]) / floor,
+        "differing_features": sum(row["differing_features"] for row in rows),
+        "compared_features": len(rows) * args.batch * args.k,
+        "machine": machine(),
+        "rows": rows,
+    }
+    path = args.out or RESULTS / f"training_run_{args.d_sae}.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    print({name: value for name, value in summary.items() if name not in ("rows", "machine")})
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
