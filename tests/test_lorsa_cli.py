@@ -15,7 +15,6 @@ from saelens_asi.lorsa import load_lorsa, read_history
 from tests import tiny
 
 
-
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")

@@ -20,7 +20,12 @@ SCRIPTS = notebooks.scripts()
 # What each tutorial must have printed and written, on the tiny model.
 PRINTED = {
     "spectral_analysis": ["blocks.1.hook_attn_out", "1000 + 250 = 1250 tokens"],
-    "lorsa": ["layer 1: 4 query heads, 2 key-value heads", "tied per head  dead ", "with the Lorsa in:", "most of it from"],
+    "lorsa": [
+        "layer 1: 4 query heads, 2 key-value heads",
+        "tied per head  dead ",
+        "with the Lorsa in:",
+        "most of it from",
+    ],
 }
 WRITTEN = {
     "spectral_analysis": ["singular_values.png", "decomposition.png", "attn_out.safetensors"],

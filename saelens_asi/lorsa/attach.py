@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, nll_loss
 
 from saelens_asi.lorsa.activations import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.metrics import LossRecovered
+from saelens_asi.metrics import SAELossRecovered
 
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
 Replacement = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -139,7 +139,7 @@ def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None
 
 
 @torch.no_grad()
-def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8) -> LossRecovered:
+def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8) -> SAELossRecovered:
     """What putting the Lorsa in does to the model's next-token predictions.
 
     The skipped positions keep the layer's own output, also in the zero ablation.
@@ -169,4 +169,4 @@ def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, b
             sums[name] += float(nll_loss(changed, targets, reduction="sum"))
             sums[f"kl_{name}"] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
     n_tokens = tokens[:, 1:].numel()
-    return LossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)
+    return SAELossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)

@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("evaluate", help=evaluate.__doc__, formatter_class=formatter)
     for command in (training, evaluation):
         command.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or the embedded model")
-        command.add_argument("--dataset", default=EMBEDDED_DATASET, help="name on the hub, folder, or the embedded text")
+        command.add_argument(
+            "--dataset", default=EMBEDDED_DATASET, help="name on the hub, folder, or the embedded text"
+        )
         command.add_argument("--layer", type=int, help="index of the block; the middle one, or the Lorsa's own")
         command.add_argument("--device", default="cpu", help="of the model and the Lorsa")
         command.add_argument("--context-size", type=int, default=128, help="positions of a window")
