@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: install test demo ablation format clean
+.PHONY: install test demo ablation spectra lorsa format clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,15 @@ demo: install
 ablation: install
 	for grid in factors d_init bias n_tokens; do $(BIN)/python -m tests.benchmarks.ablation $$grid || exit 1; done
 	$(BIN)/python -m tests.benchmarks.ablation_report
+
+spectra: install
+	$(BIN)/saelens-asi spectrum --n-tokens 100000 --loss-tokens 2048 --out smollm2
+	$(BIN)/python -m tests.benchmarks.spectra --out tests/benchmarks/results/spectra_cost.json
+
+lorsa: install
+	$(BIN)/python -m tests.benchmarks.lorsa cells
+	$(BIN)/python -m tests.benchmarks.lorsa step
+	$(BIN)/python -m tests.benchmarks.lorsa report
 
 format: install
 	$(BIN)/ruff check --fix .

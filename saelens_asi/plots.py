@@ -21,14 +21,15 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of this size in inches with plain axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
-    for axis in axes:
+    row = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axis in row:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
-    return figure, axes
+    return figure, row
 
 
 def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
@@ -38,7 +39,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
         rates: from a run's name to (d_sae,) shares of tokens on which each feature fires.
         n_tokens: held-out tokens behind the shares.
     """
-    figure, (axis,) = _axes(7.2, 3.8)
+    figure, (axis,) = axes(7.2, 3.8)
     low = -5.0
     n_bins = 40
     bar = 0.42
@@ -77,7 +78,7 @@ def subspace_energy(spectrum: Spectrum, decoders: Mapping[str, Tensor], d_init: 
         decoders: from a run's name to its W_dec (d_sae, d_in).
         d_init: dimension of the subspace that decoder rows started in.
     """
-    figure, (left, right) = _axes(10.5, 3.8, columns=2)
+    figure, (left, right) = axes(10.5, 3.8, columns=2)
     s = spectrum.singular_values
     index = range(1, spectrum.d + 1)
     left.semilogy(index, (s / s[0]).numpy(), color="black")
@@ -112,8 +113,8 @@ def comparison_bars(rows: Mapping[str, Mapping[str, float]], panels: Mapping[str
         rows: from a run's name to its measures.
         panels: from a measure to its title.
     """
-    figure, axes = _axes(2.7 * len(panels), 3.0, columns=len(panels))
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    figure, row = axes(2.7 * len(panels), 3.0, columns=len(panels))
+    for axis, (key, title) in zip(row, panels.items(), strict=True):
         values = [row[key] for row in rows.values()]
         bars = axis.bar(list(rows), values, color=COLORS[: len(rows)], width=0.6)
         axis.bar_label(bars, fmt="%.3g", fontsize=9, padding=2)

@@ -59,6 +59,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bridge(llama_folder: Path):
+    """The tiny Llama as a TransformerBridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(str(llama_folder), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def hooked_llama(llama_folder: Path):
+    """The same weights as a HookedTransformer."""
+    from saelens_asi.corpus import load_hooked_transformer
+
+    return load_hooked_transformer(llama_folder)
+
+
+@pytest.fixture(scope="session")
 def python() -> Callable[..., str]:
     """Run a fresh interpreter in a folder, with ``tests`` importable; returns what it printed."""
 

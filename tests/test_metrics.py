@@ -6,7 +6,7 @@ from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainin
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from saelens_asi import metrics
-from saelens_asi.metrics import LossRecovered, firing_rates, loss_recovered, reconstruction_metrics
+from saelens_asi.metrics import SAELossRecovered, firing_rates, reconstruction_metrics, sae_loss_recovered
 from tests.reference import gaussian
 
 D_IN, D_SAE = 6, 12
@@ -150,8 +150,8 @@ class StandIn:
 
 @pytest.mark.parametrize("hook_name", [HOOK, "blocks.0.attn.hook_z", "blocks.0.hook_resid_post"])
 def test_a_perfect_sae_recovers_everything_and_a_silent_one_nothing(model, tokens, hook_name):
-    perfect = loss_recovered(model, StandIn(1), tokens, hook_name)
-    silent = loss_recovered(model, StandIn(0), tokens, hook_name)
+    perfect = sae_loss_recovered(model, StandIn(1), tokens, hook_name)
+    silent = sae_loss_recovered(model, StandIn(0), tokens, hook_name)
     assert abs(perfect.zero - perfect.clean) > 0.01  # the hook matters, or the ratio would mean nothing
     assert (perfect.clean, perfect.zero) == (silent.clean, silent.zero)
     assert perfect.recovered == 1
@@ -167,7 +167,7 @@ def test_losses_are_those_of_the_model(model, tokens):
         activation[:, 1:] *= 0.5
         return activation
 
-    result = loss_recovered(model, StandIn(0.5), tokens, HOOK)
+    result = sae_loss_recovered(model, StandIn(0.5), tokens, HOOK)
     for name, hooks in {"clean": [], "zero": [(HOOK, ablate)], "reconstructed": [(HOOK, halve)]}.items():
         expected = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks).item()
         assert getattr(result, name) == pytest.approx(expected, rel=1e-5)
@@ -175,26 +175,26 @@ def test_losses_are_those_of_the_model(model, tokens):
 
 
 def test_recovered_is_the_share_of_the_lost_loss():
-    result = LossRecovered(clean=3.0, zero=5.0, reconstructed=3.5, kl_zero=2.0, kl_reconstructed=0.5, n_tokens=1)
+    result = SAELossRecovered(clean=3.0, zero=5.0, reconstructed=3.5, kl_zero=2.0, kl_reconstructed=0.5, n_tokens=1)
     assert (result.recovered, result.kl_recovered) == (0.75, 0.75)
 
 
 def test_the_sae_sees_every_position_but_the_first(model, tokens):
     sae = StandIn(1)
-    assert loss_recovered(model, sae, tokens, HOOK).n_tokens == tokens[:, 1:].numel()
+    assert sae_loss_recovered(model, sae, tokens, HOOK).n_tokens == tokens[:, 1:].numel()
     assert sae.n_seen == tokens[:, 1:].numel()
 
 
 def test_the_loss_does_not_depend_on_the_batch_size(model, tokens, monkeypatch):
-    whole = loss_recovered(model, StandIn(0.5), tokens, HOOK)
+    whole = sae_loss_recovered(model, StandIn(0.5), tokens, HOOK)
     monkeypatch.setattr(metrics, "_MAX_DENSE_VALUES", 5 * D_MODEL)
-    split = loss_recovered(model, StandIn(0.5), tokens, HOOK, batch_size=3)
+    split = sae_loss_recovered(model, StandIn(0.5), tokens, HOOK, batch_size=3)
     assert (split.clean, split.zero) == pytest.approx((whole.clean, whole.zero), rel=1e-6)
     assert split.reconstructed == pytest.approx(whole.reconstructed, rel=1e-6)
 
 
 def test_the_model_is_left_without_hooks(model, tokens):
-    loss_recovered(model, StandIn(0), tokens, HOOK)
+    sae_loss_recovered(model, StandIn(0), tokens, HOOK)
     assert not any(hook.fwd_hooks for hook in model.hook_dict.values())
 
 
@@ -208,7 +208,7 @@ def test_the_divergence_is_that_of_the_next_token_distributions(model, tokens):
         for hooks in ([], [(HOOK, ablate)])
     )
     expected = (clean.exp() * (clean - ablated)).sum(-1).mean().item()
-    result = loss_recovered(model, StandIn(0), tokens, HOOK)
+    result = sae_loss_recovered(model, StandIn(0), tokens, HOOK)
     assert result.kl_zero == pytest.approx(expected, rel=1e-4)
     assert result.kl_recovered == pytest.approx(0, abs=1e-6)
-    assert loss_recovered(model, StandIn(1), tokens, HOOK).kl_recovered == pytest.approx(1, abs=1e-5)
+    assert sae_loss_recovered(model, StandIn(1), tokens, HOOK).kl_recovered == pytest.approx(1, abs=1e-5)

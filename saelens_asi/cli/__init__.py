@@ -1,4 +1,4 @@
-"""Command line: ``saelens-asi train`` and ``saelens-asi demo``; ``python -m saelens_asi`` with flags is ``train``."""
+"""Command line: ``saelens-asi train``, ``demo``, ``spectrum`` and ``lorsa``; with flags alone it is ``train``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 _USAGE = """\
-usage: saelens-asi {train,demo} [flags]      (or: python -m saelens_asi [flags of train])
+usage: saelens-asi {train,demo,spectrum,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
 
-  train   SAELens's own command line, with --initializer and --optimizer:
-          saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
-  demo    train with and without the flags on a real model, and compare
+  train     SAELens's own command line, with --initializer and --optimizer:
+            saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
+  demo      train with and without the flags on a real model, and compare
+  spectrum  which hooks of a model are low-rank, why, and what it means for an SAE:
+            saelens-asi spectrum --model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder
+  lorsa     train or evaluate a sparse replacement of an attention layer:
+            saelens-asi lorsa train --model gpt2 --dataset NeelNanda/pile-10k --layer 5 --out folder
 
 saelens-asi COMMAND --help lists the flags of a command."""
 
@@ -36,7 +40,24 @@ def demo(args: Sequence[str]) -> None:
     run(args)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo}
+def spectrum(args: Sequence[str]) -> None:
+    from saelens_asi.cli.spectrum import main as run
+
+    run(args)
+
+
+def lorsa(args: Sequence[str]) -> None:
+    from saelens_asi.lorsa.cli import main as run
+
+    run(args)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "demo": demo,
+    "spectrum": spectrum,
+    "lorsa": lorsa,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,0 +1,83 @@
+"""What replacing the activations at one hook does to a model's next-token predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from saelens_asi.hooks import Writer, hook_points, logits_with
+
+
+class Predictions(NamedTuple):
+    """Next-token predictions, in nats a token.
+
+    Attributes:
+        cross_entropy: with the text.
+        kl: divergence KL(clean || these) from the predictions of the model as it is.
+    """
+
+    cross_entropy: float
+    kl: float
+
+
+@torch.no_grad()
+def replacement_losses(
+    model: Any,
+    tokens: Tensor,
+    hook_name: str,
+    replacements: Mapping[str, Writer],
+    *,
+    replaced: Tensor,
+    predicted: Tensor | None = None,
+    batch_size: int = 8,
+) -> dict[str, Predictions]:
+    """Predictions with each replacement in place, and as ``"clean"`` those of the model as it is.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: (n_windows, n_positions) token ids.
+        hook_name: which activations are replaced.
+        replacements: from a name to a function of (n, width) activations, one vector a token, to others.
+        replaced: (n_windows, n_positions) bool, where they are replaced; elsewhere they stay.
+        predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
+        batch_size: windows in a forward pass.
+    """
+    (point,) = hook_points(model, [hook_name]).values()
+    predicted = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if predicted is None else predicted
+    n_predicted = int(predicted.sum())
+    if not n_predicted:
+        raise ValueError("no next token is left to predict: give longer windows, or leave out fewer tokens")
+    device = getattr(model.cfg, "device", None) or "cpu"
+    sums = {name: [0.0, 0.0] for name in ("clean", *replacements)}
+    for start in range(0, len(tokens), batch_size):
+        batch = tokens[start : start + batch_size].to(device)
+        counted = predicted[start : start + batch_size].to(device)
+        where = replaced[start : start + batch_size].to(device)
+        targets = batch[:, 1:][counted]
+
+        def log_probabilities(write: Writer | None = None) -> Tensor:
+            at_counted = logits_with(model, batch, point, write)[:, :-1][counted]  # noqa: B023 - called at once
+            return at_counted.float().log_softmax(dim=-1)
+
+        clean = log_probabilities()
+        sums["clean"][0] += float(nll_loss(clean, targets, reduction="sum"))
+        for name, function in replacements.items():
+            changed = log_probabilities(_only_at(where, function))
+            sums[name][0] += float(nll_loss(changed, targets, reduction="sum"))
+            sums[name][1] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
+    return {name: Predictions(loss / n_predicted, kl / n_predicted) for name, (loss, kl) in sums.items()}
+
+
+def _only_at(where: Tensor, function: Writer) -> Writer:
+    def write(activations: Tensor) -> Tensor:
+        chosen = where.to(activations.device)
+        values = activations[chosen]
+        output = activations.clone()
+        output[chosen] = function(values.reshape(len(values), -1)).to(values).reshape(values.shape)
+        return output
+
+    return write

@@ -1,0 +1,219 @@
+"""Activations of a model by hook name, for HookedTransformer and TransformerBridge alike."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+
+Reader = Callable[[Tensor], None]
+Writer = Callable[[Tensor], Tensor]
+
+# Names that need no layer: what `--hooks` and `layer_hooks` take.
+SHORT_NAMES = {
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "hook_z": "attn.hook_z",
+    "z": "attn.hook_z",
+}
+
+
+class _AllRead(Exception):
+    """Every activation that was asked for has been read: the rest of the forward pass is not needed."""
+
+
+def layer_hooks(hooks: Iterable[str], layers: Iterable[int]) -> list[str]:
+    """Full names of short ones (``attn_out``) in these layers; names with a dot are passed on as they are."""
+    names, layers = [], list(layers)
+    for hook in hooks:
+        if "." in hook:
+            names.append(hook)
+        elif hook in SHORT_NAMES:
+            names += [f"blocks.{layer}.{SHORT_NAMES[hook]}" for layer in layers]
+        else:
+            raise ValueError(f"hook {hook!r} must be one of {list(SHORT_NAMES)}, or a full name such as 'blocks.0.ln1'")
+    return names
+
+
+def resolve_hook_names(names: str | Iterable[str], known: Iterable[str]) -> list[str]:
+    """Expand patterns against the names that exist: ``*`` stands for anything without a dot.
+
+    Returns each name once, in the order asked for, the matches of a pattern in the order of the layers.
+
+    Raises:
+        ValueError: for a name or pattern that matches nothing, with the nearest names.
+    """
+    known = list(known)
+    found: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if "*" in name:
+            expression = re.compile(r"[^.]*".join(map(re.escape, name.split("*"))))
+            matches = sorted(filter(expression.fullmatch, known), key=_natural)
+        else:
+            matches = [name] if name in known else []
+        if not matches:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ": see model.hook_dict for its names"
+            raise ValueError(f"no hook of this model is called {name!r}{hint}")
+        found |= dict.fromkeys(matches)
+    if not found:
+        raise ValueError("hook_names is empty: name at least one hook")
+    return list(found)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def hook_points(model: Any, names: str | Iterable[str]) -> dict[str, Any]:
+    """From each resolved name to the model's hook point; aliases of one point lead to the same object."""
+    known = getattr(model, "hook_dict", None)
+    if known is None:
+        raise ValueError(
+            f"a {type(model).__name__} has no hook points: pass a HookedTransformer, or a TransformerBridge "
+            "(TransformerBridge.boot_transformers(name))"
+        )
+    return {name: known[name] for name in resolve_hook_names(names, known)}
+
+
+@torch.no_grad()
+def read_activations(
+    model: Any,
+    tokens: Tensor,
+    points: Mapping[str, Any],
+    readers: Mapping[str, Reader],
+    is_text: Tensor | None = None,
+) -> None:
+    """One forward pass that hands the activations of each hook to its reader, and stops after the last of them.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: (n_windows, n_positions) token ids.
+        points: of ``hook_points``.
+        readers: what to call with the activations (n_windows, n_positions, ...), for names in ``points``.
+        is_text: (n_windows, n_positions) bool, False at padding.
+
+    Raises:
+        ValueError: when the forward pass does not reach a hook.
+    """
+    waiting = set(readers)
+    padding = {} if is_text is None or bool(is_text.all()) else {"attention_mask": is_text.long()}
+    with _attached((points[name], _reading(name, reader, waiting)) for name, reader in readers.items()):
+        try:
+            model(tokens, return_type=None, **padding)
+        except _AllRead:
+            return
+    raise ValueError(
+        f"the forward pass of this model does not reach {sorted(waiting)}: some hooks need a setting, such as "
+        "model.set_use_attn_result(True)"
+    )
+
+
+def _reading(name: str, reader: Reader, waiting: set[str]) -> Callable[..., None]:
+    def hook(activations: Tensor, hook: Any) -> None:
+        reader(activations.detach())
+        waiting.discard(name)
+        if not waiting:
+            raise _AllRead
+
+    return hook
+
+
+@torch.no_grad()
+def logits_with(model: Any, tokens: Tensor, point: Any = None, write: Writer | None = None) -> Tensor:
+    """(n_windows, n_positions, d_vocab) logits, with the activations at a hook point replaced by ``write`` of them."""
+    if write is None:
+        return model(tokens, return_type="logits")
+    with _attached([(point, lambda activations, hook: write(activations))]):
+        return model(tokens, return_type="logits")
+
+
+@contextmanager
+def _attached(hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Hooks on hook points or modules for as long as the block runs. Takes away what it added, and nothing else."""
+    with ExitStack() as stack:
+        for point, function in hooks:
+            _attach(stack, point, function)
+        yield
+
+
+def _attach(stack: ExitStack, point: Any, function: Callable[..., Any]) -> None:
+    if not hasattr(point, "fwd_hooks"):  # a module of the model: the first of its outputs
+        handle = point.register_forward_hook(
+            lambda module, inputs, output: function(output[0] if isinstance(output, tuple) else output, hook=module)
+        )
+        stack.callback(handle.remove)
+        return
+    point.add_hook(function)
+    own = point.fwd_hooks[-1]
+
+    def remove() -> None:
+        own.hook.remove()
+        point.fwd_hooks = [other for other in point.fwd_hooks if other is not own]
+
+    stack.callback(remove)
+
+
+def attention_output(model: Any, layer: int) -> Any:
+    """Where the attention's own output can be read: before any norm that stands between it and ``hook_attn_out``."""
+    return model.hook_dict.get(f"blocks.{layer}.attn.hook_out", model.blocks[layer].attn)
+
+
+def attention_output_weights(model: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """W_O (n_heads * d_head, d_model) and b_O (d_model,) of a layer; b_O is 0 where there is none."""
+    attention = model.blocks[layer].attn
+    weight = attention.W_O.detach()
+    weight = weight.reshape(-1, weight.shape[-1])
+    bias = getattr(attention, "b_O", None)
+    return weight, torch.zeros_like(weight[0]) if bias is None else bias.detach()
+
+
+def as_vectors(activations: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """(n_windows * n_positions, width) from ``shape`` = (n_windows, n_positions); heads are laid side by side.
+
+    Raises ValueError for activations that are not one vector a token, such as attention patterns.
+    """
+    if activations.ndim < 3 or tuple(activations.shape[:2]) != tuple(shape):
+        raise ValueError(
+            f"{name!r} holds {tuple(activations.shape)} for {shape[0]} windows of {shape[1]} tokens, which is not "
+            "one vector a token: choose a hook such as 'blocks.0.hook_attn_out'"
+        )
+    return activations.reshape(shape[0] * shape[1], -1)
+
+
+def special_token_ids(model: Any, exclude_special_tokens: bool | Sequence[int]) -> Tensor:
+    """Ids of BOS, EOS, padding and the like as SAELens's ``exclude_special_tokens`` takes them: True, False or ids."""
+    if exclude_special_tokens is False:
+        return torch.tensor([], dtype=torch.long)
+    if exclude_special_tokens is True:
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "exclude_special_tokens=True asks the model's tokenizer, and this model has none: give the ids of the "
+                "tokens to leave out, or False"
+            )
+        return torch.tensor(get_special_token_ids(tokenizer), dtype=torch.long)
+    return torch.tensor(list(exclude_special_tokens), dtype=torch.long)
+
+
+def keep_mask(tokens: Tensor, special_ids: Tensor, exclude_positions: Sequence[int] = ()) -> Tensor:
+    """(n_windows, n_positions) bool: which tokens count. Positions may be negative, from the end of the window.
+
+    Raises ValueError for a position outside the window.
+    """
+    keep = ~torch.isin(tokens, special_ids.to(tokens.device))
+    n_positions = tokens.shape[1]
+    outside = [position for position in exclude_positions if not -n_positions <= position < n_positions]
+    if outside:
+        raise ValueError(f"exclude_positions={outside} lie outside windows of {n_positions} tokens")
+    keep[:, list(exclude_positions)] = False
+    return keep

@@ -1,0 +1,172 @@
+"""Put a Lorsa into a model in place of an attention layer, for the time of a ``with`` block."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from saelens_asi.lorsa.activations import attention_module, is_bridge
+from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.metrics import SAELossRecovered
+
+# (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
+Replacement = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@contextmanager
+def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
+    """Inside the block, the attention output of ``layer`` is the Lorsa's.
+
+    It holds in forward passes, generation with and without a key-value cache, ``run_with_hooks`` and
+    ``run_with_cache`` (hook_attn_out shows the Lorsa's output), for a HookedTransformer and a TransformerBridge. The
+    layer's own attention still runs, so its hooks show what it would have done. The first ``skip_positions`` positions
+    keep the layer's output. On exit, also after an error, the model is as before.
+
+    Raises:
+        ValueError: for a layer that does not exist, or a Lorsa of another width.
+    """
+    d_model = int(model.cfg.d_model)
+    if lorsa.cfg.d_model != d_model:
+        raise ValueError(f"this Lorsa has d_model={lorsa.cfg.d_model}, but the model has {d_model}")
+    device = next(iter(model.parameters())).device
+    if device != lorsa.W_V.device:
+        raise ValueError(f"this Lorsa is on {lorsa.W_V.device}, but the model is on {device}: move it with lorsa.to")
+
+    def output(x: Tensor, own: Tensor, allowed: Tensor | None) -> Tensor:
+        n_new = own.shape[1]
+        y = lorsa(x.to(lorsa.W_V.dtype), None if n_new == x.shape[1] else n_new, allowed).to(own.dtype)
+        place = torch.arange(x.shape[1] - n_new, x.shape[1], device=own.device)
+        if allowed is not None:  # padding on the left does not count
+            place = (allowed & (place[:, None] >= torch.arange(x.shape[1], device=own.device))).sum(dim=-1)[:, 0] - 1
+        return torch.where((place < lorsa.cfg.skip_positions)[..., None], own, y)
+
+    was_training = lorsa.training
+    lorsa.eval()
+    try:
+        with replaced(model, layer, output):
+            yield model
+    finally:
+        lorsa.train(was_training)
+
+
+@contextmanager
+def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
+    """Inside the block, the attention output of ``layer`` is what ``function`` makes of its input."""
+    attention = attention_module(model, layer)
+    call: dict[str, Any] = {}
+    past = _Past()
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_kv_cache_entry", kwargs.get("past_key_values", kwargs.get("layer_past")))
+        call.update(cache=cache, offset=_cached_positions(cache, module), mask=kwargs.get("attention_mask"))
+        if not bridge:
+            call["x"] = kwargs["query_input"] if "query_input" in kwargs else args[0]
+
+    def note_input(module: Any, args: Any, output: Tensor) -> None:
+        call["x"] = output
+
+    def after(module: Any, args: Any, output: Tensor) -> Tensor:
+        if call["x"].ndim != 3:
+            raise ValueError(
+                "the attention has separate inputs for queries, keys and values: switch use_split_qkv_input and "
+                "use_attn_in off while a Lorsa is attached"
+            )
+        x = past.extended(call["cache"], call["offset"], call["x"])
+        return function(x, output, _allowed(call["mask"], output.shape[1], x.shape[1]))
+
+    bridge = is_bridge(attention)
+    handles = [attention.register_forward_pre_hook(before, with_kwargs=True)]
+    try:
+        if bridge:
+            handles.append(attention.hook_in.register_forward_hook(note_input))
+            handles.append(attention.hook_out.register_forward_hook(after, prepend=True))
+        else:
+            handles.append(attention.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        call.clear()
+
+
+class _Past:
+    """Inputs of the positions that a key-value cache holds: a Lorsa cannot go on from the layer's keys and values."""
+
+    def __init__(self) -> None:
+        self._inputs: dict[int, tuple[Any, Tensor]] = {}
+
+    def extended(self, cache: Any, offset: int, x: Tensor) -> Tensor:
+        """Inputs of all positions, those of ``x`` last."""
+        if cache is None:
+            return x
+        key = id(cache)
+        if offset:
+            owner, seen = self._inputs.get(key, (lambda: None, x[:, :0]))
+            if owner() is not cache or seen.shape[1] < offset:
+                raise ValueError(
+                    f"the key-value cache holds {offset} positions from before the Lorsa was attached: fill the cache "
+                    "while it is attached, or pass all tokens at once"
+                )
+            x = torch.cat([seen[:, :offset].expand(x.shape[0], -1, -1), x], dim=1)
+        self._inputs[key] = (weakref.ref(cache, lambda _: self._inputs.pop(key, None)), x.detach())
+        return x
+
+
+def _cached_positions(cache: Any, module: Any) -> int:
+    if cache is None:
+        return 0
+    if hasattr(cache, "past_keys"):
+        return int(cache.past_keys.shape[1])
+    return int(cache.get_seq_length(getattr(module, "_layer_idx", None) or 0))
+
+
+def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None:
+    """Bool, broadcastable to (batch, 1, n_new, n_positions), from the model's attention mask; None for none."""
+    if mask is None:
+        return None
+    if mask.is_floating_point():
+        mask = mask > -1.0  # additive: 0, or a very negative number
+    mask = mask.bool()[..., :n_positions]
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    return mask if mask.shape[-2] == 1 else mask[..., -n_new:, :]
+
+
+@torch.no_grad()
+def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8) -> SAELossRecovered:
+    """What putting the Lorsa in does to the model's next-token predictions.
+
+    The skipped positions keep the layer's own output, also in the zero ablation.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        lorsa: for that layer.
+        layer: index of the block.
+        tokens: (n_windows, n_positions) token ids.
+        batch_size: windows in one forward pass.
+    """
+
+    def zero(x: Tensor, own: Tensor, allowed: Tensor | None) -> Tensor:
+        return torch.cat([own[:, : lorsa.cfg.skip_positions], 0 * own[:, lorsa.cfg.skip_positions :]], dim=1)
+
+    def log_probabilities(batch: Tensor) -> Tensor:
+        return model(batch, return_type="logits")[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
+
+    sums = dict.fromkeys(("clean", "zero", "reconstructed", "kl_zero", "kl_reconstructed"), 0.0)
+    for batch in tokens.split(batch_size):
+        clean = log_probabilities(batch)
+        targets = batch[:, 1:].flatten().to(clean.device)
+        sums["clean"] += float(nll_loss(clean, targets, reduction="sum"))
+        for name, context in (("zero", replaced(model, layer, zero)), ("reconstructed", attached(lorsa, model, layer))):
+            with context:
+                changed = log_probabilities(batch)
+            sums[name] += float(nll_loss(changed, targets, reduction="sum"))
+            sums[f"kl_{name}"] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
+    n_tokens = tokens[:, 1:].numel()
+    return SAELossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)

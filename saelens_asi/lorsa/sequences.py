@@ -1,0 +1,155 @@
+"""Sequences of what an attention layer reads and puts out: from a model, or cached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saelens_asi.lorsa.activations import attention_activations
+
+FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
+
+
+class Sequences(Protocol):
+    """Pairs of input and output of an attention layer, by index."""
+
+    @property
+    def n_sequences(self) -> int: ...
+
+    @property
+    def n_positions(self) -> int: ...
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y), each (len(index), n_positions, d_model)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSequences:
+    """Runs the model whenever a batch is asked for: no storage, and a forward pass up to the layer each time.
+
+    Attributes:
+        model: a HookedTransformer or TransformerBridge.
+        layer: index of the block.
+        tokens: (n_sequences, n_positions) token ids.
+    """
+
+    model: Any
+    layer: int
+    tokens: Tensor
+
+    @property
+    def n_sequences(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def n_positions(self) -> int:
+        return self.tokens.shape[1]
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = next(attention_activations(self.model, self.layer, [self.tokens[index]]))
+        return x.float(), y.float()
+
+
+@dataclass(frozen=True)
+class CachedSequences:
+    """Activations held in memory: 8 * d_model bytes a token.
+
+    Attributes:
+        x, y: (n_sequences, n_positions, d_model) what the layer reads, and what it puts out.
+        tokens: (n_sequences, n_positions) token ids.
+    """
+
+    x: Tensor
+    y: Tensor
+    tokens: Tensor
+
+    @property
+    def n_sequences(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def n_positions(self) -> int:
+        return self.x.shape[1]
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+    @classmethod
+    def collect(cls, model: Any, layer: int, tokens: Tensor, batch_size: int = 16) -> CachedSequences:
+        """Run the model once over (n_sequences, n_positions) token ids."""
+        pairs = list(attention_activations(model, layer, tokens.split(batch_size)))
+        x, y = (torch.cat(parts).float().cpu() for parts in zip(*pairs, strict=True))
+        return cls(x, y, tokens.cpu())
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"x": self.x.contiguous(), "y": self.y.contiguous(), "tokens": self.tokens.contiguous()}
+        save_file(tensors, path, metadata={"format": FILE_FORMAT})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CachedSequences:
+        """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("format")
+        if found != FILE_FORMAT:
+            raise ValueError(f"{path} does not hold cached sequences: format {found!r}, expected {FILE_FORMAT!r}")
+        return cls(**load_file(path))
+
+
+def token_windows(dataset: Any, tokenizer: Any, n_positions: int, n_sequences: int | None = None) -> Tensor:
+    """(n, n_positions) token ids: texts one after the other, cut into windows, each with a BOS token in front.
+
+    Args:
+        dataset: a Hugging Face dataset, or any iterable of rows, with a column ``text``, ``tokens`` or ``input_ids``.
+        tokenizer: of the model; not used where the rows hold token ids.
+        n_positions: length of a window, BOS included.
+        n_sequences: stop after so many; all that the dataset gives when None.
+
+    Raises:
+        ValueError: for rows without such a column, or too little text.
+    """
+    length = n_positions - 1
+    wanted = None if n_sequences is None else n_sequences * length
+    ids: list[int] = []
+    for row in dataset:
+        ids += _row_ids(row, tokenizer)
+        if wanted is not None and len(ids) >= wanted:
+            break
+    found = len(ids) // length
+    if found < (n_sequences or 1):
+        raise ValueError(
+            f"the dataset gives {found} windows of {n_positions} positions, fewer than {n_sequences or 1}: give more "
+            "text, or ask for fewer or shorter windows"
+        )
+    windows = torch.tensor(ids[: (n_sequences or found) * length]).view(-1, length)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = getattr(tokenizer, "eos_token_id", None) if bos is None else bos  # GPT-NeoX and others have one for both
+    if bos is None:
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to put in front of each window")
+    return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+
+
+def _row_ids(row: Any, tokenizer: Any) -> list[int]:
+    for column in ("tokens", "input_ids"):
+        if column in row:
+            return list(row[column])
+    if "text" not in row:
+        raise ValueError(f"rows need a column 'text', 'tokens' or 'input_ids'; these have {sorted(row)}")
+    return list(tokenizer(row["text"], add_special_tokens=False).input_ids)
+
+
+def batches(data: Sequences, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All sequences once, in order."""
+    for index in torch.arange(data.n_sequences).split(batch_size):
+        yield data.batch(index)

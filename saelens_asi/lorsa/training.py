@@ -1,0 +1,254 @@
+"""Train a Lorsa on sequences: schedule, history on disk, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_asi.lorsa.config import from_dict
+from saelens_asi.lorsa.evaluation import reconstruct
+from saelens_asi.lorsa.io import load_lorsa, save_lorsa
+from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.lorsa.sequences import Sequences
+from saelens_asi.sparse_adam import SparseAdam
+
+HISTORY, CHECKPOINTS = "history.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LorsaTraining:
+    """Settings of a training run. Frozen and inert.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences a step.
+        lr: learning rate after warm-up.
+        lr_warm_up_steps: linear, from zero.
+        lr_decay_steps: linear, to zero, at the end.
+        optimizer: ``"adam"``, or ``"sparse_adam"``: features that do not fire in a step keep their rows of W_V and
+            W_O, b_V and all moments.
+        betas: of the optimizer.
+        train_qk: whether queries and keys are trained too.
+        k_start: features active at a position in the first step; it falls linearly to the config's k. None: k itself.
+        k_warm_up_steps: over so many steps.
+        max_grad_norm: gradients are scaled down to this norm; None: never.
+        seed: of the order of the sequences.
+        log_every: steps between two lines of the history.
+        checkpoint_every: steps between two checkpoints; 0: only the last.
+        dead_after: positions after which a feature that has not fired counts as dead in the history.
+    """
+
+    steps: int
+    batch_size: int = 8
+    lr: float = 4e-4
+    lr_warm_up_steps: int = 20
+    lr_decay_steps: int = 0
+    optimizer: Literal["adam", "sparse_adam"] = "sparse_adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    train_qk: bool = True
+    k_start: int | None = None
+    k_warm_up_steps: int = 0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 0
+    dead_after: int = 100_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, least in (("steps", 1), ("batch_size", 1), ("log_every", 1), ("dead_after", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("lr_warm_up_steps", "lr_decay_steps", "k_warm_up_steps", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
+            raise ValueError(
+                f"lr_warm_up_steps={self.lr_warm_up_steps} and lr_decay_steps={self.lr_decay_steps} exceed "
+                f"steps={self.steps}: shorten them"
+            )
+        if self.optimizer not in ("adam", "sparse_adam"):
+            raise ValueError(f"optimizer={self.optimizer!r} must be 'adam' or 'sparse_adam'")
+        if (self.k_start is None) != (self.k_warm_up_steps == 0):
+            raise ValueError("k_start and k_warm_up_steps go together: give both, or neither")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.lr_warm_up_steps) if self.lr_warm_up_steps else 1.0
+        decay = min(1.0, (self.steps - step) / self.lr_decay_steps) if self.lr_decay_steps else 1.0
+        return self.lr * min(warm, decay)
+
+    def k_at(self, step: int, k: int) -> int:
+        """Features active at a position in a step, for a Lorsa with this ``k``."""
+        if self.k_start is None or step >= self.k_warm_up_steps:
+            return k
+        return round(self.k_start + (k - self.k_start) * step / self.k_warm_up_steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LorsaTraining:
+        return from_dict(cls, values)
+
+
+def make_optimizer(lorsa: Lorsa, settings: LorsaTraining) -> SparseAdam:
+    """SparseAdam with one row a feature, or, for ``"adam"``, the same update for every entry."""
+    rows = [lorsa.W_V, lorsa.W_O, lorsa.b_V]
+    qk = [p for name, p in lorsa.named_parameters() if name[-2:] in ("_Q", "_K") or name.endswith("_norm")]
+    row_dim = 0 if settings.optimizer == "sparse_adam" else None
+    groups = [{"params": rows, "row_dim": row_dim}, {"params": [lorsa.b_D]}]
+    if settings.train_qk:
+        groups.append({"params": qk})
+    return SparseAdam(groups, lr=settings.lr, betas=settings.betas)
+
+
+def train_lorsa(
+    lorsa: Lorsa,
+    data: Sequences,
+    settings: LorsaTraining,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train in place on mean squared error to the layer's output; returns the history.
+
+    Args:
+        lorsa: initialized.
+        data: sequences; each epoch goes through all of them in an order of its own.
+        settings: of the run.
+        out: folder for the history (``history.jsonl``, a line every ``log_every`` steps), checkpoints, and at the end
+            the Lorsa itself; nothing is written when None.
+        resume: go on from the last checkpoint in ``out``, bit-exactly, if there is one.
+        progress: show a progress bar.
+
+    Returns:
+        One record a line of the history: step, positions seen, loss, normalized MSE of the batch (against its own
+        variance), l0, share of dead features, learning rate, k, seconds.
+
+    Raises:
+        ValueError: for sequences longer than the Lorsa's context, or a checkpoint of other settings.
+    """
+    _check(lorsa, data, settings, out, resume)
+    optimizer = make_optimizer(lorsa, settings)
+    silent = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)
+    first, history = 0, []
+    folder = None if out is None else Path(out)
+    if resume and folder is not None and (checkpoint := last_checkpoint(folder)) is not None:
+        first, silent = _restore(checkpoint, lorsa, optimizer, settings)
+        history = [record for record in read_history(folder) if record["step"] <= first]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HISTORY).write_text("".join(json.dumps(record) + "\n" for record in history))
+    lorsa.provenance["training"] = asdict(settings)
+    lorsa.train()
+    start, seconds_before = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=not progress, desc="Lorsa")
+    for step in bar:
+        lorsa.current_k = settings.k_at(step, lorsa.cfg.k)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step)
+        x, y = data.batch(batch_index(step, settings, data.n_sequences))
+        x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :]
+        y_hat, features, counted = reconstruct(lorsa, x)
+        loss = (y_hat - y).square().sum(dim=-1).mean()
+        for param in lorsa.parameters():
+            param.grad = None
+        loss.backward()
+        if settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        silent += y.shape[0] * y.shape[1]
+        silent[features[counted]] = 0
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            variance = (y - y.mean(dim=(0, 1))).square().sum(dim=-1).mean()
+            error = float(loss.detach())
+            record = {
+                "step": done,
+                "n_tokens": done * settings.batch_size * data.n_positions,
+                "loss": error,
+                "nmse": error / float(variance),
+                "l0": float(counted.sum()) / (y.shape[0] * y.shape[1]),
+                "dead_fraction": float((silent >= settings.dead_after).float().mean()),
+                "lr": settings.lr_at(step),
+                "k": lorsa.current_k,
+                "seconds": round(seconds_before + time.perf_counter() - start, 2),
+            }
+            history.append(record)
+            bar.set_postfix(nmse=f"{record['nmse']:.3f}", dead=f"{record['dead_fraction']:.1%}")
+            if folder is not None:
+                with (folder / HISTORY).open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+        if folder is not None and settings.checkpoint_every and done % settings.checkpoint_every == 0:
+            _checkpoint(folder / CHECKPOINTS / f"step_{done:08d}", lorsa, optimizer, silent, settings, done)
+    lorsa.current_k = lorsa.cfg.k
+    lorsa.eval()
+    if folder is not None:
+        save_lorsa(lorsa, folder)
+    return history
+
+
+def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
+    """(batch_size,) sequences of a step: a function of the step alone, so a resumed run sees the same batches."""
+    per_epoch = n_sequences // settings.batch_size
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(n_sequences, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
+    return order[place * settings.batch_size : (place + 1) * settings.batch_size]
+
+
+def read_history(folder: str | Path) -> list[dict[str, float]]:
+    """The records that a run wrote."""
+    path = Path(folder) / HISTORY
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest finished checkpoint of a run's folder."""
+    found = sorted((Path(folder) / CHECKPOINTS).glob("step_*/state.json"))
+    return found[-1].parent if found else None
+
+
+def _check(lorsa: Lorsa, data: Sequences, settings: LorsaTraining, out: str | Path | None, resume: bool) -> None:
+    if data.n_positions > lorsa.cfg.n_ctx:
+        raise ValueError(f"sequences of {data.n_positions} positions exceed n_ctx={lorsa.cfg.n_ctx} of the Lorsa")
+    if data.n_positions <= lorsa.cfg.skip_positions:
+        raise ValueError(f"sequences of {data.n_positions} positions have none beyond the skipped ones")
+    if data.n_sequences < settings.batch_size:
+        raise ValueError(f"batch_size={settings.batch_size} exceeds the {data.n_sequences} sequences there are")
+    if settings.k_start is not None and not lorsa.cfg.k <= settings.k_start <= lorsa.cfg.n_ov_heads:
+        raise ValueError(f"k_start={settings.k_start} must lie between k={lorsa.cfg.k} and {lorsa.cfg.n_ov_heads}")
+    if out is None:
+        if settings.checkpoint_every or resume:
+            raise ValueError("checkpoint_every and resume need out=, the folder of the run")
+    elif not resume and last_checkpoint(out) is not None:
+        raise ValueError(f"{out} holds the checkpoints of another run: set resume=True, or give another folder")
+
+
+def _checkpoint(
+    folder: Path, lorsa: Lorsa, optimizer: SparseAdam, silent: Tensor, settings: LorsaTraining, step: int
+) -> None:
+    save_lorsa(lorsa, folder)
+    torch.save({"optimizer": optimizer.state_dict(), "silent": silent}, folder / "optimizer.pt")
+    state = {"step": step, "settings": asdict(settings)}
+    (folder / "state.json").write_text(json.dumps(state, indent=2))  # last: marks the checkpoint as finished
+
+
+def _restore(folder: Path, lorsa: Lorsa, optimizer: SparseAdam, settings: LorsaTraining) -> tuple[int, Tensor]:
+    state = json.loads((folder / "state.json").read_text())
+    now = json.loads(json.dumps(asdict(settings)))
+    changed = [key for key in now if now[key] != state["settings"].get(key) and key not in ("log_every",)]
+    saved = load_lorsa(folder)
+    if saved.cfg != lorsa.cfg or changed:
+        raise ValueError(f"{folder} was written with other settings {changed or 'of the Lorsa'}: resume with the same")
+    lorsa.load_state_dict(saved.state_dict())
+    lorsa.provenance = saved.provenance
+    extra = torch.load(folder / "optimizer.pt", map_location=lorsa.W_V.device, weights_only=True)
+    optimizer.load_state_dict(extra["optimizer"])
+    return int(state["step"]), extra["silent"]

