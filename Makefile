@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: install test demo ablation spectra lorsa format clean
+.PHONY: install test demo ablation train_step spectra lorsa format clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,14 @@ demo: install
 ablation: install
 	for grid in factors d_init bias n_tokens; do $(BIN)/python -m tests.benchmarks.ablation $$grid || exit 1; done
 	$(BIN)/python -m tests.benchmarks.ablation_report
+
+train_step: install
+	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
+	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2
+	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2 --d-sae 131072 --sides floor ours
+	$(BIN)/python -m tests.benchmarks.training_run
+	$(BIN)/python -m tests.benchmarks.training_run --d-sae 131072 --steps 100
+	$(BIN)/python -m tests.benchmarks.optimizers
 
 spectra: install
 	$(BIN)/saelens-asi spectrum --n-tokens 100000 --loss-tokens 2048 --out smollm2
