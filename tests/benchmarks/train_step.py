@@ -34,6 +34,7 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
 from saelens_asi.plugin import sparse_topk, sparse_training
+from saelens_asi.screening import AdaptiveScreen
 from tests.benchmarks.ablation import activations
 
 RESULTS = Path(__file__).parent / "results"
@@ -184,6 +185,7 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         setattr(owner, name, call)
 
     timed(sparse_topk, "_encode", "encoder and top-k")
+    timed(AdaptiveScreen, "rows_changed", "projecting the rows that moved")
     timed(sparse_topk, "topk_gradients", "gradients of the rows")
     timed(sparse_topk, "_losses", "losses")
     timed(sparse_training, "total_norm", "norm for clipping")
