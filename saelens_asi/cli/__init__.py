@@ -16,7 +16,7 @@ usage: saelens-asi {train,demo,spectrum,lorsa} [flags]      (or: python -m saele
   spectrum  which hooks of a model are low-rank, why, and what it means for an SAE:
             saelens-asi spectrum --model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder
   lorsa     train or evaluate a sparse replacement of an attention layer:
-            saelens-asi lorsa train --model gpt2 --dataset NeelNanda/pile-10k --layer 5 --out folder
+            saelens-asi lorsa train --model gpt2 --dataset NeelNanda/pile-10k --n-ov-heads 6144 --steps 500 --out folder
 
 saelens-asi COMMAND --help lists the flags of a command."""
 
