@@ -113,12 +113,10 @@ def encode_top_k(x: Tensor, encoder: Encoder, queries: Sequence[Query], workspac
     return [_concatenate(best, query.k, x) for best, query in zip(found, queries, strict=True)]
 
 
-def encode_top_k_among(x: Tensor, encoder: Encoder, query: Query, workspace: Workspace) -> TopK:
-    """``encode_top_k`` of one query by itself, for a set of features that is small: only their rows are multiplied."""
-    if query.features is None:
-        return encode_top_k(x, encoder, [query], workspace)[0]
-    (found,) = encode_top_k(x, encoder.among(query.features), [Query(query.k)], workspace)
-    return TopK(found.scores, query.features[found.indices])
+def encode_top_k_among(x: Tensor, encoder: Encoder, features: Tensor, k: int, workspace: Workspace) -> TopK:
+    """The k largest scores of each token among few features (n,): only their rows are multiplied."""
+    (found,) = encode_top_k(x, encoder.among(features), [Query(k)], workspace)
+    return TopK(found.scores, features[found.indices])
 
 
 class _EncoderBlock:

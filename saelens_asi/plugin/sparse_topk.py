@@ -116,10 +116,9 @@ def sparse_pass(
     with torch.no_grad():
         x = sae.process_sae_in(step_input.sae_in)
         auxiliary = auxiliary_levels(sae, step_input)
-        active, levels = _encode(sae, x, encoder_of(sae, decoder_norms), auxiliary, workspace, screen)
-        scale = None if decoder_norms is None else decoder_norms.to(active.scores.dtype)
-        unscaled = [_unscaled(entries, scale) for entries in levels]
-        activations = stack_levels(unscaled, x.shape[0])
+        active, answers = _encode(sae, x, encoder_of(sae, decoder_norms), auxiliary, workspace, screen)
+        hidden_pre, *auxiliary_entries = [_unscaled(entries, decoder_norms) for entries in (active, *answers)]
+        activations = stack_levels([*_by_level(sae, hidden_pre), *auxiliary_entries], x.shape[0])
         decoded = activations.decode(sae.W_dec)
     decoded, b_dec = decoded.requires_grad_(), sae.b_dec.detach().requires_grad_()
     loss, losses, sae_out = _losses(sae, step_input, decoded.unflatten(0, (-1, x.shape[0])), b_dec, auxiliary)
@@ -133,7 +132,7 @@ def sparse_pass(
             sae_in=step_input.sae_in,
             sae_out=sae_out.detach(),
             feature_acts=_as_coo(active, shape),
-            hidden_pre=_as_coo(_unscaled(active, scale), shape),
+            hidden_pre=_as_coo(hidden_pre, shape),
             loss=loss.detach(),
             losses={name: value.detach() for name, value in losses.items()},
         )
@@ -190,7 +189,7 @@ def _encode(
     workspace: Workspace,
     screen: AdaptiveScreen | None,
 ) -> tuple[Entries, list[Entries]]:
-    """The active features, and those of every level of reconstruction followed by every auxiliary level."""
+    """The active features, and the dead ones of every auxiliary level."""
     queries = [Query(level.k, level.features) for level in auxiliary]
     n_dead = sum(level.features.numel() for level in auxiliary)
     k = sae.activation_fn.k
@@ -201,13 +200,17 @@ def _encode(
             found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
         else:
             found = screen.top_k(x, encoder, k, workspace)
-            answers = [encode_top_k_among(x, encoder, query, workspace) for query in queries]
+            answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
         active = entries_of(found)
         active = active.where(active.scores != 0 if encoder.magnitude else active.scores > 0)
-    widths = torch.tensor(_widths(sae), device=x.device)
-    level = torch.bucketize(active.features, widths, right=True)
-    levels = [active.where(level == i) for i in range(len(widths))] if len(widths) > 1 else [active]
-    return active, [*levels, *map(entries_of, answers)]
+    return active, [entries_of(answer) for answer in answers]
+
+
+def _by_level(sae: Any, entries: Entries) -> list[Entries]:
+    """The entries that each level of reconstruction adds to the one before."""
+    widths = torch.tensor(_widths(sae), device=entries.features.device)
+    level = torch.bucketize(entries.features, widths, right=True)
+    return [entries.where(level == i) for i in range(len(widths))] if len(widths) > 1 else [entries]
 
 
 def _losses(
@@ -228,8 +231,10 @@ def _losses(
     return sum(losses.values(), start=sae_out.new_tensor(0.0)), losses, sae_out
 
 
-def _unscaled(entries: Entries, scale: Tensor | None) -> Entries:
-    return entries if scale is None else entries._replace(scores=entries.scores / scale[entries.features])
+def _unscaled(entries: Entries, decoder_norms: Tensor | None) -> Entries:
+    if decoder_norms is None:
+        return entries
+    return entries._replace(scores=entries.scores / decoder_norms[entries.features].to(entries.scores.dtype))
 
 
 def _as_coo(entries: Entries, shape: tuple[int, int]) -> Tensor:
