@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from saelens_asi.hooks import Writer, hook_points, logits_with
+
+Logits = Callable[[Tensor, slice], Tensor]
 
 
 class Predictions(NamedTuple):
@@ -47,29 +49,54 @@ def replacement_losses(
         batch_size: windows in a forward pass.
     """
     (point,) = hook_points(model, [hook_name]).values()
+
+    def replacing(function: Writer) -> Logits:
+        return lambda batch, place: logits_with(model, batch, point, _only_at(replaced[place], function))
+
+    changed = {name: replacing(function) for name, function in replacements.items()}
+    return prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size)
+
+
+@torch.no_grad()
+def prediction_losses(
+    model: Any,
+    tokens: Tensor,
+    changed: Mapping[str, Logits],
+    *,
+    predicted: Tensor | None = None,
+    batch_size: int = 8,
+) -> dict[str, Predictions]:
+    """Predictions of a model that is changed in some ways, and as ``"clean"`` those of the model as it is.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: (n_windows, n_positions) token ids.
+        changed: from a name to a function of a batch of windows, and its place among them, to the logits.
+        predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
+        batch_size: windows in a forward pass.
+    """
     predicted = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if predicted is None else predicted
     n_predicted = int(predicted.sum())
     if not n_predicted:
         raise ValueError("no next token is left to predict: give longer windows, or leave out fewer tokens")
     device = getattr(model.cfg, "device", None) or "cpu"
-    sums = {name: [0.0, 0.0] for name in ("clean", *replacements)}
+    sums = {name: [0.0, 0.0] for name in ("clean", *changed)}
     for start in range(0, len(tokens), batch_size):
-        batch = tokens[start : start + batch_size].to(device)
-        counted = predicted[start : start + batch_size].to(device)
-        where = replaced[start : start + batch_size].to(device)
+        place = slice(start, start + batch_size)
+        batch, counted = tokens[place].to(device), predicted[place].to(device)
         targets = batch[:, 1:][counted]
-
-        def log_probabilities(write: Writer | None = None) -> Tensor:
-            at_counted = logits_with(model, batch, point, write)[:, :-1][counted]  # noqa: B023 - called at once
-            return at_counted.float().log_softmax(dim=-1)
-
-        clean = log_probabilities()
+        clean = _log_probabilities(logits_with(model, batch), counted)
         sums["clean"][0] += float(nll_loss(clean, targets, reduction="sum"))
-        for name, function in replacements.items():
-            changed = log_probabilities(_only_at(where, function))
-            sums[name][0] += float(nll_loss(changed, targets, reduction="sum"))
-            sums[name][1] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
+        for name, logits in changed.items():
+            found = _log_probabilities(logits(batch, place), counted)
+            sums[name][0] += float(nll_loss(found, targets, reduction="sum"))
+            sums[name][1] += float(kl_div(found, clean, log_target=True, reduction="sum"))
     return {name: Predictions(loss / n_predicted, kl / n_predicted) for name, (loss, kl) in sums.items()}
+
+
+def _log_probabilities(logits: Tensor, counted: Tensor) -> Tensor:
+    """(n_counted, d_vocab) of the next tokens that count."""
+    return logits[:, :-1][counted].float().log_softmax(dim=-1)
 
 
 def _only_at(where: Tensor, function: Writer) -> Writer:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saelens_asi.ablation import replacement_losses
+from saelens_asi.ablation import Predictions, replacement_losses
 from saelens_asi.hooks import Writer
 
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
@@ -111,6 +111,18 @@ class SAELossRecovered:
         """1 - kl_reconstructed / kl_zero: 1 where the predictions are those of the model as it is."""
         return 1 - self.kl_reconstructed / self.kl_zero
 
+    @classmethod
+    def of(cls, losses: Mapping[str, Predictions], n_tokens: int) -> SAELossRecovered:
+        """From the losses named ``clean``, ``zero`` and ``reconstructed``."""
+        return cls(
+            clean=losses["clean"].cross_entropy,
+            zero=losses["zero"].cross_entropy,
+            reconstructed=losses["reconstructed"].cross_entropy,
+            kl_zero=losses["zero"].kl,
+            kl_reconstructed=losses["reconstructed"].kl,
+            n_tokens=n_tokens,
+        )
+
 
 @torch.no_grad()
 def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> SAELossRecovered:
@@ -135,11 +147,4 @@ def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, bat
     replaced[:, 0] = False
     functions: dict[str, Writer] = {"zero": torch.zeros_like, "reconstructed": reconstruct}
     losses = replacement_losses(model, tokens, hook_name, functions, replaced=replaced, batch_size=batch_size)
-    return SAELossRecovered(
-        clean=losses["clean"].cross_entropy,
-        zero=losses["zero"].cross_entropy,
-        reconstructed=losses["reconstructed"].cross_entropy,
-        kl_zero=losses["zero"].kl,
-        kl_reconstructed=losses["reconstructed"].kl,
-        n_tokens=tokens[:, 1:].numel(),
-    )
+    return SAELossRecovered.of(losses, tokens[:, 1:].numel())

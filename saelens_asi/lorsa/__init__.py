@@ -3,7 +3,7 @@
 from saelens_asi.lorsa.activations import attention_activations
 from saelens_asi.lorsa.attach import attached, lorsa_loss_recovered, replaced
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
-from saelens_asi.lorsa.evaluation import LorsaMetrics, lorsa_metrics
+from saelens_asi.lorsa.evaluation import lorsa_metrics
 from saelens_asi.lorsa.init import LorsaInit, LorsaInitialization, initialize_lorsa_
 from saelens_asi.lorsa.io import import_llamascopium, load_lorsa, save_lorsa
 from saelens_asi.lorsa.model import Lorsa
@@ -30,7 +30,6 @@ __all__ = [
     "LorsaConfig",
     "LorsaInit",
     "LorsaInitialization",
-    "LorsaMetrics",
     "LorsaTraining",
     "ModelSequences",
     "RotaryPositions",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
 
+from saelens_asi.ablation import Logits, prediction_losses
+from saelens_asi.hooks import logits_with
 from saelens_asi.lorsa.activations import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.metrics import SAELossRecovered
@@ -155,18 +156,16 @@ def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, b
     def zero(x: Tensor, own: Tensor, allowed: Tensor | None) -> Tensor:
         return torch.cat([own[:, : lorsa.cfg.skip_positions], 0 * own[:, lorsa.cfg.skip_positions :]], dim=1)
 
-    def log_probabilities(batch: Tensor) -> Tensor:
-        return model(batch, return_type="logits")[:, :-1].flatten(0, 1).float().log_softmax(dim=-1)
+    def within(context: Callable[[], AbstractContextManager[Any]]) -> Logits:
+        def logits(batch: Tensor, place: slice) -> Tensor:
+            with context():
+                return logits_with(model, batch)
 
-    sums = dict.fromkeys(("clean", "zero", "reconstructed", "kl_zero", "kl_reconstructed"), 0.0)
-    for batch in tokens.split(batch_size):
-        clean = log_probabilities(batch)
-        targets = batch[:, 1:].flatten().to(clean.device)
-        sums["clean"] += float(nll_loss(clean, targets, reduction="sum"))
-        for name, context in (("zero", replaced(model, layer, zero)), ("reconstructed", attached(lorsa, model, layer))):
-            with context:
-                changed = log_probabilities(batch)
-            sums[name] += float(nll_loss(changed, targets, reduction="sum"))
-            sums[f"kl_{name}"] += float(kl_div(changed, clean, log_target=True, reduction="sum"))
-    n_tokens = tokens[:, 1:].numel()
-    return SAELossRecovered(**{name: value / n_tokens for name, value in sums.items()}, n_tokens=n_tokens)
+        return logits
+
+    changed = {
+        "zero": within(lambda: replaced(model, layer, zero)),
+        "reconstructed": within(lambda: attached(lorsa, model, layer)),
+    }
+    losses = prediction_losses(model, tokens, changed, batch_size=batch_size)
+    return SAELossRecovered.of(losses, tokens[:, 1:].numel())

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.metrics import ReconstructionMetrics
 from saelens_asi.moments import RunningMoments
 
 
-@dataclass(frozen=True)
-class LorsaMetrics:
-    """How a Lorsa reconstructs a layer on sequences it was not trained on; skipped positions do not count.
-
-    Attributes:
-        n_tokens: positions evaluated.
-        dead_fraction: share of the features (and so of W_V and W_O) that fire on none of them.
-        nmse: E|y - y_hat|^2 / E|y - E y|^2.
-        l0: mean number of features that fire at a position.
-    """
-
-    n_tokens: int
-    dead_fraction: float
-    nmse: float
-    l0: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 @torch.no_grad()
-def lorsa_metrics(lorsa: Lorsa, batches: Iterable[tuple[Tensor, Tensor]]) -> LorsaMetrics:
-    """Evaluate on batches of (x, y), each (n, n_positions, d_model)."""
+def lorsa_metrics(lorsa: Lorsa, batches: Iterable[tuple[Tensor, Tensor]]) -> ReconstructionMetrics:
+    """Evaluate on batches of (x, y), each (n, n_positions, d_model), that it was not trained on.
+
+    Tokens are positions; skipped ones do not count, neither in errors nor in firings. The share of dead features is
+    that of dead rows of W_V and W_O.
+    """
     was_training = lorsa.training
     lorsa.eval()
     moments = RunningMoments.zeros(lorsa.cfg.d_model, lorsa.W_V.device)
@@ -53,7 +36,7 @@ def lorsa_metrics(lorsa: Lorsa, batches: Iterable[tuple[Tensor, Tensor]]) -> Lor
         raise ValueError(f"an evaluation needs at least 2 positions, got {moments.n_tokens}")
     variance = float(moments.scatter.trace())
     dead = 1 - int(fired.sum()) / lorsa.cfg.n_ov_heads
-    return LorsaMetrics(moments.n_tokens, dead, error / variance, n_active / moments.n_tokens)
+    return ReconstructionMetrics(moments.n_tokens, dead, error / variance, n_active / moments.n_tokens)
 
 
 def reconstruct(lorsa: Lorsa, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
