@@ -22,12 +22,7 @@ command = importlib.import_module("saelens_asi.cli.spectrum")  # the package has
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dataset")
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, tiny.N_WORDS, (60, 100), generator=generator).tolist()
-    rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return tiny.save_text(tmp_path_factory.mktemp("dataset"), 60, 100)
 
 
 def spectrum(model: Path, dataset: Path, out: Path, *flags: str) -> None:

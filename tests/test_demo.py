@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from saelens_asi import cli
 from tests import tiny
@@ -14,12 +13,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dataset")
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, tiny.N_WORDS, (120, 150), generator=generator).tolist()
-    rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return tiny.save_text(tmp_path_factory.mktemp("dataset"), 120, 150)
 
 
 def _demo(model: Path, dataset: Path, out: Path, *flags: str) -> None:

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import saelens_asi
 from saelens_asi import cli
@@ -17,12 +16,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    words = torch.randint(3, tiny.N_WORDS, (80, 60), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder / "train.jsonl").write_text(
-        "".join(json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in words)
-    )
-    return folder
+    return tiny.save_text(tmp_path_factory.mktemp("text"), 80, 60)
 
 
 def flags(llama_folder: Path, text_folder: Path) -> list[str]:

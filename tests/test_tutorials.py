@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import tiny
 
@@ -64,9 +63,7 @@ def test_the_notebook_runs_on_a_tiny_model(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    words = torch.randint(3, tiny.N_WORDS, (40, 80), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = (json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in words)
-    (data / "train.jsonl").write_text("".join(rows))
+    tiny.save_text(data, 40, 80)
     settings = {"MODEL": llama_folder, "DATASET": data, "TOKENS": 1000, "CONTEXT": 16, "OUT": tmp_path / "out"}
     for name, value in settings.items():
         monkeypatch.setenv(f"TUTORIAL_{name}", str(value))

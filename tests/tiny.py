@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -94,6 +95,15 @@ def tokens(n_rows: int = 256) -> Dataset:
         noise = torch.randint(0, 5, (n_rows, 1), generator=generator)
         rows = torch.cat([rows, 3 + (rows[:, -1:] * 3 + noise) % (N_WORDS - 3)], dim=1)
     return Dataset.from_dict({"tokens": rows.tolist()})
+
+
+def save_text(folder: Path, n_documents: int, n_words: int) -> Path:
+    """A folder that Hugging Face's ``load_dataset`` reads: documents of random words, in a column ``text``."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, N_WORDS, (n_documents, n_words), generator=generator).tolist()
+    rows = (json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in words)
+    (folder / "train.jsonl").write_text("".join(rows))
+    return folder
 
 
 def sae_config(architecture: str = "topk", d_in: int = D_MODEL, d_sae: int = 48, **settings: Any) -> Any:
