@@ -122,7 +122,10 @@ def choose_screen(x: Tensor, encoder: Encoder, k: int, changed_share: float = 1.
     if not can_be_screened(encoder) or len(x) == 0 or d_sae < _FIRST * k * _GROUP:
         return None
     ranks = sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES})
-    basis = torch.linalg.eigh((x.t() @ x).double()).eigenvectors.flip(1).to(x.dtype)
+    second_moment = (x.t() @ x).double()
+    if not second_moment.isfinite().all():
+        return None
+    basis = torch.linalg.eigh(second_moment).eigenvectors.flip(1).to(x.dtype)
     tokens = x[:: -(-len(x) // _SAMPLE_TOKENS)]
     every = max(1, min(d_sae // _SAMPLE_FEATURES, k // 4))
     features = encoder.among(torch.arange(0, d_sae, every, device=x.device))
@@ -190,6 +193,8 @@ def _screened_tile(x: Tensor, encoder: Encoder, bounds: Tensor, k: int) -> TopK 
     kept = bounds.take(features + tokens[:, None] * d_sae) >= threshold[tokens, None]
     features = features[kept]
     counts = torch.zeros(n_tokens, dtype=torch.int64, device=x.device).index_add_(0, tokens, kept.sum(dim=1))
+    if (counts < k).any():  # only where scores are not numbers
+        return None
     starts = functional.pad(counts.cumsum(0), (1, 0))
     scores = _scores(x, encoder, starts, features)
 

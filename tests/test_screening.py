@@ -94,6 +94,20 @@ def test_too_many_candidates_send_a_tile_to_the_whole_product(monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_end_as_without_a_screen(cheap, bad):
+    x, encoder, adaptive = _low_rank(60, 6, 0.01), _encoder(noise=0.01), AdaptiveScreen()
+    adaptive.top_k(x, encoder, 4, Workspace())
+    assert adaptive.screen is not None
+    x[7, 3] = bad
+    found = adaptive.top_k(x, encoder, 4, Workspace())
+    (dense,) = encode_top_k(x, encoder, [Query(4)], Workspace())
+    finite = torch.arange(60) != 7
+    assert torch.equal(found.indices[finite].sort(dim=1).values, dense.indices[finite].sort(dim=1).values)
+    assert torch.equal(found.scores[7].isfinite(), dense.scores[7].isfinite())
+    assert choose_screen(x, encoder, k=4) is None
+
+
 @pytest.mark.parametrize(
     "encoder",
     [
