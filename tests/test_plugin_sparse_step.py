@@ -159,8 +159,10 @@ def _run(variant: str, sparse: bool, monkeypatch: Any, n_steps: int = 12, **chan
 
 @variants
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in", "covariance_whitening"])
-def test_a_whole_run_ends_where_saelens_steps_end(variant, normalize, monkeypatch):
-    changes = {"initializer": ActiveSubspaceInit(d_init=5, n_tokens=128), "normalize_activations": normalize}
+@pytest.mark.parametrize("optimizer", ["sparse_adam", "adam"])
+def test_a_whole_run_ends_where_saelens_steps_end(variant, normalize, optimizer, monkeypatch):
+    start = ActiveSubspaceInit(d_init=5, n_tokens=128)
+    changes = {"initializer": start, "normalize_activations": normalize, "optimizer": optimizer}
     sparse, dense = (_run(variant, flag, monkeypatch, dtype="float64", **changes) for flag in (True, False))
     for name, param in dense.sae.named_parameters():
         torch.testing.assert_close(sparse.sae.get_parameter(name), param, rtol=1e-6, atol=1e-8)

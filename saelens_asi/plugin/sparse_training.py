@@ -1,4 +1,4 @@
-"""Training steps with SparseAdam: on the sparse path where the SAE allows it, and SAELens's own otherwise."""
+"""Training steps on the sparse path where the SAE allows it, and SAELens's own otherwise; SparseAdam, and Adam."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
-from saelens_asi.row_sparse import total_norm
+from saelens_asi.row_sparse import RowGradient, total_norm
 from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.workspace import Workspace
@@ -24,13 +25,14 @@ _MAX_GRAD_NORM = 1.0  # SAELens's own, which is no setting there either
 
 
 class SparseTrainer(SAETrainer[Any, Any]):
-    """A SAELens trainer whose steps with ``optimizer="sparse_adam"`` cost what their active features cost."""
+    """A SAELens trainer whose steps cost what their active features cost; with Adam, all but the optimizer's part."""
 
     _workspace: Workspace | None = None
     _decoder_norms: Tensor | None = None
     _screen: AdaptiveScreen | None = None
     _reason_given: str | None = None
     _layout_hook: Any = None
+    _dense_gradients: dict[Tensor, Tensor]
 
     def use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -49,10 +51,11 @@ class SparseTrainer(SAETrainer[Any, Any]):
         )
 
     def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        if not isinstance(self.optimizer, SparseAdam):
+        if type(self.optimizer) not in (SparseAdam, Adam):
             return super()._train_step(sae, sae_in)
-        self._lay_out_by_feature()
         reason = self._dense_path_reason(sae, sae_in)
+        if reason is None or isinstance(self.optimizer, SparseAdam):
+            self._lay_out_by_feature()
         if reason is not None:
             self._decoder_norms = self._screen = None
             return super()._train_step(sae, sae_in)
@@ -72,8 +75,10 @@ class SparseTrainer(SAETrainer[Any, Any]):
 
     def _sparse_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
         """The counterpart of ``SAETrainer._train_step``, line by line."""
-        self._workspace = self._workspace or Workspace()
-        self._screen = self._screen or AdaptiveScreen()
+        if self._workspace is None:
+            self._workspace, self._dense_gradients = Workspace(), {}
+        if isinstance(self.optimizer, SparseAdam):
+            self._screen = self._screen or AdaptiveScreen()
         sae.train()
         with self.autocast_if_enabled:
             step_input = TrainStepInput(
@@ -105,15 +110,28 @@ class SparseTrainer(SAETrainer[Any, Any]):
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
         norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
         divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
-        for param, gradient in by_row.items():
-            self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
         sae.b_dec.grad = done.gradients.b_dec / divisor
+        if isinstance(self.optimizer, SparseAdam):
+            for param, gradient in by_row.items():
+                self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
+        else:
+            self._spread(by_row, divisor)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._screen is None:  # Adam has moved every row
+            self._decoder_norms = None
+            return
         if self._decoder_norms is not None:
             update_row_norms_(self._decoder_norms, sae.W_dec, done.gradients.W_dec.rows)
-        if self._screen is not None:
-            self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
+        self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
+
+    def _spread(self, by_row: Mapping[Tensor, RowGradient], divisor: Tensor) -> None:
+        """Whole gradients for an optimizer that moves every row."""
+        for param, (rows, values, _) in by_row.items():
+            whole = self._dense_gradients.get(param)
+            whole = self._dense_gradients[param] = torch.zeros_like(param) if whole is None else whole.zero_()
+            whole.movedim(int(param is self.sae.W_enc), 0).index_copy_(0, rows, values.to(whole.dtype) / divisor)
+            param.grad = whole
 
     def _current_decoder_norms(self, sae: Any) -> Tensor | None:
         """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since."""
@@ -143,6 +161,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
     def finish_sparse_steps(self) -> None:
         """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook."""
         self._workspace = self._decoder_norms = self._screen = None
+        self._dense_gradients = {}
         if self._layout_hook is not None:
             self._layout_hook.remove()
             self._layout_hook = None

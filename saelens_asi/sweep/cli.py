@@ -1,0 +1,133 @@
+"""Command line: ``saelens-asi sweep``. A grid of SAEs on one hook of a model, cell by cell.
+
+Every flag that takes several values is an axis of the grid. The same command continues after an interruption, and one
+with more values trains what is missing:
+
+    saelens-asi sweep --out sweep --methods topk auxk asi_sparse_adam --d-sae 4096 8192 16384
+    saelens-asi sweep --out sweep --d-init 32 64 128 256 --subspace active random --seed 0 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from saelens_asi.activation_cache import cache_activations
+from saelens_asi.hooks import SHORT_NAMES
+from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.sweep.grid import METHODS, Cell, grid
+from saelens_asi.sweep.run import run_sweep, sweep_table, write_report
+from saelens_asi.sweep.training import ARCHITECTURES, SweepTraining
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+# Axes of the grid: the type of each value, and choices.
+_AXES: dict[str, dict[str, Any]] = {
+    "architecture": {"choices": ARCHITECTURES},
+    "d_sae": {"type": int},
+    "k": {"type": int},
+    "initializer": {"choices": ("default", "active_subspace")},
+    "subspace": {"choices": ("active", "random", "full")},
+    "norm": {"type": _number_or_word},
+    "center": {"choices": ("mean", "zeros")},
+    "d_init": {"type": _number_or_word},
+    "optimizer": {"choices": ("adam", "sparse_adam")},
+    "aux_loss_coefficient": {"type": float},
+    "lr": {"type": float},
+    "seed": {"type": int},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(
+        prog="saelens-asi sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    axes = parse.add_argument_group("axes of the grid", "each takes several values")
+    axes.add_argument("--methods", nargs="+", choices=list(METHODS), default=[], help="sets of the settings below")
+    defaults = {field.name: field.default for field in fields(Cell)}
+    for name, how in _AXES.items():
+        axes.add_argument(f"--{name.replace('_', '-')}", nargs="+", help=f"default: {defaults[name]}", **how)
+    data = parse.add_argument_group("activations")
+    data.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or smollm2 (default)")
+    data.add_argument("--dataset", default=EMBEDDED_DATASET, help="of text or tokens: name, folder, or bible (default)")
+    data.add_argument("--hook", default="attn_out", help=f"{', '.join(SHORT_NAMES)}, or a full name; default: attn_out")
+    data.add_argument("--layer", type=int, help="of a short name; default: the middle one")
+    data.add_argument("--cached-tokens", type=int, default=300_000, help="activations to train on; default: 300000")
+    data.add_argument("--held-out-tokens", type=int, default=80_000, help="activations to evaluate on; default: 80000")
+    data.add_argument("--context-size", type=int, default=128, help="tokens in a window; default: 128")
+    data.add_argument(
+        "--cache", type=Path, help="folder of the activations, for several sweeps; default: OUT/activations"
+    )
+    training = parse.add_argument_group("training")
+    for field in fields(SweepTraining):
+        kind = type(field.default)
+        training.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
+                              help=f"default: {field.default}")  # fmt: skip
+    parse.add_argument("--save-saes", action="store_true", help="keep each SAE as a SAELens folder in OUT/saes")
+    parse.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder; default: sweep_output")
+    return parse
+
+
+def run(args: argparse.Namespace) -> None:
+    training = SweepTraining(**{field.name: getattr(args, field.name) for field in fields(SweepTraining)})
+    axes = {name: getattr(args, name) for name in _AXES if getattr(args, name) is not None}
+    cells = grid(axes, args.methods)
+    hook_name, caches = _activations(args)
+    source = {"model": args.model, "dataset": args.dataset, "hook_name": hook_name, "cached_tokens": len(caches[0])}
+    print(f"{len(cells)} cells of {training.steps} steps on {hook_name}", flush=True)
+    try:
+        rows = run_sweep(cells, training, caches[0], caches[1], args.out, source=source, save_saes=args.save_saes)
+        print(f"\n{sweep_table(rows)}")
+    finally:
+        written = write_report(args.out)
+        print("\n".join(["", "Written:", *(f"  {path}" for path in written)]) if written else "")
+
+
+def _activations(args: argparse.Namespace) -> tuple[str, list[Any]]:
+    """Name of the hook, and activations to train and to evaluate on; the model is loaded where they are not cached."""
+    model = functools.cache(lambda: load_model(args.model, args.device))
+    hook_name = args.hook
+    if "." not in hook_name:
+        if hook_name not in SHORT_NAMES:
+            raise ValueError(f"--hook {hook_name!r} must be one of {list(SHORT_NAMES)}, or a full name")
+        layer = model().cfg.n_layers // 2 if args.layer is None else args.layer
+        hook_name = f"blocks.{layer}.{SHORT_NAMES[hook_name]}"
+    folder = args.cache or args.out / "activations"
+    own = re.sub(r"\W+", "_", f"{args.model}_{args.dataset}_{hook_name}")
+    sizes = {"training": args.cached_tokens, "held_out": args.held_out_tokens}
+    texts = functools.cache(lambda: load_documents(args.dataset, max(args.cached_tokens, 4 * args.held_out_tokens)))
+    caches = []
+    for i, (split, n_tokens) in enumerate(sizes.items()):
+        cached = cache_activations(
+            folder / f"{own}_{n_tokens}_{split}", model, lambda i=i: texts()[i], hook_name, n_tokens,
+            context_size=args.context_size,
+        )  # fmt: skip
+        caches.append(cached[hook_name])
+    return hook_name, caches
+
+
+def main(args: Sequence[str]) -> None:
+    """``saelens-asi sweep``. A flag with a bad value ends in one line, not in a traceback."""
+    settings = parser().parse_args(args)
+    try:
+        run(settings)
+    except ValueError as error:
+        print(f"saelens-asi sweep: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command continues from {settings.out}", file=sys.stderr)
+        raise SystemExit(130) from None

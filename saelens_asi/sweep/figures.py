@@ -1,0 +1,175 @@
+"""Figures of the paper from the rows of a sweep: each is drawn where the rows vary in what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
+
+from saelens_asi.plots import axes
+from saelens_asi.sweep.grid import METHODS, TITLES, Cell
+
+Row = Mapping[str, Any]
+
+_COLORS = dict(zip(METHODS, ("#8c8c8c", "#4d4d4d", "#d9822b", "#8db8f5", "#1f6feb", "#93d4b5", "#1b7f4f"), strict=True))
+_OTHER = "#a04fb5"
+
+# What tells cells apart that are not repetitions of one another.
+_SETTINGS = tuple(field.name for field in fields(Cell) if field.name not in ("lr", "seed"))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = scale * x ** exponent, fitted by least squares on the logarithms.
+
+    Attributes:
+        scale: y at x = 1.
+        exponent: slope in the log-log plane.
+        residual: root mean square of log(y) around the fit.
+    """
+
+    scale: float
+    exponent: float
+    residual: float
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Raises ValueError for fewer than two different values of x, or values that are not positive."""
+    if len(set(x)) < 2 or min(*x, *y) <= 0:
+        raise ValueError("a power law needs two different positive x at least, and positive y")
+    design = np.stack([np.ones(len(x)), np.log(x)], axis=1)
+    (intercept, exponent), *_ = np.linalg.lstsq(design, np.log(y), rcond=None)
+    residual = float(np.sqrt(np.mean((design @ [intercept, exponent] - np.log(y)) ** 2)))
+    return PowerLaw(math.exp(intercept), float(exponent), residual)
+
+
+def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
+    """From file names to figures: ``d_init.png``, ``frontier.png``, ``scaling.png``; those for which there are rows."""
+    rows = best_rates(rows)
+    starts = [row for row in rows if row["subspace"] in ("active", "random") and row["center"] == "mean"]
+    methods = [row for row in rows if row["method"] != "other"]
+    drawn = {
+        "d_init.png": (against_d_init, _varying(starts, "d_init_used", ("architecture", "d_sae", "k", "optimizer"))),
+        "frontier.png": (frontier, _varying(methods, "k", ("architecture", "d_sae"))),
+        "scaling.png": (scaling, _varying(methods, "d_sae", ("architecture", "k"))),
+    }
+    return {name: draw(chosen) for name, (draw, chosen) in drawn.items() if chosen}
+
+
+def best_rates(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ in learning rate and seed alone, those with the rate of the lowest mean error."""
+    best = []
+    for group in _grouped(rows, lambda row: tuple(row[name] for name in _SETTINGS)).values():
+        rates = _grouped(group, lambda row: row["lr"])
+        best += min(rates.values(), key=lambda same: sum(row["nmse"] for row in same) / len(same))
+    return best
+
+
+def _varying(rows: Sequence[Row], axis: str, fixed: Sequence[str]) -> list[Row]:
+    """The largest set of rows equal in ``fixed`` whose values on ``axis`` differ; empty where nothing varies."""
+    known = [row for row in rows if row.get(axis) is not None]
+    groups = _grouped(known, lambda row: tuple(row[name] for name in fixed)).values()
+    varied = [group for group in groups if len({row[axis] for row in group}) > 1]
+    return max(varied, key=len, default=[])
+
+
+def against_d_init(rows: Sequence[Row]) -> Figure:
+    """Error and dead features against the dimension of the subspace, active and random (arXiv 2508.16929, app. E)."""
+    figure, (left, right) = axes(9.5, 3.6, columns=2)
+    colors = {"active": "#1b7f4f", "random": "#8c8c8c"}
+    for subspace, group in _grouped(rows, lambda row: row["subspace"]).items():
+        for axis, value in ((left, "nmse"), (right, "dead_fraction")):
+            _curve(axis, group, "d_init_used", value, f"{subspace} subspace", colors.get(subspace, _OTHER))
+    left.set_ylabel("normalized MSE")
+    _dead(right)
+    for axis in (left, right):
+        axis.set_xlabel("d_init")
+        _log_ticks(axis, sorted({row["d_init_used"] for row in rows}))
+    left.legend(frameon=False)
+    return figure
+
+
+def frontier(rows: Sequence[Row]) -> Figure:
+    """Error and dead features against the number of active features (arXiv 2508.16929, sparsity and reconstruction)."""
+    figure, (left, right) = axes(9.5, 3.8, columns=2)
+    for method, group in _by_method(rows).items():
+        _curve(left, group, "l0", "nmse", TITLES.get(method, method), _COLORS.get(method, _OTHER))
+        _curve(right, group, "l0", "dead_fraction", "", _COLORS.get(method, _OTHER))
+    left.set_ylabel("normalized MSE")
+    _dead(right)
+    for axis in (left, right):
+        axis.set_xlabel("active features a token (L0)")
+        _log_ticks(axis, sorted({row["k"] for row in rows}))
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def scaling(rows: Sequence[Row]) -> Figure:
+    """Error, dead features, and error against live features, by d_sae (arXiv 2508.16929, scaling study)."""
+    figure, (left, middle, right) = axes(13.5, 4.0, columns=3)
+    for method, group in _by_method(rows).items():
+        color, title = _COLORS.get(method, _OTHER), TITLES.get(method, method)
+        sizes, errors = [row["d_sae"] for row in group], [row["nmse"] for row in group]
+        if len(set(sizes)) > 1:
+            law = fit_power_law(sizes, errors)
+            title = f"{title}: $\\propto$ d_sae$^{{{law.exponent:.2f}}}$"
+            ends = np.array([min(sizes), max(sizes)])
+            left.plot(ends, law.scale * ends**law.exponent, color=color, linestyle=":", linewidth=1)
+        _curve(left, group, "d_sae", "nmse", title, color)
+        _curve(middle, group, "d_sae", "dead_fraction", "", color)
+        alive = [{**row, "alive": row["d_sae"] * (1 - row["dead_fraction"])} for row in group]
+        right.loglog([row["alive"] for row in alive], errors, "o-", color=color, markersize=4)
+    _dead(middle)
+    sizes = sorted({row["d_sae"] for row in rows})
+    for axis, name in ((left, "features (d_sae)"), (middle, "features (d_sae)"), (right, "live features")):
+        axis.set_xlabel(name)
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.set_ylabel("normalized MSE")
+    for axis in (left, middle):
+        _log_ticks(axis, sizes)
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _curve(axis: Axes, rows: Sequence[Row], x: str, y: str, label: str, color: str) -> None:
+    """Mean over rows with the same x, and the range over seeds."""
+    groups = _grouped(rows, lambda row: round(row[x], 1))
+    points = sorted((position, [row[y] for row in group]) for position, group in groups.items())
+    positions = [position for position, _ in points]
+    means = [sum(values) / len(values) for _, values in points]
+    axis.plot(positions, means, "o-", color=color, markersize=4, label=label or None)
+    if any(len(values) > 1 for _, values in points):
+        low, high = [min(values) for _, values in points], [max(values) for _, values in points]
+        axis.fill_between(positions, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _dead(axis: Axes) -> None:
+    axis.set_ylabel("dead features")
+    axis.set_ylim(-0.03, 1.03)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _log_ticks(axis: Axes, values: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:,.0f}" for value in values], rotation=30 if max(values) > 9999 else 0, fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups = _grouped(rows, lambda row: row["method"])
+    return {method: groups[method] for method in METHODS if method in groups}
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(groups)

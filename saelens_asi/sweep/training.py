@@ -1,0 +1,131 @@
+"""One cell of a sweep: an SAE trained by SAELens's own trainer on cached activations, and evaluated."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from torch import Tensor
+
+from saelens_asi.metrics import reconstruction_metrics
+from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.sweep.grid import Cell
+
+ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+
+# What of the initialization's provenance goes into a row.
+_KEPT = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
+_EVALUATION_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class SweepTraining:
+    """What all cells of a sweep share.
+
+    Attributes:
+        training_tokens: activations each SAE is trained on; those that are cached come round again where they end.
+        batch_size: activations in a step.
+        warm_up: share of the steps in which the learning rate rises.
+        decay: share of the steps, at the end, in which it falls to zero.
+        dead_after_tokens: a feature counts as dead for the auxiliary loss when it was silent for so many tokens.
+            SAELens counts 1,000 steps by default, more than a short run has.
+        device: where SAEs are trained.
+        data_seed: of the order of the activations.
+    """
+
+    training_tokens: int = 300_000
+    batch_size: int = 1024
+    warm_up: float = 0.07
+    decay: float = 0.2
+    dead_after_tokens: int = 30_000
+    device: str = "cpu"
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens={self.training_tokens} must fill one batch of batch_size={self.batch_size} at least"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.training_tokens // self.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Train the SAE of ``cell`` on (n, d_in) activations. Returns it, and what training took.
+
+    Raises:
+        ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
+    """
+    if cell.architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={cell.architecture!r} must be one of {ARCHITECTURES}: they share k")
+    sae_class, config_class = get_sae_training_class(cell.architecture)
+    settings = cell.initializer_settings()
+    given: dict[str, Any] = {"aux_loss_coefficient": cell.aux_loss_coefficient}
+    if cell.architecture == "matryoshka_batchtopk":
+        given["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
+    config = config_class(
+        d_in=activations.shape[1],
+        d_sae=cell.d_sae,
+        k=cell.k,
+        device=training.device,
+        initializer=settings or "default",
+        optimizer=cell.optimizer,
+        **given,
+    )
+    torch.manual_seed(cell.seed)
+    sae = sae_class(config)
+    n_estimate = 0 if settings is None else settings.tokens_for(activations.shape[1])
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=training.steps * training.batch_size,
+            train_batch_size_samples=training.batch_size,
+            lr=cell.lr,
+            lr_end=cell.lr / 10,
+            lr_warm_up_steps=round(training.warm_up * training.steps),
+            lr_decay_steps=round(training.decay * training.steps),
+            dead_feature_window=max(1, training.dead_after_tokens // training.batch_size),
+            device=training.device,
+        ),
+        sae,
+        # The estimate reads the same activations that training reads next.
+        itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training)),
+    )
+    start, cpu_start = time.perf_counter(), time.process_time()
+    trainer.fit()
+    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    provenance = config.metadata.get(METADATA_KEY) or {}
+    return sae, {
+        **{name: round(value, 1) for name, value in took.items()},
+        **{name: provenance[key] for key, name in _KEPT.items() if key in provenance},
+    }
+
+
+def run_cell(cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations."""
+    sae, took = train_cell(cell, training, activations)
+    metrics = reconstruction_metrics(sae, held_out.split(_EVALUATION_BATCH))
+    return sae, {**metrics.to_dict(), **took}
+
+
+def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:
+    """Batches in one fixed order: of the first ``n`` activations, or without end."""
+    generator = torch.Generator().manual_seed(training.data_seed)
+    order = torch.randperm(len(activations), generator=generator)
+    left = order[:0]
+    for part in itertools.repeat(order) if n is None else [order[:n]]:
+        *full, left = torch.cat([left, part]).split(training.batch_size)
+        for rows in full:
+            yield activations[rows]
+    yield activations[left]
