@@ -1,4 +1,4 @@
-"""Command line: ``saelens-asi train``, ``demo``, ``spectrum``, ``sweep`` and ``lorsa``; with flags alone it is ``train``."""
+"""Command line: ``saelens-asi COMMAND``; with flags alone the command is ``train``."""
 
 from __future__ import annotations
 

@@ -65,11 +65,16 @@ def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
 
 def best_rates(rows: Iterable[Row]) -> list[Row]:
     """Of rows that differ in learning rate and seed alone, those with the rate of the lowest mean error."""
-    best = []
+    best: list[Row] = []
     for group in _grouped(rows, lambda row: tuple(row[name] for name in _SETTINGS)).values():
-        rates = _grouped(group, lambda row: row["lr"])
-        best += min(rates.values(), key=lambda same: sum(row["nmse"] for row in same) / len(same))
+        rates = _grouped(group, lambda row: row["lr"]).values()
+        lowest: list[Row] = min(rates, key=_mean_error)
+        best += lowest
     return best
+
+
+def _mean_error(rows: Sequence[Row]) -> float:
+    return sum(row["nmse"] for row in rows) / len(rows)
 
 
 def _varying(rows: Sequence[Row], axis: str, fixed: Sequence[str]) -> list[Row]:

@@ -105,7 +105,7 @@ def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tupl
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.fit()
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
-    provenance = config.metadata.get(METADATA_KEY) or {}
+    provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
     return sae, {
         **{name: round(value, 1) for name, value in took.items()},
         **{name: provenance[key] for key, name in _KEPT.items() if key in provenance},
