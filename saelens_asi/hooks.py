@@ -44,6 +44,22 @@ def layer_hooks(hooks: Iterable[str], layers: Iterable[int]) -> list[str]:
     return names
 
 
+def parse_layers(words: Sequence[str], n_layers: int) -> list[int]:
+    """Layer numbers from ``all``, numbers and ranges. Raises ValueError for a layer that is not there."""
+    if list(words) == ["all"]:
+        return list(range(n_layers))
+    layers: list[int] = []
+    for word in words:
+        if not re.fullmatch(r"\d+(-\d+)?", word):
+            raise ValueError(f"--layers {word!r} must be all, a number, or a range such as 10-15")
+        first, _, last = word.partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    outside = [layer for layer in layers if layer >= n_layers]
+    if outside or not layers:
+        raise ValueError(f"--layers {' '.join(words)}: this model has layers 0 to {n_layers - 1}")
+    return sorted(set(layers))
+
+
 def resolve_hook_names(names: str | Iterable[str], known: Iterable[str]) -> list[str]:
     """Expand patterns against the names that exist: ``*`` stands for anything without a dot.
 

@@ -34,10 +34,18 @@ TRAINING = SweepTraining(training_tokens=320, batch_size=32, dead_after_tokens=6
 SIZES: dict[str, Any] = {"d_sae": 48, "k": 4}
 
 
+HOOK = "blocks.0.hook_attn_out"
+
+
 @pytest.fixture(scope="module")
-def data() -> tuple[torch.Tensor, torch.Tensor]:
+def data() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     x = tiny.activations(600) + 1
-    return x[:400], x[400:]
+    return {HOOK: (x[:400], x[400:])}
+
+
+@pytest.fixture(scope="module")
+def train(data) -> torch.Tensor:
+    return data[HOOK][0]
 
 
 def test_a_grid_holds_every_combination_once():
@@ -79,9 +87,9 @@ def test_bad_axes_are_named(axes, methods, message):
         grid(axes, methods)
 
 
-def test_an_architecture_without_k_is_refused(data):
+def test_an_architecture_without_k_is_refused(train):
     with pytest.raises(ValueError, match="architecture='jumprelu' must be one of"):
-        train_cell(Cell(architecture="jumprelu"), TRAINING, data[0])
+        train_cell(Cell(architecture="jumprelu"), TRAINING, train)
 
 
 def test_training_must_fill_a_batch():
@@ -90,8 +98,8 @@ def test_training_must_fill_a_batch():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_trains(architecture, data):
-    sae, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, data[0])
+def test_every_architecture_trains(architecture, train):
+    sae, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, train)
     assert sae.cfg.architecture() == architecture
     assert took["d_init_used"] >= 1
     assert took["seconds"] >= 0
@@ -99,27 +107,27 @@ def test_every_architecture_trains(architecture, data):
 
 def test_rows_tell_what_was_measured(data, tmp_path):
     cells = grid({"d_sae": [48], "k": [4], "seed": [0, 1]}, ["stock", "auxk", "asi_sparse_adam"])
-    rows = run_sweep(cells, TRAINING, *data, tmp_path, save_saes=True)
+    rows = run_sweep(cells, TRAINING, data, tmp_path, save_saes=True)
     assert rows == read_sweep(tmp_path)
     for cell, row in zip(cells, rows, strict=True):
-        folder = tmp_path / "saes" / run.describe(cell).replace(" ", "_")
-        again = reconstruction_metrics(SAE.load_from_disk(folder), data[1].split(50))
+        folder = run.sae_folder(tmp_path, cell, HOOK)
+        again = reconstruction_metrics(SAE.load_from_disk(folder), data[HOOK][1].split(50))
         assert row["nmse"] == pytest.approx(again.nmse, rel=1e-5)
         assert (row["dead_fraction"], row["l0"]) == (again.dead_fraction, again.l0)
         assert row["method"] == cell.method
-        assert row["n_tokens"] == 200
+        assert (row["n_tokens"], row["hook_name"], row["d_in"]) == (200, HOOK, tiny.D_MODEL)
     by_method = {row["method"]: row for row in rows}
     assert by_method["asi_sparse_adam"]["nmse"] < by_method["stock"]["nmse"]
 
 
-def test_cells_see_the_same_data_and_repeat(data):
-    first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, data[0])[0] for _ in range(2))
+def test_cells_see_the_same_data_and_repeat(train):
+    first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, train)[0] for _ in range(2))
     assert torch.equal(first.W_dec, second.W_dec)
 
 
-def test_data_comes_round_again_where_it_ends(data):
+def test_data_comes_round_again_where_it_ends(train):
     training = SweepTraining(training_tokens=1000, batch_size=300)
-    sae, _ = train_cell(Cell(initializer="default", optimizer="adam", **SIZES), training, data[0][:250])
+    sae, _ = train_cell(Cell(initializer="default", optimizer="adam", **SIZES), training, train[:250])
     assert torch.isfinite(sae.W_dec).all()
 
 
@@ -136,34 +144,44 @@ def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(data, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(run, "run_cell", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(cells, TRAINING, *data, tmp_path)
+            run_sweep(cells, TRAINING, data, tmp_path)
     before = read_sweep(tmp_path)
     assert [row["seed"] for row in before] == [0, 1]
     with (tmp_path / "cells.jsonl").open("a") as file:
         file.write('{"d_sae": 48, "see')  # as a crash leaves it
-    rows = run_sweep(cells, TRAINING, *data, tmp_path)
+    rows = run_sweep(cells, TRAINING, data, tmp_path)
     assert rows[:2] == before
     assert [json.loads(line)["seed"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(data, tmp_path):
     cells = grid({"d_init": [4, 1000], "d_sae": [48], "k": [4]})
-    with pytest.raises(ValueError, match=r"1 of 2 cells failed.*\n.*d_init=1000 exceeds d_in=16"):
-        run_sweep(cells, TRAINING, *data, tmp_path)
+    with pytest.raises(ValueError, match=r"1 cells failed.*\n.*d_init=1000 exceeds d_in=16"):
+        run_sweep(cells, TRAINING, data, tmp_path)
     assert [row["d_init"] for row in read_sweep(tmp_path)] == [4]
+
+
+def test_hooks_have_cells_of_their_own(data, tmp_path):
+    twice = {**data, "blocks.1.hook_mlp_out": data[HOOK]}
+    cells = grid({"d_sae": [48], "k": [4]})
+    run_sweep(cells, TRAINING, data, tmp_path)
+    rows = run_sweep(cells, TRAINING, twice, tmp_path)
+    assert [row["hook_name"] for row in rows] == list(twice)
+    assert rows[0]["nmse"] == rows[1]["nmse"]
+    assert rows[0]["effective_rank"] == rows[1]["effective_rank"] < tiny.D_MODEL
 
 
 def test_a_folder_of_another_sweep_is_refused(data, tmp_path):
     cells = grid({"d_sae": [48], "k": [4]})
-    run_sweep(cells, TRAINING, *data, tmp_path, source={"model": "a"})
+    run_sweep(cells, TRAINING, data, tmp_path, source={"model": "a"})
     with pytest.raises(ValueError, match="model was 'a' and is 'b'"):
-        run_sweep(cells, TRAINING, *data, tmp_path, source={"model": "b"})
+        run_sweep(cells, TRAINING, data, tmp_path, source={"model": "b"})
 
 
 def _row(**changes: Any) -> dict[str, Any]:
     cell = Cell(**{name: value for name, value in changes.items() if name in Cell.__dataclass_fields__})
     measured = {"nmse": 0.5, "dead_fraction": 0.1, "l0": float(cell.k), "seconds": 1.0, "cpu_seconds": 2.0}
-    return {**cell.to_dict(), "method": cell.method, **measured, "d_init_used": 8, **changes}
+    return {**cell.to_dict(), "hook_name": HOOK, "method": cell.method, **measured, "d_init_used": 8, **changes}
 
 
 def test_figures_show_what_the_rows_vary_in():
@@ -204,7 +222,7 @@ def test_a_power_law_is_found_again():
 
 def _command(llama_folder: Path, text_folder: Path, out: Path, *flags: str) -> None:
     sizes = (
-        "--context-size 16 --cached-tokens 400 --held-out-tokens 100 --training-tokens 320 --batch-size 32 --layer 1"
+        "--context-size 16 --cached-tokens 400 --held-out-tokens 100 --training-tokens 320 --batch-size 32 --layers 1"
     )
     cli.main(["sweep", "--model", str(llama_folder), "--dataset", str(text_folder), "--out", str(out),
               *sizes.split(), *flags])  # fmt: skip
@@ -223,7 +241,8 @@ def test_the_command_writes_cells_table_and_figures_and_continues(llama_folder, 
     ]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "| TopK | 32 |" in (tmp_path / "results.md").read_text()
-    assert json.loads((tmp_path / "sweep.json").read_text())["hook_name"] == "blocks.1.hook_attn_out"
+    assert {row["hook_name"] for row in read_sweep(tmp_path)} == {"blocks.1.hook_attn_out"}
+    assert json.loads((tmp_path / "sweep.json").read_text())["held_out_tokens"] == 100
     before = (tmp_path / "cells.jsonl").read_text()
     _command(llama_folder, text_folder, tmp_path, *flags, "32", "64", "96")
     assert (tmp_path / "cells.jsonl").read_text().startswith(before)
@@ -235,8 +254,8 @@ def test_the_command_writes_cells_table_and_figures_and_continues(llama_folder, 
     ("flags", "message"),
     [
         (["--k", "0"], "k=0 must be"),
-        (["--hook", "attention"], "--hook 'attention' must be one of"),
-        (["--hook", "blocks.9.hook_attn_out", "--k", "4"], "blocks.9.hook_attn_out"),
+        (["--hooks", "attention"], "hook 'attention' must be one of"),
+        (["--hooks", "blocks.9.hook_attn_out", "--k", "4"], "blocks.9.hook_attn_out"),
         (["--d-init", "900", "--k", "4", "--d-sae", "32"], "d_init=900 exceeds d_in=16"),
     ],
 )

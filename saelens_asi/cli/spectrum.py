@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from saelens_asi import plots, report, spectrum_plots
 from saelens_asi.ablation import Predictions
 from saelens_asi.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.components import ComponentLosses, loss_recovered
-from saelens_asi.hooks import SHORT_NAMES, layer_hooks, resolve_hook_names
+from saelens_asi.hooks import SHORT_NAMES, layer_hooks, parse_layers, resolve_hook_names
 from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.spectra import activation_spectra
 from saelens_asi.spectrum import Spectrum
@@ -56,22 +55,6 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cpu")
     add("--dtype", choices=list(_DTYPES), default="float32", help="of the model")
     return parse
-
-
-def parse_layers(words: Sequence[str], n_layers: int) -> list[int]:
-    """Layer numbers from ``all``, numbers and ranges. Raises ValueError for a layer that is not there."""
-    if list(words) == ["all"]:
-        return list(range(n_layers))
-    layers: list[int] = []
-    for word in words:
-        if not re.fullmatch(r"\d+(-\d+)?", word):
-            raise ValueError(f"--layers {word!r} must be all, a number, or a range such as 10-15")
-        first, _, last = word.partition("-")
-        layers += range(int(first), int(last or first) + 1)
-    outside = [layer for layer in layers if layer >= n_layers]
-    if outside or not layers:
-        raise ValueError(f"--layers {' '.join(words)}: this model has layers 0 to {n_layers - 1}")
-    return sorted(set(layers))
 
 
 def run(settings: argparse.Namespace, command: str) -> list[report.Row]:

@@ -1,4 +1,4 @@
-"""Command line: ``saelens-asi sweep``. A grid of SAEs on one hook of a model, cell by cell.
+"""Command line: ``saelens-asi sweep``. A grid of SAEs on hooks of a model, cell by cell.
 
 Every flag that takes several values is an axis of the grid. The same command continues after an interruption, and one
 with more values trains what is missing:
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from saelens_asi.activation_cache import cache_activations
-from saelens_asi.hooks import SHORT_NAMES
+from saelens_asi.hooks import SHORT_NAMES, layer_hooks, parse_layers
 from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.sweep.grid import METHODS, Cell, grid
 from saelens_asi.sweep.run import run_sweep, sweep_table, write_report
@@ -64,8 +67,9 @@ def parser() -> argparse.ArgumentParser:
     data = parse.add_argument_group("activations")
     data.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or smollm2 (default)")
     data.add_argument("--dataset", default=EMBEDDED_DATASET, help="of text or tokens: name, folder, or bible (default)")
-    data.add_argument("--hook", default="attn_out", help=f"{', '.join(SHORT_NAMES)}, or a full name; default: attn_out")
-    data.add_argument("--layer", type=int, help="of a short name; default: the middle one")
+    data.add_argument("--hooks", nargs="+", default=["attn_out"],
+                      help=f"{', '.join(SHORT_NAMES)}, or full names; default: attn_out")  # fmt: skip
+    data.add_argument("--layers", nargs="+", help="of short names: numbers, ranges or all; default: the middle one")
     data.add_argument("--cached-tokens", type=int, default=300_000, help="activations to train on; default: 300000")
     data.add_argument("--held-out-tokens", type=int, default=80_000, help="activations to evaluate on; default: 80000")
     data.add_argument("--context-size", type=int, default=128, help="tokens in a window; default: 128")
@@ -86,38 +90,36 @@ def run(args: argparse.Namespace) -> None:
     training = SweepTraining(**{field.name: getattr(args, field.name) for field in fields(SweepTraining)})
     axes = {name: getattr(args, name) for name in _AXES if getattr(args, name) is not None}
     cells = grid(axes, args.methods)
-    hook_name, caches = _activations(args)
-    source = {"model": args.model, "dataset": args.dataset, "hook_name": hook_name, "cached_tokens": len(caches[0])}
-    print(f"{len(cells)} cells of {training.steps} steps on {hook_name}", flush=True)
+    activations = _activations(args)
+    sizes = {"cached_tokens": args.cached_tokens, "held_out_tokens": args.held_out_tokens}
+    source = {"model": args.model, "dataset": args.dataset, "context_size": args.context_size, **sizes}
+    print(f"{len(cells)} cells of {training.steps} steps on {', '.join(activations)}", flush=True)
     try:
-        rows = run_sweep(cells, training, caches[0], caches[1], args.out, source=source, save_saes=args.save_saes)
+        rows = run_sweep(cells, training, activations, args.out, source=source, save_saes=args.save_saes)
         print(f"\n{sweep_table(rows)}")
     finally:
         written = write_report(args.out)
         print("\n".join(["", "Written:", *(f"  {path}" for path in written)]) if written else "")
 
 
-def _activations(args: argparse.Namespace) -> tuple[str, list[Any]]:
-    """Name of the hook, and activations to train and to evaluate on; the model is loaded where they are not cached."""
+def _activations(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Activations to train and to evaluate on, by hook; the model is loaded only where they are not cached."""
     model = functools.cache(lambda: load_model(args.model, args.device))
-    hook_name = args.hook
-    if "." not in hook_name:
-        if hook_name not in SHORT_NAMES:
-            raise ValueError(f"--hook {hook_name!r} must be one of {list(SHORT_NAMES)}, or a full name")
-        layer = model().cfg.n_layers // 2 if args.layer is None else args.layer
-        hook_name = f"blocks.{layer}.{SHORT_NAMES[hook_name]}"
-    folder = args.cache or args.out / "activations"
-    own = re.sub(r"\W+", "_", f"{args.model}_{args.dataset}_{hook_name}")
-    sizes = {"training": args.cached_tokens, "held_out": args.held_out_tokens}
     texts = functools.cache(lambda: load_documents(args.dataset, max(args.cached_tokens, 4 * args.held_out_tokens)))
-    caches = []
-    for i, (split, n_tokens) in enumerate(sizes.items()):
-        cached = cache_activations(
-            folder / f"{own}_{n_tokens}_{split}", model, lambda i=i: texts()[i], hook_name, n_tokens,
-            context_size=args.context_size,
-        )  # fmt: skip
-        caches.append(cached[hook_name])
-    return hook_name, caches
+    names = [hook for hook in args.hooks if "." in hook]
+    if len(names) < len(args.hooks):
+        n_layers = model().cfg.n_layers
+        layers = parse_layers(args.layers or [str(n_layers // 2)], n_layers)
+        names = layer_hooks(args.hooks, layers)
+    folder = args.cache or args.out / "activations"
+    hooks = names[0] if len(names) == 1 else hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+    own = re.sub(r"\W+", "_", f"{args.model}_{args.dataset}_{hooks}")
+    splits = []
+    for i, (split, n_tokens) in enumerate({"training": args.cached_tokens, "held_out": args.held_out_tokens}.items()):
+        path = folder / f"{own}_{n_tokens}_{split}"
+        how = {"context_size": args.context_size}
+        splits.append(cache_activations(path, model, lambda i=i: texts()[i], names, n_tokens, **how))
+    return {name: (splits[0][name], splits[1][name]) for name in splits[0]}
 
 
 def main(args: Sequence[str]) -> None:

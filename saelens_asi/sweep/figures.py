@@ -22,7 +22,7 @@ _COLORS = dict(zip(METHODS, ("#8c8c8c", "#4d4d4d", "#d9822b", "#8db8f5", "#1f6fe
 _OTHER = "#a04fb5"
 
 # What tells cells apart that are not repetitions of one another.
-_SETTINGS = tuple(field.name for field in fields(Cell) if field.name not in ("lr", "seed"))
+_SETTINGS = ("hook_name", *(field.name for field in fields(Cell) if field.name not in ("lr", "seed")))
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,12 @@ def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
     starts = [row for row in rows if row["subspace"] in ("active", "random") and row["center"] == "mean"]
     methods = [row for row in rows if row["method"] != "other"]
     drawn = {
-        "d_init.png": (against_d_init, _varying(starts, "d_init_used", ("architecture", "d_sae", "k", "optimizer"))),
-        "frontier.png": (frontier, _varying(methods, "k", ("architecture", "d_sae"))),
-        "scaling.png": (scaling, _varying(methods, "d_sae", ("architecture", "k"))),
+        "d_init.png": (
+            against_d_init,
+            _varying(starts, "d_init_used", ("hook_name", "architecture", "d_sae", "k", "optimizer")),
+        ),
+        "frontier.png": (frontier, _varying(methods, "k", ("hook_name", "architecture", "d_sae"))),
+        "scaling.png": (scaling, _varying(methods, "d_sae", ("hook_name", "architecture", "k"))),
     }
     return {name: draw(chosen) for name, (draw, chosen) in drawn.items() if chosen}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi import plots
+from saelens_asi.moments import RunningMoments
+from saelens_asi.spectrum import Spectrum
 from saelens_asi.sweep.figures import sweep_figures
 from saelens_asi.sweep.grid import TITLES, Cell
 from saelens_asi.sweep.store import Row, SweepStore, read_sweep
@@ -18,21 +20,20 @@ from saelens_asi.sweep.training import SweepTraining, run_cell
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("architecture", "method", "d_sae", "k", "subspace", "norm", "center", "d_init", "optimizer",
+_COLUMNS = ("hook_name", "architecture", "method", "d_sae", "k", "subspace", "norm", "center", "d_init", "optimizer",
             "aux_loss_coefficient", "lr")  # fmt: skip
 
 
 def run_sweep(
     cells: Sequence[Cell],
     training: SweepTraining,
-    activations: Tensor,
-    held_out: Tensor,
+    activations: Mapping[str, tuple[Tensor, Tensor]],
     out: str | Path,
     *,
-    source: dict[str, Any] | None = None,
+    source: Mapping[str, Any] | None = None,
     save_saes: bool = False,
 ) -> list[Row]:
-    """Train and evaluate each cell that ``out`` does not hold yet; returns the rows of all cells asked for.
+    """Train and evaluate each cell on each hook, where ``out`` does not hold it yet; returns the rows asked for.
 
     Each finished cell is a line of ``out/cells.jsonl`` at once; a sweep that is interrupted, or asked for more cells,
     goes on from there. A cell that fails is named, and the others go on.
@@ -40,35 +41,54 @@ def run_sweep(
     Args:
         cells: of ``grid``.
         training: what all cells share.
-        activations: (n, d_in) to train on.
-        held_out: (n, d_in) to evaluate on.
+        activations: from hook names to (n, d_in) activations to train on, and to evaluate on.
         out: folder.
-        source: what the activations are (model, dataset, hook_name), kept beside the results.
+        source: what the activations come from (model, dataset), kept beside the results.
         save_saes: keep each SAE as a SAELens folder in ``out/saes``.
 
     Raises:
         ValueError: for a folder whose cells were made with other settings; after all cells, where some failed.
     """
-    settings = {"training": training.to_dict(), "held_out_tokens": len(held_out), **(source or {})}
-    store = SweepStore(out, settings)
+    store = SweepStore(out, {"training": training.to_dict(), **(source or {})})
     rows, failures = [], []
-    for cell in tqdm(cells, desc="Sweep", unit="cell"):
-        row = store.find(cell)
-        if row is None:
-            try:
-                sae, results = run_cell(cell, training, activations, held_out)
-            except (ValueError, RuntimeError) as error:
-                failures.append(f"{describe(cell)}: {error}")
-                logger.error("this cell failed, the sweep goes on: %s", failures[-1])
-                continue
-            if save_saes:
-                sae.save_inference_model(str(Path(out) / "saes" / describe(cell).replace(" ", "_")))
-            row = store.add(cell, results)
-            tqdm.write(f"{describe(cell)}: dead {row['dead_fraction']:.2%}, NMSE {row['nmse']:.4f}, {row['seconds']} s")
-        rows.append(row)
+    with tqdm(total=len(activations) * len(cells), desc="Sweep", unit="cell") as bar:
+        for hook_name, (train, held_out) in activations.items():
+            spectrum: dict[str, float] = {}
+            for cell in cells:
+                row = store.find(cell, hook_name)
+                if row is None:
+                    spectrum = spectrum or _rank(held_out)
+                    try:
+                        sae, results = run_cell(cell, training, train, held_out)
+                    except (ValueError, RuntimeError) as error:
+                        failures.append(f"{describe(cell)}: {error}")
+                        logger.error("this cell failed, the sweep goes on: %s", failures[-1])
+                        continue
+                    if save_saes:
+                        sae.cfg.metadata.hook_name = hook_name
+                        sae.save_inference_model(str(sae_folder(out, cell, hook_name)))
+                    row = store.add(cell, {"hook_name": hook_name, **spectrum, **results})
+                    tqdm.write(_line(cell, row))
+                rows.append(row)
+                bar.update()
     if failures:
-        raise ValueError("\n".join([f"{len(failures)} of {len(cells)} cells failed, the others are kept:", *failures]))
+        raise ValueError("\n".join([f"{len(failures)} cells failed, the others are kept:", *failures]))
     return rows
+
+
+def sae_folder(out: str | Path, cell: Cell, hook_name: str) -> Path:
+    """Where ``save_saes`` keeps the SAE of a cell."""
+    return Path(out) / "saes" / hook_name / describe(cell).replace(" ", "_")
+
+
+def _rank(held_out: Tensor) -> dict[str, float]:
+    spectrum = Spectrum.from_moments(RunningMoments.zeros(held_out.shape[1]).update_(held_out))
+    return {"d_in": spectrum.d, "effective_rank": spectrum.effective_rank}
+
+
+def _line(cell: Cell, row: Row) -> str:
+    measured = f"dead {row['dead_fraction']:.2%}, NMSE {row['nmse']:.4f}, {row['seconds']} s"
+    return f"{row['hook_name']} {describe(cell)}: {measured}"
 
 
 def describe(cell: Cell) -> str:

@@ -34,9 +34,9 @@ class SweepStore:
         self.rows = read_sweep(self.folder)
         self._drop_unfinished_line()
 
-    def find(self, cell: Cell) -> Row | None:
-        """The finished row of a cell."""
-        wanted = cell.to_dict()
+    def find(self, cell: Cell, hook_name: str) -> Row | None:
+        """The finished row of a cell on a hook."""
+        wanted = {"hook_name": hook_name, **cell.to_dict()}
         return next((row for row in self.rows if all(row.get(name) == wanted[name] for name in wanted)), None)
 
     def add(self, cell: Cell, results: Mapping[str, Any]) -> Row:
