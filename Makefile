@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: install test demo ablation train_step spectra lorsa format clean
+.PHONY: install test demo ablation train_step spectra lorsa claims format clean
 
 install: $(VENV)/installed
 
@@ -46,6 +46,26 @@ lorsa: install
 	$(BIN)/python -m tests.benchmarks.lorsa cells
 	$(BIN)/python -m tests.benchmarks.lorsa step
 	$(BIN)/python -m tests.benchmarks.lorsa report
+
+SWEEP = $(BIN)/saelens-asi sweep --cache sweep_activations --hooks blocks.15.hook_attn_out
+CLAIMS = tests/benchmarks/results/claims
+HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,blocks.$(layer).hook_$(kind)))
+
+# Each sweep goes on where it stopped, and is done at once where its results are there.
+claims: install
+	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 --methods asi_sparse_adam asi topk auxk --seed 0 1 2 --save-saes
+	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 4096 16384 32768 65536 --methods asi_sparse_adam asi topk auxk
+	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 131072 --methods asi_sparse_adam topk auxk
+	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 65536 --methods auxk --norm decoder_init_norm --aux-loss-coefficient 1
+	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 65536 --methods topk auxk --lr 0.002
+	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace active random --d-init 16 32 64 128 256 --seed 0 1
+	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --k 8 16 32 64 --methods asi_sparse_adam topk auxk
+	$(SWEEP) --out $(CLAIMS)/paper --d-sae 32768 --methods asi_paper_sparse_adam asi_paper
+	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --methods asi_sparse_adam auxk \
+		--architecture batchtopk matryoshka_batchtopk
+	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 100000 \
+		--held-out-tokens 40000 --training-tokens 150000 --save-saes
+	$(BIN)/python -m tests.benchmarks.claims
 
 format: install
 	$(BIN)/ruff check --fix .
