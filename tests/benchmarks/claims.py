@@ -382,15 +382,14 @@ def per_row_steps(e: Evidence) -> Claim:
     pairs = {}
     for row in e.bias:
         pairs.setdefault((row["center"], row["seed"]), {})[row["bias_correction"]] = row
-    lower = sum(pair["per_row"]["nmse"] < pair["global"]["nmse"] for pair in pairs.values())
     return Claim(
         "Bias correction by each row's own count of steps is better than by the global step",
         "ours; torch.optim.SparseAdam takes the global step",
         "; ".join(
             f"{center}, seed {seed}: NMSE {pair['per_row']['nmse']:.4f} against {pair['global']['nmse']:.4f}"
             for (center, seed), pair in pairs.items()
-        ),  # fmt: skip
-        verdict(*[pair["per_row"]["nmse"] < pair["global"]["nmse"] for pair in pairs.values()] or [lower > 0]),
+        ),
+        verdict(*[pair["per_row"]["nmse"] < pair["global"]["nmse"] for pair in pairs.values()]),
         str(len(pairs)),
         "make ablation",
     )
@@ -405,17 +404,17 @@ CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
 
 INTRODUCTION = """# The paper's claims, measured again
 
-[arXiv 2508.16929](https://arxiv.org/abs/2508.16929) made its measurements on Llama-3.1-8B and others, with up to 2.5 billion
-tokens a dictionary. Here is what one finds on SmolLM2-135M (d = 576, 30 layers) and the World English Bible on two CPU
-cores: the same questions at a thousandth of the scale. This page is generated (`make claims`); numbers and verdicts come
-from [result files](../tests/benchmarks/results).
+[arXiv 2508.16929](https://arxiv.org/abs/2508.16929) made its measurements on Llama-3.1-8B and others, with up to 2.5
+billion tokens a dictionary. Here is what one finds on SmolLM2-135M (d = 576, 30 layers) and the World English Bible on
+two CPU cores: the same questions at a thousandth of the scale. This page is generated (`make claims`); numbers and
+verdicts come from [result files](../tests/benchmarks/results).
 
 Unless a line says otherwise: attention output of layer 15, TopK with k = 32, {steps} steps of {batch:,} activations,
 each method at its best learning rate of those tried, errors and dead features on {held_out:,} held-out tokens (dead:
 fires on none of them; the paper counts over 10 million). **TopK** and **AuxK** start as the paper's do, evenly in all
 of d with the norm of the lowest initial error; AuxK's coefficient is 1/32, and a feature counts as dead for it after
-{dead_after:,} silent tokens. **ASI** is this package's default (active subspace of 90 % of the variance, least-squares norm,
-mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+{dead_after:,} silent tokens. **ASI** is this package's default (active subspace of 90 % of the variance, least-squares
+norm, mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
 """
 
 
@@ -430,7 +429,7 @@ def page(e: Evidence, training: dict[str, int]) -> str:
     for i, claim in enumerate(claims):
         cells = (str(i + 1), claim.claim, claim.paper, claim.ours, claim.seeds, f"**{claim.verdict}**")
         lines.append(f"| {' | '.join(cells)} |")
-    count = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in (HOLDS, PARTLY, FAILS)}
+    count = {word: sum(claim.verdict == word for claim in claims) for word in (HOLDS, PARTLY, FAILS)}
     lines += [
         "",
         f"{count[HOLDS]} of {len(claims)} hold, {count[PARTLY]} partly, {count[FAILS]} do not at this scale.",
@@ -460,17 +459,21 @@ def figures(e: Evidence) -> dict[str, Path]:
     return {name: plots.save(figure, FIGURES / name) for name, figure in drawn.items()}
 
 
-def main() -> None:
-    e = Evidence()
+def shared_settings() -> dict[str, int]:
+    """What the introduction says of the sweeps."""
     shared = json.loads((RESULTS / "claims" / "d_sae" / "sweep.json").read_text())
     training = shared["training"]
-    numbers = {
+    return {
         "steps": training["training_tokens"] // training["batch_size"],
         "batch": training["batch_size"],
         "held_out": shared["held_out_tokens"],
         "dead_after": training["dead_after_tokens"],
     }
-    PAGE.write_text(page(e, numbers))
+
+
+def main() -> None:
+    e = Evidence()
+    PAGE.write_text(page(e, shared_settings()))
     print("\n".join(str(path) for path in (PAGE, *figures(e).values())))
 
 
