@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "tutorials" / "claims.md"
 FIGURES = ROOT / "docs" / "claims"
 
+OURS = "asi_sparse_adam"
 SPECTRA = "make spectra"
 SWEEPS = "make claims"
 
@@ -232,24 +233,25 @@ def largest(e: Evidence) -> Claim:
 
 def goal(e: Evidence) -> Claim:
     size = 65_536
-    ours = e.cells("d_sae", method="asi_sparse_adam", d_sae=size)
-    others = {
-        (m, s): e.cells("d_sae", method=m, d_sae=s) for m in ("topk", "auxk") for s in (size, 2 * size)
-    }  # fmt: skip
-    text = "; ".join(f"{TITLES[m]} {s:,}: {mean(rows, 'nmse'):.3f}, {mean(rows, 'dead_fraction'):.1%} dead, "
-                     f"{mean(rows, 'cpu_seconds'):,.0f} CPU s" for (m, s), rows in others.items())  # fmt: skip
-    stock = e.cells("d_sae", norm="decoder_init_norm", d_sae=size)
-    error, cpu = mean(ours, "nmse"), mean(ours, "cpu_seconds")
+    ours, stock = (e.cells("d_sae", d_sae=size, **how) for how in ({"method": OURS}, {"norm": "decoder_init_norm"}))
+    others = {(m, s): e.cells("d_sae", method=m, d_sae=s) for s in (size, 2 * size) for m in ("topk", "auxk")}
+    seconds = e.steps["seconds"]
+    text = [
+        f"{TITLES[m]} {s:,}: {mean(rows, 'nmse'):.3f}, {mean(rows, 'dead_fraction'):.1%} dead, "
+        f"{seconds[f'{m} {s}']:.2f} s a step"
+        for (m, s), rows in others.items()
+    ]
+    error, dead, step = mean(ours, "nmse"), mean(ours, "dead_fraction"), seconds[f"{OURS} {size}"]
     return Claim(
-        f"At expansion {size / 576:.0f}: under 1 % dead, a lower error than TopK and AuxK at the same and at twice the "
-        "size, in less time (all trained on the sparse path, which makes SAELens's steps in less time than SAELens)",
+        f"At expansion {size / 576:.0f}: under 1 % dead where SAELens's own settings leave most features dead, a lower "
+        "error than TopK and AuxK at the same and at twice the size, in less time",
         "ours (goal)",
-        f"ASI + SparseAdam {size:,}: {error:.3f}, {mean(ours, 'dead_fraction'):.2%} dead, {cpu:,.0f} CPU s; "
-        f"SAELens's settings: {mean(stock, 'nmse'):.3f}, {mean(stock, 'dead_fraction'):.1%} dead; {text}",
+        f"ASI + SparseAdam {size:,}: {error:.3f}, {dead:.2%} dead, {step:.2f} s a step; SAELens's settings: "
+        f"{mean(stock, 'nmse'):.3f}, {mean(stock, 'dead_fraction'):.1%} dead; {'; '.join(text)}",
         verdict(
-            mean(ours, "dead_fraction") < 0.01,
+            dead < 0.01,
             all(error < mean(rows, "nmse") for rows in others.values()),
-            all(cpu < mean(rows, "cpu_seconds") for rows in others.values()),
+            all(step < seconds[f"{m} {s}"] for m, s in others),
         ),
         str(len(ours)),
         SWEEPS,

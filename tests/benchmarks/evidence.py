@@ -53,6 +53,7 @@ class Evidence:
         self.factors = _lines(results / "factors.jsonl")
         self.bias = _lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
+        self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
 
     def cells(self, sweep: str, **settings: Any) -> list[Row]:
