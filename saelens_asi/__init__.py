@@ -7,6 +7,7 @@ from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.components import ComponentLosses, loss_recovered
 from saelens_asi.evaluation import evaluate
+from saelens_asi.history import read_history
 from saelens_asi.initialize import Initialization, initialize_
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
 from saelens_asi.moments import RunningMoments
@@ -37,6 +38,7 @@ __all__ = [
     "initialize_lorsa_",
     "loss_recovered",
     "principal_angles",
+    "read_history",
     "register",
     "spectra_from_cache",
     "train_lorsa",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -103,6 +104,29 @@ def subspace_energy(spectrum: Spectrum, decoders: Mapping[str, Tensor], d_init: 
         axis.set_xlabel("principal directions of the activations")
         axis.set_xlim(0, spectrum.d)
     right.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def training_history(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Error, dead features and L0 over the tokens of one or more runs.
+
+    Args:
+        histories: from a run's name to its records, as ``saelens_asi.read_history`` gives them.
+    """
+    panels = {"nmse": "normalized MSE of the batch", "dead_fraction": "dead features", "l0": "L0"}
+    figure, row = axes(11, 3.4, columns=len(panels))
+    for axis, (key, title) in zip(row, panels.items(), strict=True):
+        for i, (name, records) in enumerate(histories.items()):
+            points = [(record["n_tokens"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=COLORS[(i + 1) % len(COLORS)], linewidth=1.4, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens trained on")
+    row[0].set_yscale("log")
+    row[1].set_ylim(-0.02, 1.02)
+    row[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    row[2].set_ylim(bottom=0)
+    row[0].legend(frameon=False, fontsize=8)
     return figure
 
 

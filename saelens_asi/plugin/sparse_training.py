@@ -31,6 +31,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
     _screen: AdaptiveScreen | None = None
     _reason_given: str | None = None
     _layout_hook: Any = None
+    gradient_norm: Tensor | None = None  # of the last step on the sparse path, before clipping
 
     def use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -104,6 +105,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
         """Clip the gradients, move the rows that have one, and bring their norms up to date."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
         norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
+        self.gradient_norm = norm
         divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
         for param, gradient in by_row.items():
             self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
