@@ -34,11 +34,11 @@ def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Ax
 
 
 def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
-    """How often features fire on held-out tokens, one histogram a run; features that never fire stand apart.
+    """How often features fire on tokens, one histogram a run; features that never fire stand apart.
 
     Args:
         rates: from a run's name to (d_sae,) shares of tokens on which each feature fires.
-        n_tokens: held-out tokens behind the shares.
+        n_tokens: tokens behind the shares.
     """
     figure, (axis,) = axes(7.2, 3.8)
     low = -5.0
@@ -63,7 +63,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
     ticks = list(range(int(low), 1))
     middle = low - 0.9 + bar * (len(rates) - 1) / 2
     axis.set_xticks([middle, *ticks], ["never", *[f"$10^{{{tick}}}$" for tick in ticks]])
-    axis.set_xlabel(f"share of {n_tokens:,} held-out tokens on which a feature fires")
+    axis.set_xlabel(f"share of {n_tokens:,} tokens on which a feature fires")
     axis.set_ylabel("share of features")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(frameon=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -74,6 +73,13 @@ class SAESource:
     release: str = ""
     sae_id: str = ""
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this SAE from another one under the same name, as plain values."""
+        if self.folder is None:
+            return {"release": self.release, "sae_id": self.sae_id}
+        state = (self.folder / SAE_WEIGHTS_FILENAME).stat()
+        return {"folder": str(self.folder.resolve()), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
     def load(self, device: str = "cpu", dtype: str | None = None) -> Any:
         """The SAE, ready for inference, normalization folded into its weights."""
         if self.folder is None:
@@ -142,8 +148,3 @@ def _on_hub(word: str) -> list[SAESource]:
         f"{word!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
         "or owner/repository/path on the hub"
     )
-
-
-def quiet_loading() -> None:
-    """Hide what SAELens says about settings of the model when SAEs are only evaluated."""
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
