@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelens_asi.topk_inference import topk_reconstruction
+
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
 _MAX_DENSE_VALUES = 2**25
 
@@ -125,11 +127,16 @@ def _wide(x: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_(running: RunningReconstruction, sae: Any, x: Tensor) -> RunningReconstruction:
     """Add vectors (n, d_in) and what a SAELens SAE makes of them; each is encoded once."""
+    reconstruct = topk_reconstruction(sae) or (lambda chunk: _dense_reconstruction(sae, chunk))
     for chunk in x.to(sae.device).split(chunk_size(sae)):
-        acts = sae.encode(chunk)
-        acts = acts.to_dense() if acts.is_sparse else acts
-        running.update_(chunk, sae.decode(acts), (acts != 0).sum(dim=0))
+        running.update_(chunk, *reconstruct(chunk))
     return running
+
+
+def _dense_reconstruction(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    acts = sae.encode(x)
+    acts = acts.to_dense() if acts.is_sparse else acts
+    return sae.decode(acts), (acts != 0).sum(dim=0)
 
 
 def chunk_size(sae: Any) -> int:
