@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _COLUMNS = {
     "effective_rank_percent": "effective rank (% of width)",
 }
 
+_MARKERS = ("o", "^", "s", "D", "v")
 _AXES = ("effective_rank_percent", "dead_percent")
 
 
@@ -94,32 +96,47 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return below + ((ordered[:, None] == ordered).sum(axis=1) - 1) / 2
 
 
-def dead_against_rank(results: Mapping[str, SAEEvaluation]) -> Figure:
+def dead_against_rank(results: Mapping[str, SAEEvaluation], groups: Mapping[str, str] | None = None) -> Figure:
     """Dead features of SAEs against the effective rank of what they read (arXiv 2508.16929).
 
     A point is an SAE, its number the layer, its colour the kind of hook. Evaluations without ranks are left out.
+
+    Args:
+        results: evaluations by name.
+        groups: from a name to the group it belongs to, such as how it was trained: a marker for each, and a rank
+            correlation of its own. One group unless told.
     """
     rows = [row for row in evaluation_rows(results) if row["effective_rank_percent"] is not None]
     figure, (axis,) = make_axes(6.6, 4.4)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    named = {row["name"]: groups[row["name"]] if groups else "" for row in rows}
+    found = []
+    for marker, group in zip(cycle(_MARKERS), dict.fromkeys(named.values())):
+        members = [row for row in rows if named[row["name"]] == group]
+        colors = [kind_color(row["kind"], kinds) for row in members]
+        x, y = ([row[key] for row in members] for key in _AXES)
+        axis.scatter(x, y, s=34, color=colors, marker=marker)
+        correlation = rank_correlation(x, y)
+        said = "" if correlation is None else f"rank correlation {correlation:+.2f} over {len(members)} SAEs"
+        found.append(f"{group}: {said}" if group and said else said)
+        if group:
+            axis.scatter([], [], s=34, color="grey", marker=marker, label=group)
     for kind in kinds:
-        x, y = ([row[key] for row in rows if row["kind"] == kind] for key in _AXES)
-        axis.scatter(x, y, s=34, color=kind_color(kind, kinds), label=kind or "activations")
+        axis.scatter([], [], s=34, color=kind_color(kind, kinds), label=kind or "activations")
     for row in rows:
         if row["layer"] >= 0:
             place = (row[_AXES[0]], row[_AXES[1]])
             axis.annotate(str(row["layer"]), place, xytext=(4, 3), textcoords="offset points", fontsize=7, alpha=0.8)
-    correlation = rank_correlation(*([row[key] for row in rows] for key in _AXES))
-    found = "" if correlation is None else f": rank correlation {correlation:+.2f} over {len(rows)} SAEs"
-    axis.set_title(f"Dead features and effective rank{found}", fontsize=10)
+    axis.set_title("\n".join(["Dead features and effective rank", *filter(None, found)]), fontsize=10)
     axis.set_xlabel("effective rank / width of the activations")
     tokens = sorted({row["n_tokens"] for row in rows})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}" if tokens else "0"
     axis.set_ylabel(f"features dead on {counted} tokens")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(PercentFormatter(100, decimals=0))
     axis.margins(0.08)
-    axis.set_ylim(bottom=min(-1.0, axis.get_ylim()[0]))
+    top = max([row["dead_percent"] for row in rows], default=0)
+    axis.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(100, decimals=0 if top >= 5 else None))
+    axis.set_ylim(-0.03 * max(top, 1), 1.1 * max(top, 1))
     if kinds:
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -128,8 +145,11 @@ def dead_against_rank(results: Mapping[str, SAEEvaluation]) -> Figure:
 def firing_rate_map(results: Mapping[str, SAEEvaluation]) -> Figure:
     """How often features fire, one line an SAE, for more of them than histograms can be told apart."""
     histograms = [result.to_dict()["firing_rates"] for result in results.values()]
-    edges = histograms[0]["log10_from"]
     shares = np.array([one["features"] for one in histograms], dtype=float)
+    edges = histograms[0]["log10_from"]
+    first = min(int(shares.any(axis=0).argmax()), len(edges) - 1)
+    first = next(i for i in range(first, -1, -1) if edges[i] == int(edges[i]))  # a whole decade
+    edges, shares = edges[first:], shares[:, first:]
     dead = np.array([[result.dead_fraction] for result in results.values()])
     shares /= np.array([[result.d_sae] for result in results.values()])
     figure = Figure(figsize=(8, 1.6 + 0.2 * len(results)), layout="constrained")

@@ -235,12 +235,21 @@ def test_dead_against_rank_draws_every_record_and_says_the_correlation() -> None
     records["m"] = _record(50, 0.0, "blocks.2.hook_mlp_out")
     figure = evaluation_plots.dead_against_rank(records)
     (axis,) = figure.axes
-    points = [tuple(point) for collection in axis.collections for point in collection.get_offsets()]
+    points = [tuple(point) for collection in axis.collections for point in collection.get_offsets().tolist()]
     expected = [(100 * r.effective_rank / 64, 100 * r.dead_fraction) for r in records.values()]
-    torch.testing.assert_close(torch.tensor(sorted(points)), torch.tensor(sorted(expected), dtype=torch.float64))
+    torch.testing.assert_close(torch.tensor(sorted(points)), torch.tensor(sorted(expected)))
     assert "rank correlation -1.00 over 5 SAEs" in axis.get_title()
     assert [text.get_text() for text in axis.texts] == ["0", "1", "2", "3", "2"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["attn_out", "mlp_out"]
+
+
+def test_groups_have_correlations_of_their_own() -> None:
+    records = {f"a{i}": _record(10 + i, 0.9 - 0.1 * i, f"blocks.{i}.hook_attn_out") for i in range(4)}
+    records |= {f"b{i}": _record(10 + i, 0.1 * i, f"blocks.{i}.hook_attn_out") for i in range(3)}
+    figure = evaluation_plots.dead_against_rank(records, {name: name[0] for name in records})
+    title = figure.axes[0].get_title()
+    assert "a: rank correlation -1.00 over 4 SAEs" in title
+    assert "b: rank correlation +1.00 over 3 SAEs" in title
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -60,4 +60,6 @@ def test_a_folder_without_a_history_is_named(tmp_path: Path) -> None:
 def test_the_figure_draws_what_there_is() -> None:
     figure = plots.training_history({"a": RECORDS, "b": [{"n_tokens": 1, "nmse": None, "l0": 3.0}]})
     assert [len(axis.lines) for axis in figure.axes] == [1, 0, 1]
+    dead = plots.training_history({"a": [{"n_tokens": 1, "dead_fraction": 0.5, "never_fired": 3, "d_sae": 4}]}).axes[1]
+    assert [line.get_ydata().tolist() for line in dead.lines] == [[0.5], [0.75]]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [32, 64, 96]

@@ -100,6 +100,7 @@ class HistoryTrainer(SparseTrainer):
         dead = int(self.dead_neurons.sum())
         reached = [n for n in SILENT_TOKENS if n <= self.n_training_samples]
         return {
+            "d_sae": len(steps),
             "dead_features": dead,
             "dead_fraction": dead / len(steps),
             "dead_window_tokens": self.cfg.dead_feature_window * batch,
