@@ -224,6 +224,27 @@ def test_a_release_is_evaluated_from_its_name(hub: list[tuple[str, str]], finish
     assert {sae_id for _, sae_id in hub} == set(results)
 
 
+def test_a_model_whose_weights_were_changed_for_training_is_loaded_so(
+    sae_folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sae_folder / "run" / "attn_out", tmp_path / "sae")
+    path = tmp_path / "sae" / "cfg.json"
+    cfg = json.loads(path.read_text())
+    cfg["metadata"] |= {"model_name": "tiny", "model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    path.write_text(json.dumps(cfg))
+    asked: list[Any] = []
+    monkeypatch.setattr(command, "load_hooked_transformer", lambda *args: asked.append(args) or model)
+    evaluate([tmp_path / "sae"], tmp_path / "out", "--loss-tokens", "0")
+    kwargs = {"center_writing_weights": True, "dtype": torch.float32}
+    assert asked == [("HookedTransformer", "tiny", "cpu", kwargs)]
+    shutil.copytree(tmp_path / "sae", tmp_path / "both" / "centred")
+    cfg["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
+    path.write_text(json.dumps(cfg))
+    shutil.copytree(tmp_path / "sae", tmp_path / "both" / "plain")
+    with pytest.raises(SystemExit):
+        evaluate([tmp_path / "both"], tmp_path / "out")
+
+
 def _record(rank: float, dead: float, hook: str) -> asi.SAEEvaluation:
     counts = torch.ones(100, dtype=torch.int64)
     counts[: round(100 * dead)] = 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.load_model import load_model as load_hooked_transformer
 from safetensors.torch import load_file, save_file
 
 from saelens_asi import evaluation_plots, plots
@@ -32,6 +33,15 @@ from saelens_asi.sae_sources import SAESource, find_saes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HELD_OUT_SHARE = 4  # training documents for each held-out one, as load_documents cuts them
 _CONTEXT_SIZE = 256
+
+# What HookedTransformer.from_pretrained can do to weights; a model that is loaded as it is knows none of it.
+_PROCESSING = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,21 +81,23 @@ def run(settings: argparse.Namespace) -> dict[str, SAEEvaluation]:
         "context_size": settings.context_size or first.get("context_size") or _CONTEXT_SIZE,
         **{key: getattr(settings, key) for key in ("n_tokens", "loss_tokens", "all_text", "hook_name", "dtype")},
     }
+    processing = {} if settings.model else _processing(first)
     if not settings.model:
-        _check_same_model(how["model"], {name: _folder_metadata(one) for name, one in sources.items()})
+        _check_same_model(how["model"], processing, {name: _folder_metadata(one) for name, one in sources.items()})
     results = _Results(settings.out, how)
     missing = [one for one in sources.values() if not results.has(one)]
     if len(missing) < len(sources):
         print(f"{len(sources) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
     if missing:
         print(f"Loading {how['model']} and {how['dataset']}", flush=True)
-        model = load_model(how["model"], settings.device, _DTYPES[settings.dtype])
+        model = _load_model(how["model"], processing, settings)
         text = _documents(how)
         for start in range(0, len(missing), settings.saes_per_pass):
             group = missing[start : start + settings.saes_per_pass]
             saes = {one.name: one.load(settings.device) for one in group}
             if not settings.model:
-                _check_same_model(how["model"], {name: sae.cfg.metadata.to_dict() for name, sae in saes.items()})
+                metadata = {name: sae.cfg.metadata.to_dict() for name, sae in saes.items()}
+                _check_same_model(how["model"], processing, metadata)
             found = evaluate(
                 saes, model, text, hook_name=settings.hook_name, n_tokens=settings.n_tokens,
                 loss_tokens=settings.loss_tokens, batch_size=settings.batch_size, context_size=how["context_size"],
@@ -115,15 +127,30 @@ def _model_name(name: str | None) -> str:
     return EMBEDDED_MODEL if name in (None, "", MODEL_NAME) else name  # type: ignore[return-value]
 
 
-def _check_same_model(model: str, metadata: Mapping[str, Mapping[str, Any]]) -> None:
-    names = {name: _model_name(one["model_name"]) for name, one in metadata.items() if one.get("model_name")}
-    other = {name: found for name, found in names.items() if found != model}
-    if other:
-        name, found = next(iter(other.items()))
-        raise ValueError(
-            f"the SAEs belong to several models ({name!r} to {found!r}, others to {model!r}): evaluate them apart, or "
-            "name one with --model"
-        )
+def _processing(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """How a HookedTransformer's weights were changed for the training of an SAE; mostly not at all."""
+    given = metadata.get("model_from_pretrained_kwargs") or {}
+    return {name: True for name in _PROCESSING if given.get(name)}
+
+
+def _load_model(name: str, processing: Mapping[str, Any], settings: argparse.Namespace) -> Any:
+    """The model as the SAEs saw it: SAELens's own loading where weights were changed."""
+    dtype = _DTYPES[settings.dtype]
+    if not processing:
+        return load_model(name, settings.device, dtype)
+    return load_hooked_transformer("HookedTransformer", name, settings.device, {**processing, "dtype": dtype})
+
+
+def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> None:
+    known = {name: one for name, one in metadata.items() if one.get("model_name")}
+    for name, one in known.items():
+        found = (_model_name(one["model_name"]), _processing(one))
+        if found != (model, processing):
+            said = [f"{named!r} {dict(how) or ''}".strip() for named, how in (found, (model, processing))]
+            raise ValueError(
+                f"the SAEs belong to several models ({name!r} to {said[0]}, others to {said[1]}): evaluate them "
+                "apart, or name one with --model"
+            )
 
 
 def _documents(how: Mapping[str, Any]) -> Any:
@@ -209,8 +236,9 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
 def main(args: Sequence[str]) -> None:
     """``saelens-asi evaluate``. A flag with a bad value ends in one line, not in a traceback."""
     settings = parser().parse_args(args)
-    # SAELens hints at settings for the model that a TransformerBridge with unprocessed weights has anyway.
-    warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+    # SAELens hints at settings for the model, which _load_model follows.
+    if not settings.model:
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
     try:
         run(settings)
     except (ValueError, OSError) as error:

@@ -126,7 +126,7 @@ class HistoryTrainer(SparseTrainer):
         super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is not None:
-            self._run_history.copy_to(Path(base) / checkpoint_name / TRAINING_HISTORY)
+            self._copy_history(Path(base) / checkpoint_name)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Go on from a checkpoint, and with the history up to it; what came after it is dropped."""
@@ -141,7 +141,13 @@ class HistoryTrainer(SparseTrainer):
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
         if self._output_folder is not None and self._output_folder != self._history_folder:
-            self._run_history.copy_to(self._output_folder / TRAINING_HISTORY)
+            self._copy_history(self._output_folder)
+
+    def _copy_history(self, folder: Path) -> None:
+        try:
+            self._run_history.copy_to(folder / TRAINING_HISTORY)
+        except OSError as error:
+            logger.warning("the training history is not in %s: %s", folder, error)
 
 
 def _number(value: Any) -> float:
