@@ -48,13 +48,20 @@ def replacement_losses(
         predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
         batch_size: windows in a forward pass.
     """
+    changed = replacements_at(model, hook_name, replacements, replaced)
+    return prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size)
+
+
+def replacements_at(
+    model: Any, hook_name: str, replacements: Mapping[str, Writer], replaced: Tensor
+) -> dict[str, Logits]:
+    """Replacements as in ``replacement_losses``, as ``prediction_losses`` takes them."""
     (point,) = hook_points(model, [hook_name]).values()
 
     def replacing(function: Writer) -> Logits:
         return lambda batch, place: logits_with(model, batch, point, _only_at(replaced[place], function))
 
-    changed = {name: replacing(function) for name, function in replacements.items()}
-    return prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size)
+    return {name: replacing(function) for name, function in replacements.items()}
 
 
 @torch.no_grad()
@@ -108,3 +115,8 @@ def _only_at(where: Tensor, function: Writer) -> Writer:
         return output
 
     return write
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """NaN where there is nothing to take a share of."""
+    return numerator / denominator if denominator else float("nan")

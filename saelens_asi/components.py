@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.ablation import Predictions, replacement_losses
+from saelens_asi.ablation import Predictions, ratio, replacement_losses
 from saelens_asi.hooks import Writer, keep_mask, special_token_ids
 from saelens_asi.spectra import activation_spectra
 from saelens_asi.spectrum import Spectrum
@@ -42,11 +42,11 @@ class ComponentLosses:
         where the ablation lowers the loss on this text, the denominator is negative. ``kl_recovered`` cannot.
         """
         worst = self.baseline(baseline).cross_entropy
-        return _ratio(worst - self.components[k].cross_entropy, worst - self.clean.cross_entropy)
+        return ratio(worst - self.components[k].cross_entropy, worst - self.clean.cross_entropy)
 
     def kl_recovered(self, k: int, baseline: str = "zero") -> float:
         """1 - KL_k / KL_baseline: 1 where the predictions are those of the model as it is."""
-        return 1 - _ratio(self.components[k].kl, self.baseline(baseline).kl)
+        return 1 - ratio(self.components[k].kl, self.baseline(baseline).kl)
 
     def components_needed(self, share: float = 0.95, baseline: str = "zero", measure: str = "kl") -> int | None:
         """Smallest measured number of components from which on ``share`` is recovered; None where none does.
@@ -150,7 +150,3 @@ def _projection(spectrum: Spectrum, k: int) -> Writer:
         return center + (vectors.float() - center) @ directions @ directions.T
 
     return project
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else float("nan")

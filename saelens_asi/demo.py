@@ -27,10 +27,11 @@ from tqdm.auto import tqdm
 
 from saelens_asi import plots
 from saelens_asi.corpus import MODEL_NAME
+from saelens_asi.evaluation import evaluate
 from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
-from saelens_asi.metrics import firing_rates, reconstruction_metrics, sae_loss_recovered
 from saelens_asi.moments import RunningMoments
 from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.sae_loss import sae_loss_recovered
 from saelens_asi.spectrum import Spectrum
 
 _RUNS: dict[str, dict[str, Any]] = {
@@ -98,15 +99,14 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     store = _store(model, settings, d_in, held_out)
     tokens = store.get_batch_tokens(-(-settings.held_out_tokens // settings.context_size))
     batches = list(_activations(store, tokens))
-    rates = {}
+    found = evaluate(saes, activations=batches, ranks=False, progress=False)
+    rates = {name: evaluation.firing_rates for name, evaluation in found.items()}
     for name, sae in saes.items():
-        metrics = reconstruction_metrics(sae, batches)
         loss = sae_loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
-        rates[name] = firing_rates(sae, batches)
         rows[name] |= {
-            "dead_percent": 100 * metrics.dead_fraction,
-            "nmse": metrics.nmse,
-            "l0": metrics.l0,
+            "dead_percent": 100 * found[name].dead_fraction,
+            "nmse": found[name].nmse,
+            "l0": found[name].l0,
             "ce_recovered_percent": 100 * loss.recovered,
             "kl_recovered_percent": 100 * loss.kl_recovered,
         }

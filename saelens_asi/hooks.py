@@ -101,6 +101,39 @@ def hook_points(model: Any, names: str | Iterable[str]) -> dict[str, Any]:
     return {name: known[name] for name in resolve_hook_names(names, known)}
 
 
+# Names of modules in transformers, with which SAELens's AutoModel route trains, and what a HookedTransformer calls
+# their outputs.
+_LAYER = r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)"
+_MODULE_OUTPUTS = {
+    rf"{_LAYER}\.(?:self_attn|attn|attention)(?:\.(?:o_proj|c_proj|out_proj|dense))?": "hook_attn_out",
+    rf"{_LAYER}\.mlp(?:\.(?:down_proj|c_proj|dense_4h_to_h))?": "hook_mlp_out",
+    _LAYER: "hook_resid_post",
+}
+
+
+def hook_of_module(model: Any, name: str) -> str:
+    """The hook that holds the output of a transformers module, such as ``model.layers.15.self_attn.o_proj``.
+
+    Names of hooks, and any other, are returned as they are.
+    """
+    known = getattr(model, "hook_dict", {})
+    if name in known:
+        return name
+    if hasattr(model, "original_model"):  # a TransformerBridge: the module itself knows its hook
+        try:
+            module = model.original_model.get_submodule(name)
+        except AttributeError:
+            return name
+        return getattr(getattr(module, "hook_out", None), "name", None) or name
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return name  # a norm stands between the module and the hook
+    for pattern, hook in _MODULE_OUTPUTS.items():
+        found = re.fullmatch(pattern, name)
+        if found and f"blocks.{found[1]}.{hook}" in known:
+            return f"blocks.{found[1]}.{hook}"
+    return name
+
+
 @torch.no_grad()
 def read_activations(
     model: Any,

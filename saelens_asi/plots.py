@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 from torch import Tensor
 
 from saelens_asi.spectrum import Spectrum
@@ -33,11 +34,11 @@ def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Ax
 
 
 def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
-    """How often features fire on held-out tokens, one histogram a run; features that never fire stand apart.
+    """How often features fire on tokens, one histogram a run; features that never fire stand apart.
 
     Args:
         rates: from a run's name to (d_sae,) shares of tokens on which each feature fires.
-        n_tokens: held-out tokens behind the shares.
+        n_tokens: tokens behind the shares.
     """
     figure, (axis,) = axes(7.2, 3.8)
     low = -5.0
@@ -55,14 +56,14 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
             alpha=0.65,
             label=f"{name}: {dead:.1%} dead",
         )
-        position = low - 0.9 + i * bar
+        position = low - 0.48 - (len(rates) - 1 - i) * bar
         axis.bar(position, dead, width=bar, color=color)
         axis.annotate(f"{dead:.1%}", (position, dead), ha="center", va="bottom", fontsize=8, color=color)
     axis.axvline(low - 0.15, color="black", linewidth=0.6, alpha=0.4)
     ticks = list(range(int(low), 1))
-    middle = low - 0.9 + bar * (len(rates) - 1) / 2
+    middle = low - 0.48 - (len(rates) - 1) * bar / 2
     axis.set_xticks([middle, *ticks], ["never", *[f"$10^{{{tick}}}$" for tick in ticks]])
-    axis.set_xlabel(f"share of {n_tokens:,} held-out tokens on which a feature fires")
+    axis.set_xlabel(f"share of {n_tokens:,} tokens on which a feature fires")
     axis.set_ylabel("share of features")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.legend(frameon=False)
@@ -103,6 +104,37 @@ def subspace_energy(spectrum: Spectrum, decoders: Mapping[str, Tensor], d_init: 
         axis.set_xlabel("principal directions of the activations")
         axis.set_xlim(0, spectrum.d)
     right.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def training_history(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Error, dead features and L0 over the tokens of one or more runs.
+
+    Dead are those silent for SAELens's ``dead_feature_window``; dashed, those that have not fired since the run began.
+
+    Args:
+        histories: from a run's name to its records, as ``saelens_asi.read_history`` gives them.
+    """
+    panels = {"nmse": "normalized MSE of the batch", "dead_fraction": "dead features (dashed: never fired)", "l0": "L0"}
+    figure, row = axes(11, 3.4, columns=len(panels))
+    for i, (name, records) in enumerate(histories.items()):
+        color = COLORS[(i + 1) % len(COLORS)]
+        for axis, key in zip(row, panels, strict=True):
+            points = [(record["n_tokens"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=name)
+        never = [(one["n_tokens"], one["never_fired"] / one["d_sae"]) for one in records if "never_fired" in one]
+        if never:
+            row[1].plot(*zip(*never, strict=True), "--", color=color, linewidth=1)
+    for axis, title in zip(row, panels.values(), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens trained on")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    row[0].set_yscale("log")
+    row[1].set_ylim(-0.02, 1.02)
+    row[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    row[2].set_ylim(bottom=0)
+    row[0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -22,6 +22,18 @@ _TAUS = {"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999, "99.99": 0.9999}
 # Below this share of the width, features that start anywhere mostly start outside of what the activations use.
 _LOW_RANK_SHARE = 0.65
 
+# Names that only a TransformerBridge has, beside the aliases that it shares with a HookedTransformer.
+_CANONICAL_KINDS = {
+    "attn.hook_z": "hook_z",
+    "attn.o.hook_in": "hook_z",
+    "attn.hook_out": "attn_out",
+    "attn.o.hook_out": "attn_out",
+    "mlp.hook_out": "mlp_out",
+    "mlp.out.hook_out": "mlp_out",
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
+}
+
 Row = dict[str, Any]
 
 
@@ -29,7 +41,7 @@ def split_name(hook_name: str) -> tuple[int, str]:
     """Layer (-1 where it has none) and kind of a hook: ``blocks.3.hook_mlp_out`` -> (3, ``mlp_out``)."""
     layer = re.search(r"\.(\d+)\.", hook_name)
     rest = hook_name if layer is None else hook_name[layer.end() :]
-    kind = "hook_z" if rest == "attn.hook_z" else rest.removeprefix("hook_")
+    kind = _CANONICAL_KINDS.get(rest) or rest.removeprefix("hook_")
     return (int(layer.group(1)) if layer else -1), kind
 
 

@@ -12,7 +12,19 @@ PACKAGE = Path(__file__).parent.parent / "saelens_asi"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Only these may import SAELens or TransformerLens; the rest is torch and the standard library.
-EDGES = {"plugin", "configs", "corpus", "loading", "hooks", "token_stream", "demo", "cli", "sweep/training.py"}
+EDGES = {
+    "plugin",
+    "configs",
+    "corpus",
+    "loading",
+    "hooks",
+    "token_stream",
+    "sae_sources",
+    "topk_inference",
+    "demo",
+    "cli",
+    "sweep/training.py",
+}
 EXTENDED_PACKAGES = {"sae_lens", "transformer_lens"}
 
 

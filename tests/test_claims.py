@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import claims
-from tests.benchmarks.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, rank_correlation, verdict
+from tests.benchmarks.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, verdict
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,3 @@ def test_a_cell_that_is_missing_is_named(evidence):
 
 def test_verdicts():
     assert [verdict(True, True), verdict(True, False), verdict(False, False)] == [HOLDS, PARTLY, FAILS]
-
-
-def test_rank_correlation_is_that_of_the_order():
-    assert rank_correlation([1, 5, 9], [2, 3, 100]) == 1
-    assert rank_correlation([1, 5, 9], [3, 2, 1]) == -1

@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_asi import cli
-from saelens_asi.metrics import reconstruction_metrics
+from saelens_asi.evaluation import evaluate
 from saelens_asi.sweep import (
     METHODS,
     Cell,
@@ -111,7 +111,7 @@ def test_rows_tell_what_was_measured(data, tmp_path):
     assert rows == read_sweep(tmp_path)
     for cell, row in zip(cells, rows, strict=True):
         folder = run.sae_folder(tmp_path, cell, HOOK)
-        again = reconstruction_metrics(SAE.load_from_disk(folder), data[HOOK][1].split(50))
+        again = evaluate(SAE.load_from_disk(folder), activations=data[HOOK][1].split(50), progress=False)
         assert row["nmse"] == pytest.approx(again.nmse, rel=1e-5)
         assert (row["dead_fraction"], row["l0"]) == (again.dead_fraction, again.l0)
         assert row["method"] == cell.method

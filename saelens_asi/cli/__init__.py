@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 _USAGE = """\
-usage: saelens-asi {train,demo,spectrum,sweep,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
+usage: saelens-asi {train,demo,spectrum,evaluate,sweep,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
 
   train     SAELens's own command line, with --initializer and --optimizer:
             saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
   demo      train with and without the flags on a real model, and compare
   spectrum  which hooks of a model are low-rank, why, and what it means for an SAE:
             saelens-asi spectrum --model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder
+  evaluate  dead features, error and loss of any SAEs that SAELens loads:
+            saelens-asi evaluate folder_of_saes --n-tokens 1000000 --out folder
   sweep     many SAEs on one hook, over sizes, settings and seeds, and the paper's figures from them:
             saelens-asi sweep --methods topk auxk asi_sparse_adam --d-sae 4096 16384 --out folder
   lorsa     train or evaluate a sparse replacement of an attention layer:
@@ -48,6 +50,12 @@ def spectrum(args: Sequence[str]) -> None:
     run(args)
 
 
+def evaluate(args: Sequence[str]) -> None:
+    from saelens_asi.cli.evaluate import main as run
+
+    run(args)
+
+
 def sweep(args: Sequence[str]) -> None:
     from saelens_asi.sweep.cli import main as run
 
@@ -64,6 +72,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "demo": demo,
     "spectrum": spectrum,
+    "evaluate": evaluate,
     "sweep": sweep,
     "lorsa": lorsa,
 }

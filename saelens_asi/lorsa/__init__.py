@@ -1,5 +1,6 @@
 """Low-rank sparse attention (Lorsa, arXiv 2504.20938): train it with ASI, put it into the model, read its features."""
 
+from saelens_asi.history import read_history
 from saelens_asi.lorsa.activations import attention_activations
 from saelens_asi.lorsa.attach import attached, lorsa_loss_recovered, replaced
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
@@ -18,7 +19,7 @@ from saelens_asi.lorsa.read import (
 )
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, batches, token_windows
 from saelens_asi.lorsa.target import AttentionTarget, read_attention
-from saelens_asi.lorsa.training import LorsaTraining, read_history, train_lorsa
+from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
 
 __all__ = [
     "AttentionTarget",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.metrics import ReconstructionMetrics
-from saelens_asi.moments import RunningMoments
+from saelens_asi.reconstruction import ReconstructionMetrics, RunningReconstruction
 
 
 @torch.no_grad()
@@ -21,22 +20,14 @@ def lorsa_metrics(lorsa: Lorsa, batches: Iterable[tuple[Tensor, Tensor]]) -> Rec
     """
     was_training = lorsa.training
     lorsa.eval()
-    moments = RunningMoments.zeros(lorsa.cfg.d_model, lorsa.W_V.device)
-    fired = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.bool, device=lorsa.W_V.device)
-    error, n_active = 0.0, 0
+    running = RunningReconstruction.zeros(lorsa.cfg.n_ov_heads, lorsa.cfg.d_model)
     for x, y in batches:
-        x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)
+        x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :]
         y_hat, features, counted = reconstruct(lorsa, x)
-        error += float((y[:, lorsa.cfg.skip_positions :] - y_hat).double().square().sum())
-        moments.update_(y[:, lorsa.cfg.skip_positions :])
-        fired[features[counted]] = True
-        n_active += int(counted.sum())
+        firings = torch.bincount(features[counted], minlength=lorsa.cfg.n_ov_heads)
+        running.update_(y.flatten(0, 1), y_hat.flatten(0, 1), firings)
     lorsa.train(was_training)
-    if moments.n_tokens < 2:
-        raise ValueError(f"an evaluation needs at least 2 positions, got {moments.n_tokens}")
-    variance = float(moments.scatter.trace())
-    dead = 1 - int(fired.sum()) / lorsa.cfg.n_ov_heads
-    return ReconstructionMetrics(moments.n_tokens, dead, error / variance, n_active / moments.n_tokens)
+    return running.metrics()
 
 
 def reconstruct(lorsa: Lorsa, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelens_asi.history import LORSA_HISTORY, History, read_history
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.evaluation import reconstruct
 from saelens_asi.lorsa.io import load_lorsa, save_lorsa
@@ -20,7 +21,7 @@ from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
 from saelens_asi.sparse_adam import SparseAdam
 
-HISTORY, CHECKPOINTS = "history.jsonl", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +138,16 @@ def train_lorsa(
     _check(lorsa, data, settings, out, resume)
     optimizer = make_optimizer(lorsa, settings)
     silent = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)
-    first, history = 0, []
+    first, history = 0, History()
     folder = None if out is None else Path(out)
     if resume and folder is not None and (checkpoint := last_checkpoint(folder)) is not None:
         first, silent = _restore(checkpoint, lorsa, optimizer, settings)
-        history = [record for record in read_history(folder) if record["step"] <= first]
+        history = History(record for record in read_history(folder) if record["step"] <= first)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / HISTORY).write_text("".join(json.dumps(record) + "\n" for record in history))
+        history.write_to(folder / LORSA_HISTORY)
     lorsa.provenance["training"] = asdict(settings)
     lorsa.train()
-    start, seconds_before = time.perf_counter(), history[-1]["seconds"] if history else 0.0
+    start, seconds_before = time.perf_counter(), history.records[-1]["seconds"] if history.records else 0.0
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=not progress, desc="Lorsa")
     for step in bar:
@@ -183,16 +183,13 @@ def train_lorsa(
             }
             history.append(record)
             bar.set_postfix(nmse=f"{record['nmse']:.3f}", dead=f"{record['dead_fraction']:.1%}")
-            if folder is not None:
-                with (folder / HISTORY).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
         if folder is not None and settings.checkpoint_every and done % settings.checkpoint_every == 0:
             _checkpoint(folder / CHECKPOINTS / f"step_{done:08d}", lorsa, optimizer, silent, settings, done)
     lorsa.current_k = lorsa.cfg.k
     lorsa.eval()
     if folder is not None:
         save_lorsa(lorsa, folder)
-    return history
+    return history.records
 
 
 def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
@@ -201,12 +198,6 @@ def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(n_sequences, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
     return order[place * settings.batch_size : (place + 1) * settings.batch_size]
-
-
-def read_history(folder: str | Path) -> list[dict[str, float]]:
-    """The records that a run wrote."""
-    path = Path(folder) / HISTORY
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -10,6 +10,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi.plugin.fields import add_fields
+from saelens_asi.plugin.history import place_histories
 from saelens_asi.plugin.trainer import (
     PluginTrainer,
     asks_for_plugin,
@@ -67,6 +68,7 @@ def _extend_multi_trainer() -> None:
     stock_load = MultiSAETrainer.load_checkpoint
 
     def _estimate_scaling_factors(self: MultiSAETrainer) -> None:
+        place_histories(self)
         initialize_multi_trainer(self, estimate_normalization=lambda: stock_estimate(self))
 
     def load_checkpoint(self: MultiSAETrainer, path: Any) -> None:

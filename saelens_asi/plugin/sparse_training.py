@@ -33,6 +33,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
     _reason_given: str | None = None
     _layout_hook: Any = None
     _dense_gradients: dict[Tensor, Tensor]
+    gradient_norm: Tensor | None = None  # of the last step on the sparse path, before clipping
 
     def use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -109,6 +110,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
         """Clip the gradients, move the rows that have one, and bring their norms up to date."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
         norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
+        self.gradient_norm = norm
         divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
         sae.b_dec.grad = done.gradients.b_dec / divisor
         if isinstance(self.optimizer, SparseAdam):

@@ -17,9 +17,10 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
+from saelens_asi.history import History
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
-from saelens_asi.plugin.sparse_training import SparseTrainer
+from saelens_asi.plugin.history import HistoryTrainer, output_folder
 from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.plugin.upstream import refuse_known_failures
 from saelens_asi.provenance import METADATA_KEY
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 
 
-class PluginTrainer(SparseTrainer):
+class PluginTrainer(HistoryTrainer):
     """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
 
     Beside the two flags it mends, for these runs only: weights are saved when a run is interrupted, checkpoints
@@ -58,6 +59,9 @@ class PluginTrainer(SparseTrainer):
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         if cfg.lr_end is None:
             cfg = replace(cfg, lr_end=cfg.lr / 10)
+        self._run_history = History()
+        self.history = self._run_history.records
+        self.start_history(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
         super().__init__(
             cfg, sae, data_provider, evaluator=evaluator, save_checkpoint_fn=save_checkpoint_fn, **later_arguments
         )

@@ -18,7 +18,10 @@ REQUIREMENTS = {"torch": ">=2.6", "sae-lens": ">=6.52,<7", "transformer-lens": "
 _TRAINER_PARAMETERS = {"cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"}
 _PATCHED = {
     TrainingSAEConfig: ("to_dict", "get_training_architecture_details", "add_training_info_to_metadata"),
-    SAETrainer: ("fit", "load_trainer_state", "save_checkpoint", "_train_step", "_is_logging_step", "get_coefficients"),
+    SAETrainer: (
+        *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata"),
+        *("_train_step", "_is_logging_step", "get_coefficients"),
+    ),
     MultiSAETrainer: ("fit", "load_checkpoint", "_estimate_scaling_factors"),
 }
 

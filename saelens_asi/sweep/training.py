@@ -14,7 +14,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
-from saelens_asi.metrics import reconstruction_metrics
+from saelens_asi.evaluation import evaluate
 from saelens_asi.provenance import METADATA_KEY
 from saelens_asi.sweep.grid import Cell
 
@@ -22,7 +22,7 @@ ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 
 # What of the initialization's provenance goes into a row.
 _KEPT = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
-_EVALUATION_BATCH = 4096
+_MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tupl
 def run_cell(cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor) -> tuple[Any, dict[str, Any]]:
     """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations."""
     sae, took = train_cell(cell, training, activations)
-    metrics = reconstruction_metrics(sae, held_out.split(_EVALUATION_BATCH))
-    return sae, {**metrics.to_dict(), **took}
+    found = evaluate(sae, activations=held_out, ranks=False, progress=False)
+    measured = {name: getattr(found, name) for name in _MEASURED}
+    return sae, {**measured, **took}
 
 
 def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:

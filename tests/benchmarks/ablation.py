@@ -25,7 +25,7 @@ from sae_lens.config import SAETrainerConfig
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.corpus import cache_dir, load_hooked_transformer, smollm2_folder, world_english_bible
-from saelens_asi.metrics import reconstruction_metrics
+from saelens_asi.evaluation import evaluate
 
 HOOK_NAME = "blocks.15.hook_attn_out"
 RESULTS = Path(__file__).parent / "results"
@@ -129,7 +129,7 @@ def run_cell(cell: Cell, train: torch.Tensor, held_out: torch.Tensor) -> dict[st
     trainer.fit()
     seconds = time.perf_counter() - start
     provenance = sae.cfg.metadata["active_subspace_init"]
-    metrics = reconstruction_metrics(sae, held_out.split(4096))
+    metrics = evaluate(sae, activations=held_out, ranks=False, progress=False)
     return {
         **cell,
         "held_out_tokens": metrics.n_tokens,

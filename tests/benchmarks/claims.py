@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saelens_asi import plots
+from saelens_asi.evaluation_plots import rank_correlation
 from saelens_asi.sweep import fit_power_law, sweep_figures
 from saelens_asi.sweep.grid import TITLES
 from tests.benchmarks.evidence import (
@@ -24,7 +25,6 @@ from tests.benchmarks.evidence import (
     Evidence,
     Row,
     mean,
-    rank_correlation,
     spread,
     verdict,
 )

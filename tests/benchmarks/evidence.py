@@ -87,10 +87,3 @@ def spread(rows: Sequence[Row], name: str, form: str) -> str:
 
 def verdict(*conditions: bool) -> str:
     return HOLDS if all(conditions) else PARTLY if any(conditions) else FAILS
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, for values without ties to speak of."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (x, y)]
-    n = len(x)
-    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n * n - 1))

@@ -1,0 +1,178 @@
+"""What replacing activations by an SAE's reconstruction does to the model's predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelens_asi.ablation import Logits, Predictions, prediction_losses, ratio, replacements_at
+from saelens_asi.hooks import Writer
+from saelens_asi.reconstruction import chunk_size, on_flat_vectors
+
+
+@dataclass(frozen=True)
+class SAELossRecovered:
+    """What replacing a hook's activations by their reconstruction does to the model's predictions, in nats a token.
+
+    Attributes:
+        clean: next-token cross-entropy of the model as it is.
+        zero: with the hook zero-ablated.
+        reconstructed: with the SAE's reconstruction in place of the activations.
+        kl_zero: divergence KL(clean || ablated) of the next-token distributions, hook zero-ablated.
+        kl_reconstructed: the same with the SAE's reconstruction.
+        n_tokens: tokens predicted.
+    """
+
+    clean: float
+    zero: float
+    reconstructed: float
+    kl_zero: float
+    kl_reconstructed: float
+    n_tokens: int
+
+    @property
+    def recovered(self) -> float:
+        """(zero - reconstructed) / (zero - clean) of the cross-entropies.
+
+        Can exceed 1: where a layer's output harms the predictions on this text, a worse reconstruction lowers the
+        loss. ``kl_recovered`` cannot.
+        """
+        return ratio(self.zero - self.reconstructed, self.zero - self.clean)
+
+    @property
+    def kl_recovered(self) -> float:
+        """1 - kl_reconstructed / kl_zero: 1 where the predictions are those of the model as it is."""
+        return 1 - ratio(self.kl_reconstructed, self.kl_zero)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All measures; None where a share means nothing because the ablation changes nothing."""
+        shares = {"recovered": self.recovered, "kl_recovered": self.kl_recovered}
+        return asdict(self) | {name: None if math.isnan(share) else share for name, share in shares.items()}
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Predictions], n_tokens: int) -> SAELossRecovered:
+        """From the losses named ``clean``, ``zero`` and ``reconstructed``."""
+        return cls(
+            clean=losses["clean"].cross_entropy,
+            zero=losses["zero"].cross_entropy,
+            reconstructed=losses["reconstructed"].cross_entropy,
+            kl_zero=losses["zero"].kl,
+            kl_reconstructed=losses["reconstructed"].kl,
+            n_tokens=n_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an SAE reads, and writes to when it stands in for it.
+
+    Attributes:
+        hook_name: of the model.
+        head: index of the one head it reads, of a hook whose vectors hold heads side by side; None for all of them.
+    """
+
+    hook_name: str
+    head: int | None = None
+
+    def columns(self, d_in: int, width: int) -> slice:
+        """Which columns of the hook's vectors (n, width) an SAE reads. Raises ValueError where they do not fit."""
+        start = 0 if self.head is None else self.head * d_in
+        if (self.head is None and d_in != width) or start + d_in > width:
+            head = "" if self.head is None else f" of head {self.head}"
+            raise ValueError(
+                f"{self.hook_name!r} has activations of width {width}, but the SAE{head} has d_in={d_in}: check "
+                "hook_name, and that it is the model that the SAE was trained on"
+            )
+        return slice(start, start + d_in)
+
+
+@torch.no_grad()
+def sae_losses_recovered(
+    model: Any,
+    saes: Mapping[str, tuple[Any, Place]],
+    tokens: Tensor,
+    *,
+    replaced: Tensor,
+    predicted: Tensor | None = None,
+    batch_size: int = 8,
+) -> dict[str, SAELossRecovered]:
+    """Next-token predictions of a model with each of some SAEs in place, one at a time.
+
+    A batch costs one forward pass, one more for each SAE, and one for each place that is zero-ablated.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        saes: SAEs of SAELens by name, each with its place.
+        tokens: (n_windows, n_positions) token ids.
+        replaced: (n_windows, n_positions) bool, where activations are replaced; elsewhere they stay.
+        predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
+        batch_size: windows in one forward pass.
+    """
+    zero: dict[tuple[Place, int], str] = {}
+    changed: dict[str, Logits] = {}
+    for name, (sae, place) in saes.items():
+        functions: dict[str, Writer] = {f"reconstructed {name}": _at_columns(sae, place, _reconstruction(sae))}
+        spot = (place, sae.cfg.d_in)
+        if spot not in zero:
+            zero[spot] = f"zero {name}"
+            functions[zero[spot]] = _at_columns(sae, place, torch.zeros_like)
+        changed |= replacements_at(model, place.hook_name, functions, replaced)
+    with ExitStack() as stack:
+        for sae, _ in saes.values():
+            stack.enter_context(on_flat_vectors(sae))
+        losses = prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size)
+    n_tokens = tokens[:, 1:].numel() if predicted is None else int(predicted.sum())
+    named = {
+        name: {
+            "clean": losses["clean"],
+            "zero": losses[zero[place, sae.cfg.d_in]],
+            "reconstructed": losses[f"reconstructed {name}"],
+        }
+        for name, (sae, place) in saes.items()
+    }
+    return {name: SAELossRecovered.of(own, n_tokens) for name, own in named.items()}
+
+
+def _reconstruction(sae: Any) -> Writer:
+    def reconstruct(vectors: Tensor) -> Tensor:
+        parts = vectors.to(getattr(sae, "device", vectors.device)).split(chunk_size(sae))
+        return torch.cat([sae.decode(sae.encode(x)) for x in parts]).to(vectors)
+
+    return reconstruct
+
+
+def _at_columns(sae: Any, place: Place, function: Writer) -> Writer:
+    """``function`` of the columns that the SAE reads; the others stay."""
+
+    def write(vectors: Tensor) -> Tensor:
+        columns = place.columns(sae.cfg.d_in, vectors.shape[1])
+        output = vectors.clone()
+        output[:, columns] = function(vectors[:, columns]).to(vectors)
+        return output
+
+    return write
+
+
+def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> SAELossRecovered:
+    """Next-token predictions of a TransformerLens model with and without the SAE at ``hook_name``.
+
+    The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it. For what the top
+    principal components recover instead of an SAE, see ``saelens_asi.loss_recovered``.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        sae: any SAELens SAE for that hook.
+        tokens: (n_windows, n_positions) token ids.
+        hook_name: where the SAE goes.
+        batch_size: windows in one forward pass.
+    """
+    replaced = torch.ones_like(tokens, dtype=torch.bool)
+    replaced[:, 0] = False
+    saes = {"": (sae, Place(hook_name))}
+    return sae_losses_recovered(model, saes, tokens, replaced=replaced, batch_size=batch_size)[""]

@@ -1,0 +1,150 @@
+"""SAEs from folders and from SAELens's list of pretrained ones, as they are used in inference."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.training.activation_scaler import ActivationScaler
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def inference_form(sae: Any) -> Any:
+    """The SAE as SAELens would save it for inference, where that is another architecture; otherwise itself.
+
+    BatchTopK and its Matryoshka variant become JumpReLU with the threshold of their training: while they train, what
+    fires on a token depends on the other tokens of the batch.
+    """
+    if not isinstance(sae, TrainingSAE):
+        return sae
+    try:
+        cfg_class = sae.cfg.get_inference_config_class()
+    except KeyError:  # an architecture registered for training alone
+        return sae
+    if cfg_class.architecture() == sae.cfg.architecture():
+        return sae
+    values = sae.cfg.get_inference_sae_cfg_dict()
+    state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state)
+    made = SAE.from_dict({**values, "device": "meta"})
+    made.load_state_dict(state, assign=True)
+    return made.to(device=str(sae.device))
+
+
+def check_sae(sae: Any, name: str) -> None:
+    """Raise ValueError for what is no SAE of single activations; warn of a scale that is not part of the weights."""
+    which = repr(name) if name else "this"
+    architecture = sae.cfg.architecture()
+    if hasattr(sae.cfg, "d_out"):
+        raise ValueError(f"{which} is a {architecture}: it predicts another hook than it reads; give SAEs only")
+    if architecture == "temporal":
+        raise ValueError(f"{which} is a temporal SAE, which encodes whole sequences: give SAEs of single activations")
+    mode = sae.cfg.normalize_activations
+    if mode in ("expected_average_only_in", "covariance_whitening"):
+        logger.warning(
+            "%s was trained with normalize_activations=%r, and its weights do not hold that scale yet: they see raw "
+            "activations. Fold it first (sae.fold_activation_norm_scaling_factor), or load a finished SAE",
+            which, mode,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SAESource:
+    """Where an SAE comes from: a folder, or a release of SAELens's list with an id."""
+
+    name: str
+    folder: Path | None = None
+    release: str = ""
+    sae_id: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this SAE from another one under the same name, as plain values."""
+        if self.folder is None:
+            return {"release": self.release, "sae_id": self.sae_id}
+        state = (self.folder / SAE_WEIGHTS_FILENAME).stat()
+        return {"folder": str(self.folder.resolve()), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+    def load(self, device: str = "cpu", dtype: str | None = None) -> Any:
+        """The SAE, ready for inference, normalization folded into its weights."""
+        if self.folder is None:
+            return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype or "float32")
+        if not (self.folder / TRAINER_STATE_FILENAME).exists():
+            return SAE.load_from_disk(self.folder, device=device, dtype=dtype)
+        sae = TrainingSAE.load_from_disk(self.folder, device=device, dtype=dtype)
+        scaler = ActivationScaler()
+        if (self.folder / ACTIVATION_SCALER_CFG_FILENAME).exists():
+            scaler.load(self.folder / ACTIVATION_SCALER_CFG_FILENAME)
+        if scaler.scaling_factor is not None:
+            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        if scaler.whitening is not None:
+            whitening = scaler.whitening
+            sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+        return inference_form(sae)
+
+
+def find_saes(words: Sequence[str]) -> list[SAESource]:
+    """SAEs by what a person writes: a folder, a folder of folders, ``release``, ``release/sae_id`` (``*`` allowed).
+
+    Names are unique: ids, or paths below the folders given.
+
+    Raises:
+        ValueError: for a word that leads to none, with the nearest releases.
+    """
+    found = [source for word in words for source in (_in_folder(Path(word)) if Path(word).is_dir() else _on_hub(word))]
+    if len({source.name for source in found}) < len(found):
+        long = [str(one.folder) if one.folder else f"{one.release}/{one.sae_id}" for one in found]
+        found = [SAESource(name, one.folder, one.release, one.sae_id) for name, one in zip(long, found, strict=True)]
+    return list({source.name: source for source in found}.values())
+
+
+def _in_folder(root: Path) -> list[SAESource]:
+    weights = sorted(root.rglob(SAE_WEIGHTS_FILENAME), key=lambda path: _natural(path.parent))
+    folders = [path.parent for path in weights if (path.parent / SAE_CFG_FILENAME).exists()]
+    if not folders:
+        raise ValueError(
+            f"{root} holds no SAE: nowhere below it are {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}, which "
+            "SAELens saves"
+        )
+    return [SAESource(root.resolve().name if path == root else str(path.relative_to(root)), path) for path in folders]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in str(path).replace("/", ".").split(".")]
+
+
+def _on_hub(word: str) -> list[SAESource]:
+    directory = get_pretrained_saes_directory()
+    releases = [name for name in directory if word == name or word.startswith(f"{name}/")]
+    if releases:
+        release = max(releases, key=len)
+        ids, asked = list(directory[release].saes_map), word[len(release) + 1 :]
+        matches = [one for one in ids if not asked or one == asked or fnmatchcase(one, asked)]
+        if not matches:
+            near = difflib.get_close_matches(asked, ids, n=3, cutoff=0) or ids[:3]
+            raise ValueError(f"release {release!r} has no SAE {asked!r}; did you mean {' or '.join(map(repr, near))}?")
+        return [SAESource(one, None, release, one) for one in matches]
+    repository, sae_id = "/".join(word.split("/")[:2]), "/".join(word.split("/")[2:])
+    if sae_id and not Path(word).is_absolute() and not word.startswith("."):
+        return [SAESource(sae_id, None, repository, sae_id)]
+    near = difflib.get_close_matches(word, directory, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(
+        f"{word!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
+        "or owner/repository/path on the hub"
+    )
