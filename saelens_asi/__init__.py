@@ -5,7 +5,9 @@ Importing this package adds two fields to SAELens's training configs: ``initiali
 
 from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.attention import AttentionDecomposition, decompose_attention_output
+from saelens_asi.autopsy_record import Autopsy
 from saelens_asi.components import ComponentLosses, loss_recovered
+from saelens_asi.dead_features import autopsy
 from saelens_asi.initialize import Initialization, initialize_
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
 from saelens_asi.moments import RunningMoments
@@ -18,6 +20,7 @@ from saelens_asi.spectrum import Spectrum, principal_angles
 __all__ = [
     "ActiveSubspaceInit",
     "AttentionDecomposition",
+    "Autopsy",
     "ComponentLosses",
     "Initialization",
     "Lorsa",
@@ -28,6 +31,7 @@ __all__ = [
     "SparseAdam",
     "Spectrum",
     "activation_spectra",
+    "autopsy",
     "decompose_attention_output",
     "initialize_",
     "initialize_lorsa_",
