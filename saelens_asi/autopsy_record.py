@@ -68,7 +68,7 @@ class FeatureTable:
 
     Attributes:
         fires: contests won (tokens; for matching pursuit, steps of its pursuits).
-        outside: share of the encoder row's squared length outside the active subspace.
+        outside: share of the encoder row's squared length outside the active subspace and the mean's direction.
         norm: of the row, as the selection scales it.
         mean_score: at the mean input, bias included, less a threshold of the feature's own.
         deviation: standard deviation of the score.
@@ -92,7 +92,7 @@ class Evidence:
             the sampled contests that the feature would win.
         needs: from a cause to whether all changes together would fail without its own; only asked of features that
             no single change revives.
-        reach: by how much its best margin would grow with ``more_tokens`` times the tokens.
+        expected_margin: the best margin expected of ``more_tokens`` times the tokens.
         twin: the live feature with the nearest encoder row, -1 where none lives.
         twin_cosine, twin_decoder_cosine: between the two.
         outscored: share of the contests that it enters in which that live feature scores higher.
@@ -102,7 +102,7 @@ class Evidence:
 
     fires_if: dict[str, Tensor]
     needs: dict[str, Tensor]
-    reach: Tensor
+    expected_margin: Tensor
     twin: Tensor
     twin_cosine: Tensor
     twin_decoder_cosine: Tensor

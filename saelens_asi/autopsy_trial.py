@@ -17,8 +17,8 @@ from saelens_asi.counterfactuals import (
     Split,
     Typical,
     firing_counts,
+    highest_expected,
     nearest,
-    reach,
     share_outscored,
     single_changes,
     together,
@@ -32,13 +32,18 @@ from saelens_asi.momentum import silent_drift
 _SINGLE: tuple[Verdict, ...] = ("outside", "mean", "norm", "bias")
 
 
+# A changed row may itself be the one that sets a bar; it then passes it, whatever the rounding.
+_ROUNDING = 1e-5
+
+
 @dataclass(frozen=True)
 class Trial:
     """Dead features of an SAE, the tokens to try them on, and what the changes refer to.
 
     Attributes:
         dead, live: indices.
-        sample: contests as they were.
+        sample: of the contests, as they were.
+        n_contests: of how many it was drawn.
         mean: (d_in,) of what the encoder sees.
         basis: (d_in, r) of the active subspace.
     """
@@ -48,6 +53,7 @@ class Trial:
     dead: Tensor
     live: Tensor
     sample: ContestSample
+    n_contests: int
     mean: Tensor
     basis: Tensor
     how: AutopsySettings
@@ -76,6 +82,7 @@ class Trial:
         twin = self.live[twin] if len(self.live) else torch.full_like(twin, -1)
         decoder = self.sae.W_dec.detach().to(cosine)
 
+        n_more = self.how.more_tokens * self.n_contests
         steps, moved = torch.zeros_like(twin), torch.zeros_like(cosine)
         if state is not None:
             drift = silent_drift(self.sae, state, self.dead)
@@ -88,7 +95,7 @@ class Trial:
         return Evidence(
             fires_if={cause: fires.cpu() for cause, fires in fires_if.items()},
             needs={cause: needed.cpu() for cause, needed in needs.items()},
-            reach=reach(split.centred(), inputs, bars, self.how.more_tokens, signed).cpu(),
+            expected_margin=highest_expected(split.centred(), inputs, bars, n_more, signed).cpu(),
             twin=twin.cpu(),
             twin_cosine=cosine.cpu(),
             twin_decoder_cosine=torch.cosine_similarity(decoder[self.dead], decoder[twin], dim=1).cpu(),
@@ -113,12 +120,11 @@ class Trial:
             return None
         rows = without_mean(Split.of(self.encoding.rows, self.mean)).centred()
         blocks = inputs.split(self.encoding.block)
-        return torch.cat([self.encoding.bars(rows.scores(x, self.encoding.signed)) for x in blocks])
+        bars = torch.cat([self.encoding.bars(rows.scores(x, self.encoding.signed)) for x in blocks])
+        return bars * (1 - _ROUNDING)
 
 
-def decide(
-    evidence: Evidence, best_margin: Tensor, broken: Tensor, fires_at_least: float, how: AutopsySettings
-) -> tuple[Verdict, ...]:
+def decide(evidence: Evidence, broken: Tensor, fires_at_least: float, how: AutopsySettings) -> tuple[Verdict, ...]:
     """For each dead feature the first verdict that holds, in the order of ``autopsy``'s docstring."""
     single = [cause for cause in _SINGLE if cause in evidence.fires_if]
     most, which = torch.stack([evidence.fires_if[cause] for cause in single]).max(dim=0)
@@ -126,8 +132,8 @@ def decide(
     held: list[tuple[Tensor, Verdict]] = [
         (broken, "broken"),
         ((evidence.twin_cosine >= how.duplicate_cosine) & (evidence.outscored >= how.outscored_share), "duplicate"),
-        (best_margin + evidence.reach > 0, "starved"),
-        (evidence.fires_if.get("momentum", nothing) >= fires_at_least, "momentum"),
+        (evidence.expected_margin > 0, "starved"),
+        (evidence.fires_if.get("momentum", nothing) > 0, "momentum"),
         *(((most >= fires_at_least) & (which == i), cause) for i, cause in enumerate(single)),
         (evidence.fires_if["several"] >= fires_at_least, "several"),
         (nothing == 0, "unexplained"),

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from saelens_asi.encoding import MAX_DENSE_VALUES, Contest, Rows
 
-# Share of the sample's highest margins whose mean excess says how fast the tail falls, and as many at least.
-_TAIL_SHARE = 0.01
-_TAIL_AT_LEAST = 20
+# As many of a sample's highest margins say how fast their tail falls off.
+_TAIL = 30
 
 
 class Split(NamedTuple):
@@ -24,19 +23,21 @@ class Split(NamedTuple):
         weight: (n, d_in), what makes the score fluctuate.
         mean_score: (n,), what the mean input gives.
         bias: (n,), less a threshold of the feature's own.
+        mean: (d_in,), the mean input; 0 where it has been subtracted.
     """
 
     weight: Tensor
     mean_score: Tensor
     bias: Tensor
+    mean: Tensor
 
     @classmethod
     def of(cls, rows: Rows, mean: Tensor) -> Split:
-        return cls(rows.weight, rows.weight @ mean, rows.bias)
+        return cls(rows.weight, rows.weight @ mean, rows.bias, mean)
 
     def at(self, features: Tensor) -> Split:
         """Some of them."""
-        return Split(self.weight[features], self.mean_score[features], self.bias[features])
+        return Split(self.weight[features], self.mean_score[features], self.bias[features], self.mean)
 
     def centred(self) -> Rows:
         """The same scores, for inputs less their mean."""
@@ -93,22 +94,43 @@ class ContestSample:
         return self._kept[1]
 
 
+class Parts(NamedTuple):
+    """Rows as sums of orthogonal parts, (n, d_in) each: inside the active subspace, along the mean, and the rest.
+
+    The mean may lie outside the active subspace, which is that of the centred activations. A part along it does
+    something to the score, so that it is neither inside nor outside.
+    """
+
+    inside: Tensor
+    along_mean: Tensor
+    outside: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, basis: Tensor, mean: Tensor) -> Parts:
+        """``basis`` (d_in, r) of the active subspace."""
+        direction = torch.nn.functional.normalize(mean - basis @ (basis.T @ mean), dim=0)
+        within = weight @ basis @ basis.T
+        along = (weight @ direction)[:, None] * direction
+        return cls(within, along, weight - within - along)
+
+
 def inside(rows: Split, basis: Tensor) -> Split:
-    """The whole length inside the span of ``basis`` (d_in, r); a row without any part inside takes the first direction.
+    """What lies outside turned inside, along the row's own part there; a row without one takes the first direction.
 
     The mean score stays what it was: what changes is only how far the score fluctuates.
     """
-    projected = rows.weight @ basis @ basis.T
-    length = projected.norm(dim=1, keepdim=True)
-    projected = torch.where(length > 0, projected / length.clamp(min=1e-30), basis[:, 0])
-    return rows._replace(weight=projected * rows.weight.norm(dim=1, keepdim=True))
+    within, along, outside = Parts.of(rows.weight, basis, rows.mean)
+    length = within.norm(dim=1, keepdim=True)
+    direction = torch.where(length > 0, within / length.clamp(min=1e-30), basis[:, 0])
+    return rows._replace(weight=along + direction * torch.hypot(length, outside.norm(dim=1, keepdim=True)))
 
 
 def without_mean(rows: Split) -> Split:
     """As if the mean were subtracted from the input. A bias that only cancels the mean's score goes with it."""
     p, b = rows.mean_score, rows.bias
     cancelled = torch.where(b.abs() >= p.abs(), b + p, torch.zeros_like(b))
-    return rows._replace(mean_score=torch.where(p * b >= 0, torch.zeros_like(p), cancelled - b))
+    left = torch.where(p * b >= 0, torch.zeros_like(p), cancelled - b)
+    return rows._replace(mean_score=left, mean=torch.zeros_like(rows.mean))
 
 
 def longer(rows: Split, norm: float) -> Split:
@@ -136,9 +158,10 @@ def single_changes(basis: Tensor, typical: Typical, bars: Tensor, centred_bars: 
     ``centred_bars`` are the bars that competing features set when the mean is subtracted for all of them; None leaves
     that change out.
     """
-    found = {"outside": Change(lambda rows: inside(rows, basis), bars)}
+    found: dict[str, Change] = {}
     if centred_bars is not None:
         found["mean"] = Change(without_mean, centred_bars, moves_bars=True)
+    found["outside"] = Change(lambda rows: inside(rows, basis), bars)
     found["norm"] = Change(lambda rows: longer(rows, typical.norm), bars)
     found["bias"] = Change(lambda rows: unbiased(rows, typical.bias), bars)
     return found
@@ -171,19 +194,18 @@ def firing_counts(
 
 
 @torch.no_grad()
-def reach(rows: Rows, inputs: Tensor, bars: Tensor, times: float, signed: bool = False) -> Tensor:
-    """(n,) how much higher the best margin (score less bar) of each row would be with ``times`` as many tokens.
+def highest_expected(rows: Rows, inputs: Tensor, bars: Tensor, n_contests: float, signed: bool = False) -> Tensor:
+    """(n,) the margin (score less bar) that each row passes about once in ``n_contests``, from a sample of them.
 
-    Margins beyond a high threshold fall off exponentially for most distributions; their mean excess e makes the highest
-    of n margins grow by e ln(times) as n grows ``times``-fold (peaks over threshold).
+    Peaks over threshold: near their end most tails fall off exponentially, at the mean excess over a high threshold.
     """
-    n = min(len(bars), max(_TAIL_AT_LEAST, round(_TAIL_SHARE * len(bars))))
-    grows = torch.zeros_like(rows.bias)
+    n = min(len(bars), _TAIL)
+    expected = torch.zeros_like(rows.bias)
     for place in _blocks(len(rows.bias), len(bars)):
-        margins = rows.at(place).scores(inputs, signed).sub_(bars[:, None])
-        highest = margins.topk(n, dim=0).values
-        grows[place] = (highest.mean(dim=0) - highest[-1]) * math.log(times)
-    return grows
+        highest = rows.at(place).scores(inputs, signed).sub_(bars[:, None]).topk(n, dim=0).values
+        excess = highest.mean(dim=0) - highest[-1]
+        expected[place] = highest[-1] + excess * math.log(max(1.0, n * n_contests / len(bars)))
+    return expected
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from saelens_asi.autopsy_advice import advise
 from saelens_asi.autopsy_record import Autopsy, AutopsySettings, FeatureTable
 from saelens_asi.autopsy_trial import Trial, decide
-from saelens_asi.counterfactuals import ContestSample
+from saelens_asi.counterfactuals import ContestSample, Parts
 from saelens_asi.encoding import Encoding
 from saelens_asi.moments import RunningMoments
 from saelens_asi.momentum import load_optimizer_state
@@ -44,14 +44,14 @@ def autopsy(
     1. ``broken``: the encoder row is zero or not finite.
     2. ``duplicate``: the row's cosine to a live feature's is at least ``duplicate_cosine``, and that feature scores
        higher on ``outscored_share`` of the tokens where this one scores above 0. To revive it would be to copy.
-    3. ``starved``: ``more_tokens`` times the tokens would show it firing; extrapolated from its best margin over all
-       tokens and the tail of its margins (exponential, peaks over threshold).
+    3. ``starved``: ``more_tokens`` times the tokens would show it firing; extrapolated from the tail of its margins
+       on the sample (peaks over threshold).
     4. ``momentum``: it fires with the movement undone that momentum alone made in the steps since its last gradient
        (needs ``optimizer_state``; moments can be traced back for about 600 steps). It would not have happened with
        SparseAdam (arXiv 2508.16929).
     5. the change under which it fires most often, and at least ``revived_share`` as often as features do on average:
-       ``outside``: the length of its row lies inside the top principal directions that hold ``variance_share`` of the
-       variance, along its own projection, at the same mean score (arXiv 2508.16929);
+       ``outside``: what of its row lies outside the top principal directions that hold ``variance_share`` of the
+       variance (and outside the mean's direction) is turned inside, at the same mean score (arXiv 2508.16929);
        ``mean``: the mean is subtracted from what all features see, and the bar is what they then set: the feature was
        opposed to the mean, or outscored by those along it (arXiv 2605.31518). Not tried for matching pursuit;
        ``norm``: its row is as long as the median live one;
@@ -120,7 +120,7 @@ class _Pass:
         self.bar_sum, self.n_contests = 0.0, 0
 
     def add(self, batch: Tensor) -> None:
-        if not self.n_contests and len(batch):
+        if not self.n_contests and batch.isfinite().all():
             self.encoding.check(batch)
         for x in batch.split(self.encoding.block):
             for step, contest in enumerate(self.encoding.contests(x)):
@@ -145,7 +145,9 @@ def _findings(
     dead = (~alive).nonzero().squeeze(1)
     average_rate = float(seen.fires.double().mean()) / seen.n_contests
     fires_at_least = max(1.0, how.revived_share * average_rate * len(seen.sample.bars))
-    trial = Trial(sae, encoding, dead, alive.nonzero().squeeze(1), seen.sample, mean, basis, how, progress)
+    trial = Trial(
+        sae, encoding, dead, alive.nonzero().squeeze(1), seen.sample, seen.n_contests, mean, basis, how, progress
+    )
     evidence = trial.evidence(state, fires_at_least)
     table = _table(encoding, seen, basis, mean, spectrum)
     offset = sae.b_dec.detach().to(mean) if sae.cfg.apply_b_dec_to_input else torch.zeros_like(mean)
@@ -161,7 +163,7 @@ def _findings(
         gamma_seen=float(mean.norm()) / deviation,
         mean_bar=seen.bar_sum / seen.n_contests,
         dead=dead,
-        verdicts=decide(evidence, table.best_margin[dead], encoding.broken.cpu()[dead], fires_at_least, how),
+        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, how),
         features=table,
         evidence=evidence,
         settings=how,
@@ -173,11 +175,11 @@ def _findings(
 def _table(encoding: Encoding, seen: _Pass, basis: Tensor, mean: Tensor, spectrum: Spectrum) -> FeatureTable:
     weight, bias = encoding.rows
     square = weight.square().sum(dim=1)
-    inside = (weight @ basis).square().sum(dim=1)
+    outside = Parts.of(weight, basis, mean).outside.square().sum(dim=1)
     covariance = spectrum.covariance.to(weight)
     return FeatureTable(
         fires=seen.fires.cpu(),
-        outside=(1 - inside / square.clamp(min=1e-30)).clamp(0, 1).cpu(),
+        outside=(outside / square.clamp(min=1e-30)).clamp(0, 1).cpu(),
         norm=square.sqrt().cpu(),
         mean_score=(weight @ mean + bias).cpu(),
         deviation=((weight @ covariance) * weight).sum(dim=1).clamp(min=0).sqrt().cpu(),
