@@ -1,4 +1,4 @@
-"""Command line: ``saelens-asi train``, ``demo``, ``spectrum`` and ``lorsa``; with flags alone it is ``train``."""
+"""The commands of ``saelens-asi``; with flags alone it is ``train``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 _USAGE = """\
-usage: saelens-asi {train,demo,spectrum,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
+usage: saelens-asi {train,demo,spectrum,autopsy,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
 
   train     SAELens's own command line, with --initializer and --optimizer:
             saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
   demo      train with and without the flags on a real model, and compare
   spectrum  which hooks of a model are low-rank, why, and what it means for an SAE:
             saelens-asi spectrum --model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder
+  autopsy   why features of an SAE are dead, and what to change:
+            saelens-asi autopsy FOLDER [--checkpoint FOLDER] [--model gpt2] [--dataset NeelNanda/pile-10k]
   lorsa     train or evaluate a sparse replacement of an attention layer:
             saelens-asi lorsa train --model gpt2 --dataset NeelNanda/pile-10k --n-ov-heads 6144 --steps 500 --out folder
 
@@ -46,6 +48,12 @@ def spectrum(args: Sequence[str]) -> None:
     run(args)
 
 
+def autopsy(args: Sequence[str]) -> None:
+    from saelens_asi.cli.autopsy import main as run
+
+    run(args)
+
+
 def lorsa(args: Sequence[str]) -> None:
     from saelens_asi.lorsa.cli import main as run
 
@@ -56,6 +64,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "demo": demo,
     "spectrum": spectrum,
+    "autopsy": autopsy,
     "lorsa": lorsa,
 }
 
