@@ -22,14 +22,14 @@ from saelens_asi.metrics import firing_rates, reconstruction_metrics
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
-N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 50_000))
+N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 30_000))
 CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
 OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
 
 model = load_model(MODEL)
 text, held_out_text = load_documents(DATASET, N_TOKENS, columns=("text",))
 hook = f"blocks.{model.cfg.n_layers // 2}.hook_attn_out"
-held_out = HookActivations(model, held_out_text, hook, N_TOKENS // 5, context_size=CONTEXT, cache=True)
+held_out = HookActivations(model, held_out_text, hook, N_TOKENS // 4, context_size=CONTEXT, cache=True)
 d_in = next(iter(held_out)).shape[1]
 
 # %% [markdown]

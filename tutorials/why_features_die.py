@@ -27,7 +27,7 @@ from saelens_asi.metrics import reconstruction_metrics
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
-N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 40_000))
+N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 24_000))
 CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
 OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
 
@@ -43,7 +43,7 @@ hook = f"blocks.{model.cfg.n_layers // 2}.hook_attn_out"
 # %%
 training = HookActivations(model, text, hook, N_TOKENS, context_size=CONTEXT)
 activations = torch.cat(list(training))
-held_out = HookActivations(model, held_out_text, hook, N_TOKENS // 4, context_size=CONTEXT, cache=True)
+held_out = HookActivations(model, held_out_text, hook, N_TOKENS // 3, context_size=CONTEXT, cache=True)
 d_in, batch = activations.shape[1], min(512, len(activations) // 8)
 
 
@@ -58,7 +58,7 @@ def train(**flags):
     torch.manual_seed(0)
     cfg = TopKTrainingSAEConfig(d_in=d_in, d_sae=min(4096, 16 * d_in), k=min(32, d_in // 4), **flags)
     sae = get_sae_training_class("topk")[0](cfg)
-    steps = 2 * len(activations) // batch
+    steps = len(activations) // batch
     trainer_config = SAETrainerConfig(
         total_training_samples=steps * batch,
         train_batch_size_samples=batch,
@@ -106,8 +106,7 @@ part = {"subspace": "full", "center": "zeros", "norm": 0.1}  # SAELens's own sta
 trials = {
     "as it comes": None,
     "centre at the mean": asi.ActiveSubspaceInit(**{**part, "center": "mean"}),
-    "longer rows": asi.ActiveSubspaceInit(**{**part, "norm": "least_squares"}),
-    "both": asi.ActiveSubspaceInit(subspace="full"),
+    "and longer rows": asi.ActiveSubspaceInit(subspace="full"),
     "and inside the active subspace": asi.ActiveSubspaceInit(),
 }
 for name, initializer in trials.items():
