@@ -76,8 +76,8 @@ def autopsy_figure(found: Autopsy, title: str = "Why features are dead") -> Figu
         f"active subspace {found.d_active} of {found.d_in} dimensions, gamma {found.gamma_seen:.2f}", fontsize=10
     )
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for height, label, color in ((0.09, f"live: {len(live):,}", LIVE), (0.03, "dead: colours as on the left", "grey")):
-        right.annotate(label, (0.98, height), xycoords="axes fraction", ha="right", fontsize=9, color=color)
+    for height, label, color in ((0.94, f"live: {len(live):,}", LIVE), (0.88, "dead: as on the left", "grey")):
+        right.annotate(label, (0.03, height), xycoords="axes fraction", fontsize=9, color=color)
     figure.suptitle(title)
     return figure
 
