@@ -6,14 +6,14 @@ Importing this package adds two fields to SAELens's training configs: ``initiali
 from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.components import ComponentLosses, loss_recovered
-from saelens_asi.evaluation import evaluate
+from saelens_asi.dead_features import Autopsy, autopsy
+from saelens_asi.evaluation import SAEEvaluation, evaluate
 from saelens_asi.history import read_history
 from saelens_asi.initialize import Initialization, initialize_
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
 from saelens_asi.moments import RunningMoments
 from saelens_asi.plugin import register
 from saelens_asi.provenance import package_version
-from saelens_asi.sae_evaluation import SAEEvaluation
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.spectra import activation_spectra, spectra_from_cache
 from saelens_asi.spectrum import Spectrum, principal_angles
@@ -21,6 +21,7 @@ from saelens_asi.spectrum import Spectrum, principal_angles
 __all__ = [
     "ActiveSubspaceInit",
     "AttentionDecomposition",
+    "Autopsy",
     "ComponentLosses",
     "Initialization",
     "Lorsa",
@@ -32,6 +33,7 @@ __all__ = [
     "SparseAdam",
     "Spectrum",
     "activation_spectra",
+    "autopsy",
     "decompose_attention_output",
     "evaluate",
     "initialize_",

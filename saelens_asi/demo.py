@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 
 from saelens_asi import plots
 from saelens_asi.corpus import MODEL_NAME
-from saelens_asi.evaluation import evaluate
+from saelens_asi.evaluation.evaluate import evaluate
+from saelens_asi.evaluation.loss import sae_loss_recovered
 from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.moments import RunningMoments
 from saelens_asi.provenance import METADATA_KEY
-from saelens_asi.sae_loss import sae_loss_recovered
 from saelens_asi.spectrum import Spectrum
 
 _RUNS: dict[str, dict[str, Any]] = {

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
-from saelens_asi import reconstruction
-from saelens_asi.reconstruction import RunningReconstruction, measure_
+from saelens_asi.evaluation import reconstruction
+from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_
 from tests.reference import gaussian, maths
 
 D_IN, D_SAE = 6, 12

@@ -18,6 +18,12 @@ SCRIPTS = notebooks.scripts()
 
 # What each tutorial must have printed and written, on the tiny model.
 PRINTED = {
+    "one_flag": ["stock          dead ", "with the flag  dead ", "variance_explained: 0.9"],
+    "why_features_die": [
+        "| why | dead features |",
+        "as it comes                     dead ",
+        "and inside the active subspace  dead ",
+    ],
     "spectral_analysis": ["blocks.1.hook_attn_out", "1000 + 250 = 1250 tokens"],
     "lorsa": [
         "layer 1: 4 query heads, 2 key-value heads",
@@ -27,6 +33,8 @@ PRINTED = {
     ],
 }
 WRITTEN = {
+    "one_flag": ["firing_rates.png", "with_the_flag/cfg.json"],
+    "why_features_die": ["autopsy.png"],
     "spectral_analysis": ["singular_values.png", "decomposition.png", "attn_out.safetensors"],
     "lorsa": ["feature.png"],
 }

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 _USAGE = """\
-usage: saelens-asi {train,demo,spectrum,evaluate,sweep,lorsa} [flags]      (or: python -m saelens_asi [flags of train])
+usage: saelens-asi {train,demo,spectrum,evaluate,autopsy,sweep,lorsa} [flags]
+       python -m saelens_asi [flags of train]
 
   train     SAELens's own command line, with --initializer and --optimizer:
             saelens-asi train --architecture topk ... --initializer active_subspace --optimizer sparse_adam
@@ -17,6 +18,8 @@ usage: saelens-asi {train,demo,spectrum,evaluate,sweep,lorsa} [flags]      (or: 
             saelens-asi spectrum --model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder
   evaluate  dead features, error and loss of any SAEs that SAELens loads:
             saelens-asi evaluate folder_of_saes --n-tokens 1000000 --out folder
+  autopsy   why features of an SAE are dead, and what to change:
+            saelens-asi autopsy FOLDER [--checkpoint FOLDER] [--model gpt2] [--dataset NeelNanda/pile-10k]
   sweep     many SAEs on one hook, over sizes, settings and seeds, and the paper's figures from them:
             saelens-asi sweep --methods topk auxk asi_sparse_adam --d-sae 4096 16384 --out folder
   lorsa     train or evaluate a sparse replacement of an attention layer:
@@ -56,6 +59,12 @@ def evaluate(args: Sequence[str]) -> None:
     run(args)
 
 
+def autopsy(args: Sequence[str]) -> None:
+    from saelens_asi.cli.autopsy import main as run
+
+    run(args)
+
+
 def sweep(args: Sequence[str]) -> None:
     from saelens_asi.sweep.cli import main as run
 
@@ -73,6 +82,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "spectrum": spectrum,
     "evaluate": evaluate,
+    "autopsy": autopsy,
     "sweep": sweep,
     "lorsa": lorsa,
 }

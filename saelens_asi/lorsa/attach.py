@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from saelens_asi.ablation import Logits, prediction_losses
+from saelens_asi.evaluation.loss import SAELossRecovered
 from saelens_asi.hooks import logits_with
 from saelens_asi.lorsa.activations import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.sae_loss import SAELossRecovered
 
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
 Replacement = Callable[[Tensor, Tensor, Tensor | None], Tensor]

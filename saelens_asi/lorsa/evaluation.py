@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from saelens_asi.evaluation.reconstruction import ReconstructionMetrics, RunningReconstruction
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.reconstruction import ReconstructionMetrics, RunningReconstruction
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saelens_asi import plots
-from saelens_asi.evaluation_plots import rank_correlation
+from saelens_asi.evaluation.plots import rank_correlation
 from saelens_asi.sweep import fit_power_law, sweep_figures
 from saelens_asi.sweep.grid import TITLES
 from tests.benchmarks.evidence import (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.reconstruction import ReconstructionMetrics
-from saelens_asi.sae_loss import SAELossRecovered
+from saelens_asi.evaluation.loss import SAELossRecovered
+from saelens_asi.evaluation.reconstruction import ReconstructionMetrics
 
 # Decades of firing rates that the histogram covers, and bins in each.
 _DECADES, _BINS_PER_DECADE = 7, 4

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saelens_asi.ablation import Logits, Predictions, prediction_losses, ratio, replacements_at
+from saelens_asi.evaluation.reconstruction import chunk_size, on_flat_vectors
 from saelens_asi.hooks import Writer
-from saelens_asi.reconstruction import chunk_size, on_flat_vectors
 
 
 @dataclass(frozen=True)

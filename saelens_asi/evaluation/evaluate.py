@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_recovered
+from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
+from saelens_asi.evaluation.record import SAEEvaluation
+from saelens_asi.evaluation.sources import check_sae, inference_form
 from saelens_asi.hooks import (
     as_vectors,
     hook_of_module,
@@ -21,10 +25,6 @@ from saelens_asi.hooks import (
     special_token_ids,
 )
 from saelens_asi.moments import RunningMoments
-from saelens_asi.reconstruction import RunningReconstruction, measure_, on_flat_vectors
-from saelens_asi.sae_evaluation import SAEEvaluation
-from saelens_asi.sae_loss import Place, SAELossRecovered, sae_losses_recovered
-from saelens_asi.sae_sources import check_sae, inference_form
 from saelens_asi.spectrum import Spectrum
 from saelens_asi.token_stream import token_batches
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.topk_inference import topk_reconstruction
+from saelens_asi.evaluation.topk_inference import topk_reconstruction
 
 # Values of a dense (tokens x d_sae) activation matrix made at a time.
 _MAX_DENSE_VALUES = 2**25

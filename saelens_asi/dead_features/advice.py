@@ -1,0 +1,72 @@
+"""What to change so that features live: one sentence a cause, naming settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saelens_asi.dead_features.record import TITLES, Autopsy, Verdict
+
+_CHANGES = {"outside": "the subspace", "mean": "the centre", "norm": "the norm", "bias": "the bias"}
+
+
+def advise(found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Sentences that name settings, one a cause, most frequent first.
+
+    Args:
+        found: the autopsy.
+        cfg: the SAE's config.
+        started: the record of an active-subspace initialization in the SAE's metadata; None where there is none.
+    """
+    if not len(found.dead):
+        return (f"No feature is dead on {found.n_tokens:,} tokens: there is nothing to change.",)
+    return tuple(
+        f"{TITLES[verdict].capitalize()} ({count / len(found.dead):.1%} of the dead): "
+        f"{_remedy(verdict, found, cfg, started)}."
+        for verdict, count in found.counts.items()
+    )
+
+
+def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> str:
+    dead, table = found.having(verdict), found.features
+    moved = (
+        "these weights started inside the active subspace, so it happened in training: lower lr, and use "
+        'optimizer="sparse_adam"'
+    )
+    if verdict == "outside":
+        share = f"{float(table.outside[dead].median()):.0%} of their squared length does nothing (median)"
+        return f"{share}; " + (moved if started else 'start inside, with initializer="active_subspace"')
+    if verdict == "mean":
+        what = f"gamma is {found.gamma_seen:.2f} where the encoder sees it"
+        if started and started.get("center") == "mean":
+            return f"{what}; the decoder bias started at the mean and left it, or the text is another: lower lr"
+        return f'{what}; put the decoder bias at the mean, with initializer=ActiveSubspaceInit(center="mean")'
+    if verdict == "norm":
+        live = table.norm[table.fires > 0]
+        sizes = f"{float(table.norm[dead].median()):.3g} against {float(live.median()):.3g} for live ones (medians)"
+        return f"{sizes}; " + (moved if started else 'use initializer=ActiveSubspaceInit(norm="least_squares")')
+    if verdict == "bias":
+        settings = [
+            name for name in ("l1_coefficient", "l0_coefficient", "jumprelu_init_threshold") if hasattr(cfg, name)
+        ]
+        return f"lower {', '.join([*settings, 'lr'])}, or warm up longer (lr_warm_up_steps)"
+    if verdict == "momentum":
+        drift = found.evidence.drift[found.mask("momentum")]
+        return (
+            f"they moved by {float(drift.median()):.0%} of their length while silent (median), and would fire had they "
+            'stayed; use optimizer="sparse_adam"'
+        )
+    if verdict == "several":
+        mask = found.mask(verdict)
+        shares = {cause: float(needs[mask].double().mean()) for cause, needs in found.evidence.needs.items()}
+        needed = ", ".join(f"{_CHANGES[cause]} {share:.0%}" for cause, share in shares.items() if share >= 0.005)
+        return (
+            f"no single change revives them, all together do (not to be left out: {needed}); "
+            'initializer="active_subspace" sets subspace, centre and norm at once'
+        )
+    return {
+        "broken": "look for overflow in training: lower lr, and leave autocast off",
+        "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
+        "starved": f"{found.settings.more_tokens:g} times the tokens would show most of them firing: read more of them",
+        "unexplained": "no change that was tried revives them; set aux_loss_coefficient, or raise k",
+    }[verdict]

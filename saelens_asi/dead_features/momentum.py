@@ -1,0 +1,138 @@
+"""What an optimizer's momentum did to features while they were silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TRAINER_STATE = "trainer_state.pt"  # SAELens's name for it
+
+_KEYS = {"state", "param_groups"}
+
+# Steps after which 0.9**n leaves too little of a float32 moment to be traced back.
+_LONGEST_MEMORY = 600
+
+
+class Drift(NamedTuple):
+    """How far momentum alone carried the parameters of some features since they last had a gradient.
+
+    Attributes:
+        moved: from a parameter's name to what was added to it, in the layout of ``encoding.feature_parameters``.
+        steps: (n,) silent steps, 0 where nothing is known.
+        is_traced: (n,) bool; not where the feature never had a gradient, or its moments have decayed to nothing.
+    """
+
+    moved: dict[str, Tensor]
+    steps: Tensor
+    is_traced: Tensor
+
+
+def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A SAELens checkpoint folder, its ``trainer_state.pt``, what is in it, or an optimizer's ``state_dict()``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        path = path / TRAINER_STATE if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(
+                f"optimizer_state={str(source)!r} holds no {TRAINER_STATE}: give the folder of a SAELens checkpoint "
+                "(a finished SAE has no optimizer state)"
+            )
+        source = torch.load(path, map_location="cpu", weights_only=True)
+    optimizer = source.get("optimizer", source) if isinstance(source, Mapping) else None
+    if not isinstance(source, Mapping) or not isinstance(optimizer, Mapping) or not optimizer.keys() >= _KEYS:
+        what = f"with keys {sorted(map(str, source))}" if isinstance(source, Mapping) else f"of {type(source)}"
+        raise ValueError(
+            f"optimizer_state {what} is not the state of an optimizer: give "
+            "optimizer.state_dict(), or the folder of a SAELens checkpoint"
+        )
+    return source
+
+
+def silent_drift(sae: Any, source: Mapping[str, Any], features: Tensor) -> Drift:
+    """Trace the moments of silent features back to their last gradient, and add up the steps in between.
+
+    Adam moves a parameter by -lr m / (sqrt(v) + eps), gradient or not. Without one m and v only decay, so that the
+    steps before are known from the moments now: s steps ago m was beta1**-s times larger, v beta2**-s. Their sum over
+    the silent steps is what SparseAdam would not have moved (arXiv 2508.16929, stale momentum).
+
+    The learning rate is the peak of the state's schedule; an auxiliary loss that reaches silent features breaks the
+    trace. The number of silent steps is SAELens's own count; where only the optimizer's state is given, it is read from
+    the moments, which a gradient after long silence leaves at |m| / sqrt(v) = (1 - beta1) / sqrt(1 - beta2).
+
+    Args:
+        sae: the SAE whose ``named_parameters()`` the optimizer holds.
+        source: of ``load_optimizer_state``.
+        features: (n,) indices.
+
+    Raises:
+        ValueError: for the state of other parameters.
+    """
+    optimizer = source.get("optimizer", source)
+    names = [name for name, parameter in sae.named_parameters() if parameter.requires_grad]
+    groups = {i: group for group in optimizer["param_groups"] for i in group["params"]}
+    counted = source.get("n_forward_passes_since_fired")
+    if len(groups) != len(names):
+        raise ValueError(f"the optimizer's state is of {len(groups)} parameters, this SAE has {len(names)}: {names}")
+    moved, updates, ratios = {}, {}, []
+    for (index, group), name in zip(groups.items(), names, strict=True):
+        state = optimizer["state"].get(index)
+        parameter = getattr(sae, name)
+        if state is None or sae.cfg.d_sae not in parameter.shape or name == "b_dec":
+            continue
+        if state["exp_avg"].shape != parameter.shape:
+            raise ValueError(
+                f"the optimizer's moments of {name} are {tuple(state['exp_avg'].shape)}, the parameter is "
+                f"{tuple(parameter.shape)}: give the state that belongs to this SAE"
+            )
+        at = (slice(None), features) if name == "W_enc" else (features,)
+        m, v = (state[key].to(parameter.device)[at].double() for key in ("exp_avg", "exp_avg_sq"))
+        updates[name] = (m, v, float(state["step"]), group)
+        flat = (m.abs() / v.sqrt().clamp(min=1e-30)).movedim(-1 if name == "W_enc" else 0, 0)
+        ratios.append(flat.reshape(len(features), -1).amax(dim=1))
+    if not updates:
+        raise ValueError("the optimizer's state holds no moments of this SAE's features: it has taken no step yet")
+    group = next(iter(updates.values()))[3]
+    ratio = torch.stack(ratios).amax(dim=0)
+    steps = _silent_steps(ratio, group["betas"]) if counted is None else counted.to(features.device)[features].long()
+    is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & (group.get("row_dim") is None)
+    traced_steps = torch.where(is_traced, steps, 0)
+    for name, (m, v, step, own) in updates.items():
+        dim = -1 if name == "W_enc" else 0
+        factor = _summed_steps(traced_steps, step, own["betas"])
+        factor = factor.reshape([-1 if i == dim % m.ndim else 1 for i in range(m.ndim)])
+        beta1, beta2 = own["betas"]
+        last = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + own["eps"])
+        moved[name] = (-float(own.get("initial_lr", own["lr"])) * last * factor).float()
+    return Drift(moved, torch.where(is_traced, steps, 0), is_traced)
+
+
+def _silent_steps(ratio: Tensor, betas: tuple[float, float]) -> Tensor:
+    """Silent steps since |m| / sqrt(v) was what one gradient after silence makes it."""
+    beta1, beta2 = betas
+    if beta1 == 0:
+        return torch.zeros_like(ratio, dtype=torch.long)
+    first = (1 - beta1) / math.sqrt(1 - beta2)
+    steps = (first / ratio.clamp(min=1e-300)).log() / math.log(math.sqrt(beta2) / beta1)
+    return steps.round().clamp(min=0, max=2**31).long()
+
+
+def _summed_steps(steps: Tensor, step: float, betas: tuple[float, float]) -> Tensor:
+    """(n,) all silent steps together, in units of the last of them; 0 for no silent step."""
+    beta1, beta2 = betas
+    longest = int(steps.max()) if len(steps) else 0
+    if beta1 == 0 or longest == 0:
+        return torch.zeros_like(steps, dtype=torch.float64)
+    before = torch.arange(min(longest, max(1, int(step) - 1)), dtype=torch.float64, device=steps.device)
+    correction = (1 - beta2 ** (step - before)).sqrt() / (1 - beta1 ** (step - before))
+    sizes = (math.sqrt(beta2) / beta1) ** before * correction / correction[0]
+    total = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return total[steps.clamp(max=len(sizes))]
