@@ -12,8 +12,8 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
+from saelens_asi.kernels import load_kernels
 from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
-from saelens_asi.row_sparse import total_norm
 from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.workspace import Workspace
@@ -36,6 +36,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
         cfg = self.cfg
         betas = (cfg.adam_beta1, cfg.adam_beta2)
+        if torch.device(cfg.device).type == "cpu":
+            load_kernels()  # here rather than in the first step: the first time, they are compiled
         self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
@@ -103,8 +105,7 @@ class SparseTrainer(SAETrainer[Any, Any]):
     def _apply(self, sae: Any, done: SparsePass) -> None:
         """Clip the gradients, move the rows that have one, and bring their norms up to date."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
-        norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
-        divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
+        divisor = ((done.gradients.norm() + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
         for param, gradient in by_row.items():
             self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
         sae.b_dec.grad = done.gradients.b_dec / divisor

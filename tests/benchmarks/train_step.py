@@ -35,6 +35,7 @@ from torch import Tensor
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
 from saelens_asi.plugin import sparse_topk, sparse_training
 from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.topk_step import TopKGradients
 from tests.benchmarks.ablation import activations
 
 RESULTS = Path(__file__).parent / "results"
@@ -185,10 +186,10 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         setattr(owner, name, call)
 
     timed(sparse_topk, "_encode", "encoder and top-k")
-    timed(AdaptiveScreen, "rows_changed", "projecting the rows that moved")
+    timed(AdaptiveScreen, "rows_changed", "screen of the rows that moved")
     timed(sparse_topk, "topk_gradients", "gradients of the rows")
     timed(sparse_topk, "_losses", "losses")
-    timed(sparse_training, "total_norm", "norm for clipping")
+    timed(TopKGradients, "norm", "norm for clipping")
     timed(sparse_training, "update_row_norms_", "decoder norms")
     timed(trainer.optimizer, "step", "SparseAdam")
     timed(trainer, "_train_step", "whole step")

@@ -70,7 +70,7 @@ def main() -> None:
                 "step": i,
                 "floor_s": floor,
                 "step_s": sum(steps[since:]) / (len(steps) - since),  # all steps since the last row, its own included
-                "rank": None if screen is None else screen.rank,
+                "screen": None if screen is None else repr(screen),
                 "differing_features": differing(output, expected),
                 "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
                 "loss": float(output.loss),
