@@ -126,7 +126,8 @@ def best_of_bounds(
     d_sae, width, k = table.shape[0], x.shape[1], scores.shape[1]
     n_groups = (d_sae + 31) // 32  # a group is every n_groups-th feature, a family every n_families-th group
     n_families = (n_groups + 31) // 32
-    lost = np.float32(-np.inf)
+    lost, zero = np.float32(-np.inf), np.float32(0)
+    picked, products = np.empty(4, np.int64), np.empty(4, np.float32)
     bounds = np.full(n_groups * 32, lost, np.float32)
     groups = np.full(n_families * 32, lost, np.float32)
     families = np.empty(n_families, np.float32)
@@ -151,46 +152,60 @@ def best_of_bounds(
         who[:] = -1
         n_scored = 0
         while True:
-            family = 0
-            for j in range(1, n_families):
-                if families[j] > families[family]:
-                    family = j
-            if families[family] <= heap[0]:
+            n_picked = 0
+            while n_picked < picked.shape[0]:
+                family = 0
+                for j in range(1, n_families):
+                    if families[j] > families[family]:
+                        family = j
+                if families[family] <= heap[0]:
+                    break
+                group = family
+                while groups[group] != families[family]:
+                    group += n_families
+                f = group
+                while bounds[f] != groups[group]:
+                    f += n_groups
+                picked[n_picked] = f
+                n_picked += 1
+                bounds[f] = lost
+                largest = lost
+                for j in range(group, n_groups * 32, n_groups):
+                    largest = bounds[j] if bounds[j] > largest else largest
+                groups[group] = largest
+                largest = lost
+                for j in range(family, n_families * 32, n_families):
+                    largest = groups[j] if groups[j] > largest else largest
+                families[family] = largest
+            if n_picked == 0:
                 break
-            if n_scored == most:
+            n_scored += n_picked
+            if n_scored > most:
                 who[0] = -1
                 break
-            n_scored += 1
-            group = family
-            while groups[group] != families[family]:
-                group += n_families
-            f = group
-            while bounds[f] != groups[group]:
-                f += n_groups
-            score = np.float32(0)
-            weights = table[f]
+            for i in range(n_picked, picked.shape[0]):
+                picked[i] = picked[0]
+            # Four rows at once, since what this waits for is memory.
+            a, b, c, d = table[picked[0]], table[picked[1]], table[picked[2]], table[picked[3]]
+            sa, sb, sc, sd = zero, zero, zero, zero
             for j in range(width):
-                score += own[j] * weights[j]
-            score = (score + bias[f]) * scale[f]
-            bounds[f] = lost
-            largest = lost
-            for j in range(group, n_groups * 32, n_groups):
-                largest = bounds[j] if bounds[j] > largest else largest
-            groups[group] = largest
-            largest = lost
-            for j in range(family, n_families * 32, n_families):
-                largest = groups[j] if groups[j] > largest else largest
-            families[family] = largest
-            if score > heap[0]:
-                at = 0  # the root of a heap in which a parent is at most its children
-                while True:
-                    child = 2 * at + 1
-                    if child >= k:
-                        break
-                    if child + 1 < k and heap[child + 1] < heap[child]:
-                        child += 1
-                    if heap[child] >= score:
-                        break
-                    heap[at], who[at] = heap[child], who[child]
-                    at = child
-                heap[at], who[at] = score, f
+                sa += own[j] * a[j]
+                sb += own[j] * b[j]
+                sc += own[j] * c[j]
+                sd += own[j] * d[j]
+            products[0], products[1], products[2], products[3] = sa, sb, sc, sd
+            for i in range(n_picked):
+                score = (products[i] + bias[picked[i]]) * scale[picked[i]]
+                if score > heap[0]:
+                    at = 0  # the root of a heap in which a parent is at most its children
+                    while True:
+                        child = 2 * at + 1
+                        if child >= k:
+                            break
+                        if child + 1 < k and heap[child + 1] < heap[child]:
+                            child += 1
+                        if heap[child] >= score:
+                            break
+                        heap[at], who[at] = heap[child], who[child]
+                        at = child
+                    heap[at], who[at] = score, picked[i]

@@ -11,8 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -72,9 +71,16 @@ def run_kernel(name: str, n: int, *arguments: Any) -> None:
         kernel(*converted, 0, n)
         return
     bounds = [n * i // n_parts for i in range(n_parts + 1)]
-    submit: Callable[..., Future[None]] = _pool(n_threads, os.getpid()).submit
-    for part in [submit(kernel, *converted, lo, hi) for lo, hi in itertools.pairwise(bounds)]:
-        part.result()
+    parts = iter(list(itertools.pairwise(bounds)))
+
+    def work() -> None:
+        for lo, hi in parts:
+            kernel(*converted, lo, hi)
+
+    others = [_pool(n_threads - 1, os.getpid()).submit(work) for _ in range(n_threads - 1)]
+    work()
+    for other in others:
+        other.result()
 
 
 @cache

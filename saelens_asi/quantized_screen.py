@@ -79,7 +79,7 @@ class QuantizedScreen:
         found = TopK(x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64))
         x = x.contiguous()
         codes, tokens = _quantize_tokens(x)
-        scale, most = _scale_of(encoder), max(k, int(d_sae * _MAX_SCORED_SHARE))
+        scale, most = _scale_of(encoder), max(2 * k, int(d_sae * _MAX_SCORED_SHARE))
         n_tile = max(_TILE_TOKENS, _TILE_ENTRIES // d_sae)
         for first in range(0, len(x), n_tile):
             part = slice(first, first + n_tile)
@@ -100,6 +100,8 @@ class QuantizedScreen:
 def can_be_quantized(encoder: Encoder) -> bool:
     """Whether bounds hold for the encoder, and this processor multiplies integers exactly and fast."""
     rows = encoder.rows
+    if min(rows.shape) < 2:  # torch._int_mm misreads the strides of a single column
+        return False
     fitting = rows.dtype == torch.float32 and encoder.matmul_dtype in (None, torch.float32) and not encoder.magnitude
     return fitting and rows.is_contiguous() and _multiplies_integers() and kernels_take(rows)
 
