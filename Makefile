@@ -33,6 +33,7 @@ ablation: install
 train_step: install
 	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
 	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2
+	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2 --no-kernels --sides floor ours
 	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2 --d-sae 131072 --sides floor ours
 	$(BIN)/python -m tests.benchmarks.training_run
 	$(BIN)/python -m tests.benchmarks.training_run --d-sae 131072 --steps 100

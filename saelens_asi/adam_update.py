@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saelens_asi.kernels import kernels_take, run_kernel
+
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
 _CHUNK_ENTRIES = 2**20
 
@@ -74,6 +76,9 @@ def adam_update_rows_(
         step: steps taken: a number, or (n_rows,).
         settings: of the update.
     """
+    if kernels_take(*tensors, grad):
+        _update_compiled_(tensors, rows, grad, step, settings)
+        return
     n, row_size = tensors[0].shape[0], max(1, grad[:1].numel())
     chunk = max(1, _CHUNK_ENTRIES // row_size)
     if isinstance(step, Tensor):
@@ -90,6 +95,19 @@ def adam_update_rows_(
     for first, lo, hi in zip(firsts, bounds, bounds[1:], strict=False):
         stretch = [tensor[first : first + chunk] for tensor in tensors]
         _update_stretch_(stretch, rows[lo:hi] - first, grad[lo:hi], step, settings)
+
+
+def _update_compiled_(
+    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+) -> None:
+    """Every number of the rows is read and written once."""
+    lr, beta1, beta2, eps, divisor = settings
+    step_size = torch.as_tensor(lr / _bias_correction(beta1, step), dtype=grad.dtype)
+    root_scale = torch.as_tensor(_bias_correction(beta2, step), dtype=grad.dtype).rsqrt()
+    by_row = [tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in (*tensors, grad)]
+    corrections = [value.expand(rows.numel()).contiguous() for value in (step_size, root_scale)]
+    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1.0 if divisor is None else 1 / float(divisor))
+    run_kernel("adam_rows", rows.numel(), *by_row[:3], rows, by_row[3], *corrections, *numbers)
 
 
 def _update_gathered_(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saelens_asi.quantized_screen import QuantizedScreen, can_be_quantized
 from saelens_asi.row_sparse import Activations
 from saelens_asi.top_k import TILE_ENTRIES, Encoder, Query, TopK, encode_top_k, top_k
 from saelens_asi.workspace import Workspace
@@ -30,6 +31,9 @@ _FIRST = 2
 _SCORE_COST = 28
 _FIND_COST = 30_000
 _COMPARE_COST = 40
+
+# The same for 8-bit scores: of a product in shares of the whole product, of comparing, and of rounding a number.
+_INTEGER_PRODUCT, _INTEGER_COMPARE_COST, _ROUND_COST = 1 / 3, 50, 140
 
 # Rounding of float32 products, relative to |x| |w|, is covered by widening both rests by this share of the whole.
 _SLACK = 3e-3
@@ -78,12 +82,16 @@ class Screen:
         left = torch.cat([inside, _rest(x, inside), x.new_ones(len(x), 1)], dim=1)
         return torch.mm(left, self.rows.t(), out=out)
 
+    def top_k(self, x: Tensor, encoder: Encoder, k: int, workspace: Workspace) -> TopK:
+        """See ``screened_top_k``."""
+        return screened_top_k(x, encoder, self, k, workspace)
+
 
 class AdaptiveScreen:
     """The screen of a training run: chosen again from time to time, and dropped while the whole product is cheaper."""
 
     def __init__(self) -> None:
-        self.screen: Screen | None = None
+        self.screen: Screen | QuantizedScreen | None = None
         self._steps_left = 0
         self._changed_share = 1.0
 
@@ -97,7 +105,7 @@ class AdaptiveScreen:
         self._steps_left -= 1
         if self.screen is None:
             return encode_top_k(x, encoder, [Query(k)], workspace)[0]
-        return screened_top_k(x, encoder, self.screen, k, workspace)
+        return self.screen.top_k(x, encoder, k, workspace)
 
     def rows_changed(self, encoder: Encoder, rows: Tensor) -> None:
         """To be called when the optimizer has moved some rows."""
@@ -106,11 +114,11 @@ class AdaptiveScreen:
             self.screen.update_(encoder, rows)
 
 
-def choose_screen(x: Tensor, encoder: Encoder, k: int, changed_share: float = 1.0) -> Screen | None:
+def choose_screen(x: Tensor, encoder: Encoder, k: int, changed_share: float = 1.0) -> Screen | QuantizedScreen | None:
     """The screen that is cheapest for activations like ``x``; None where the whole product costs less.
 
-    Ranks are compared by the candidates they leave on a sample of tokens, at costs that are constants of this file:
-    the choice is a function of the data alone.
+    Screens are compared by the candidates they leave on a sample of tokens, at costs that are constants of this file:
+    the choice is a function of the data and of the kind of processor.
 
     Args:
         x: (n_tokens, d_in), what the encoder reads.
@@ -121,24 +129,32 @@ def choose_screen(x: Tensor, encoder: Encoder, k: int, changed_share: float = 1.
     d_sae, d_in = encoder.rows.shape
     if not can_be_screened(encoder) or len(x) == 0 or d_sae < _FIRST * k * _GROUP:
         return None
-    ranks = sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES})
     second_moment = (x.t() @ x).double()
     if not second_moment.isfinite().all():
         return None
-    basis = torch.linalg.eigh(second_moment).eigenvectors.flip(1).to(x.dtype)
     tokens = x[:: -(-len(x) // _SAMPLE_TOKENS)]
     every = max(1, min(d_sae // _SAMPLE_FEATURES, k // 4))
     features = encoder.among(torch.arange(0, d_sae, every, device=x.device))
     exact = (tokens @ features.rows.t() + features.bias) * (1.0 if features.scale is None else features.scale)
     n_best = -(-k // every)
+
+    def cost_of_candidates(bounds: Tensor, threshold: Tensor) -> float:
+        candidates = every * float((bounds >= threshold).sum(dim=1).float().mean())
+        return candidates * (_SCORE_COST * d_in + _FIND_COST) / d_sae
+
+    if can_be_quantized(encoder):
+        cost = _INTEGER_PRODUCT * d_in + _INTEGER_COMPARE_COST + _ROUND_COST * d_in * changed_share / len(x)
+        threshold = exact.topk(n_best, dim=1).values[:, -1:]
+        if cost + cost_of_candidates(QuantizedScreen.of(features).bounds(tokens), threshold) < d_in:
+            return QuantizedScreen.of(encoder)
+    basis = torch.linalg.eigh(second_moment).eigenvectors.flip(1).to(x.dtype)
     chosen, least = None, float(d_in)
-    for rank in ranks:
+    for rank in sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES}):
         bounds = Screen.of(features, basis[:, :rank]).bounds(tokens)
         first = exact.gather(1, bounds.topk(_FIRST * n_best, dim=1).indices)
-        threshold = first.topk(n_best, dim=1).values[:, -1:]
-        candidates = every * float((bounds >= threshold).sum(dim=1).float().mean())
         cost = rank + _COMPARE_COST + rank * d_in * changed_share / len(x)
-        cost += (candidates + _FIRST * k) * (_SCORE_COST * d_in + _FIND_COST) / d_sae
+        cost += cost_of_candidates(bounds, first.topk(n_best, dim=1).values[:, -1:])
+        cost += _FIRST * k * (_SCORE_COST * d_in + _FIND_COST) / d_sae
         if cost < least:
             chosen, least = rank, cost
     return None if chosen is None else Screen.of(encoder, basis[:, :chosen].contiguous())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.row_sparse import Activations, RowGradient, weighted_row_sum
+from saelens_asi.kernels import kernels_take, run_kernel
+from saelens_asi.row_sparse import Activations, FeatureOrder, RowGradient, total_norm, weighted_row_sum
 from saelens_asi.top_k import Encoder, Query, TopK, encode_top_k
 from saelens_asi.workspace import Workspace
 
@@ -27,12 +28,22 @@ class Entries(NamedTuple):
 
 
 class TopKGradients(NamedTuple):
-    """Gradients of a TopK autoencoder; ``b_dec`` (d_in,) is only what reaches it through the encoder's input."""
+    """Gradients of a TopK autoencoder; ``b_dec`` (d_in,) is only what reaches it through the encoder's input.
+
+    ``squares`` (n_active,) are the squared lengths of the rows of the other three together, where they are known.
+    """
 
     W_enc: RowGradient
     b_enc: RowGradient
     W_dec: RowGradient
     b_dec: Tensor
+    squares: Tensor | None = None
+
+    def norm(self) -> Tensor:
+        """The Euclidean norm of all four together; float64."""
+        if self.squares is None:
+            return total_norm([self.W_enc.values, self.b_enc.values, self.W_dec.values, self.b_dec])
+        return (self.squares.sum(dtype=torch.float64) + self.b_dec.double().square().sum()).sqrt()
 
 
 def entries_of(found: TopK) -> Entries:
@@ -120,12 +131,24 @@ def topk_gradients(
         W_dec: (d_sae, d_in).
         workspace: holds the results until it is used for the next step.
     """
-    d_values = activations.products(d_decoded, W_dec)
-    by_feature = activations.by_feature()
-    b_enc = by_feature.sums(d_values)
-    return TopKGradients(
-        W_enc=by_feature.weighted_sums(d_values, x, "W_enc gradient", workspace),
-        b_enc=b_enc,
-        W_dec=by_feature.weighted_sums(activations.values, d_decoded, "W_dec gradient", workspace),
-        b_dec=-weighted_row_sum(W_enc.t(), b_enc),
-    )
+    order = activations.by_feature()
+    if kernels_take(x, d_decoded, W_dec, activations.values):
+        d_W_enc, d_b_enc, d_W_dec, squares = _compiled_gradients(activations, order, d_decoded, x, W_dec, workspace)
+    else:
+        d_values, squares = activations.products(d_decoded, W_dec), None
+        d_b_enc = order.sums(d_values)
+        d_W_enc = order.weighted_sums(d_values, x, "W_enc gradient", workspace)
+        d_W_dec = order.weighted_sums(activations.values, d_decoded, "W_dec gradient", workspace)
+    return TopKGradients(d_W_enc, d_b_enc, d_W_dec, -weighted_row_sum(W_enc.t(), d_b_enc), squares)
+
+
+def _compiled_gradients(
+    activations: Activations, order: FeatureOrder, d_decoded: Tensor, x: Tensor, W_dec: Tensor, workspace: Workspace
+) -> tuple[RowGradient, RowGradient, RowGradient, Tensor]:
+    """Gradients of W_enc, b_enc and W_dec, and their squared lengths, from one look at each token of a feature."""
+    n_active, values = order.active.numel(), activations.values[order.order]
+    d_W_enc, d_W_dec = (workspace.take(f"{name} gradient", (n_active, x.shape[1]), x) for name in ("W_enc", "W_dec"))
+    d_b_enc, squares = x.new_empty(2, n_active)
+    entries = (order.active, order.starts, order.rows, values)
+    run_kernel("feature_gradients", n_active, d_decoded, x, W_dec, *entries, d_W_enc, d_W_dec, d_b_enc, squares)
+    return *(RowGradient(order.active, values) for values in (d_W_enc, d_b_enc, d_W_dec)), squares

@@ -15,6 +15,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 
+from saelens_asi import kernels
+
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the models are too small for more
@@ -32,6 +34,12 @@ def _signal_handlers_restored() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compiled kernels where they can be had, and with torch's operations alone."""
+    monkeypatch.setattr(kernels, "enabled", request.param)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from torch import Tensor
 from saelens_asi import adam_update as module
 from saelens_asi.adam_update import AdamSettings, adam_update_, adam_update_rows_
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 SETTINGS = AdamSettings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8)
 
 

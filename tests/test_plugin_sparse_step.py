@@ -68,6 +68,7 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+@pytest.mark.usefixtures("both_ways")
 @variants
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("n_dead", [0, 3, 200])
@@ -157,6 +158,7 @@ def _run(variant: str, sparse: bool, monkeypatch: Any, n_steps: int = 12, **chan
     return trainer
 
 
+@pytest.mark.usefixtures("both_ways")
 @variants
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in", "covariance_whitening"])
 @pytest.mark.parametrize("optimizer", ["sparse_adam", "adam"])

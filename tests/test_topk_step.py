@@ -13,6 +13,8 @@ from saelens_asi.top_k import Encoder, Query, TopK, encode_top_k
 from saelens_asi.topk_step import Entries, encode_batch_top_k, entries_of, stack_levels, topk_gradients
 from saelens_asi.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 D_IN, D_SAE, N_TOKENS = 5, 30, 7
 
 

@@ -13,8 +13,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from saelens_asi.kernels import load_kernels
 from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
-from saelens_asi.row_sparse import RowGradient, total_norm
+from saelens_asi.row_sparse import RowGradient
 from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.workspace import Workspace
@@ -39,6 +40,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
         cfg = self.cfg
         betas = (cfg.adam_beta1, cfg.adam_beta2)
+        if torch.device(cfg.device).type == "cpu":
+            load_kernels()  # here rather than in the first step: the first time, they are compiled
         self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
@@ -109,9 +112,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
     def _apply(self, sae: Any, done: SparsePass) -> None:
         """Clip the gradients, move the rows that have one, and bring their norms up to date."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
-        norm = total_norm([*(gradient.values for gradient in by_row.values()), done.gradients.b_dec])
-        self.gradient_norm = norm
-        divisor = ((norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
+        self.gradient_norm = done.gradients.norm()
+        divisor = ((self.gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
         sae.b_dec.grad = done.gradients.b_dec / divisor
         if isinstance(self.optimizer, SparseAdam):
             for param, gradient in by_row.items():

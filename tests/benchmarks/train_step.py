@@ -13,6 +13,7 @@ sparsify takes part where it is installed (``pip install --no-deps eai-sparsify 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -26,15 +27,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
-from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
+from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_, kernels, screening
 from saelens_asi.plugin import sparse_topk, sparse_training
 from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.topk_step import TopKGradients
 from tests.benchmarks.ablation import activations
 
 RESULTS = Path(__file__).parent / "results"
@@ -167,7 +170,7 @@ def _status(key: str) -> int:
 
 
 def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Median seconds of the parts of our step; what is not listed there is the last entry."""
+    """Median seconds of the parts of our step; what is not listed there is the last but one entry."""
     trainer = make_trainer(args, data, optimizer="sparse_adam")
     totals: dict[str, float] = defaultdict(float)
 
@@ -185,10 +188,10 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         setattr(owner, name, call)
 
     timed(sparse_topk, "_encode", "encoder and top-k")
-    timed(AdaptiveScreen, "rows_changed", "projecting the rows that moved")
+    timed(AdaptiveScreen, "rows_changed", "screen of the rows that moved")
     timed(sparse_topk, "topk_gradients", "gradients of the rows")
     timed(sparse_topk, "_losses", "losses")
-    timed(sparse_training, "total_norm", "norm for clipping")
+    timed(TopKGradients, "norm", "norm for clipping")
     timed(sparse_training, "update_row_norms_", "decoder norms")
     timed(trainer.optimizer, "step", "SparseAdam")
     timed(trainer, "_train_step", "whole step")
@@ -206,7 +209,8 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
 
 def machine() -> dict[str, Any]:
     model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
-    described = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    numba = importlib.metadata.version("numba") if kernels.enabled and kernels.load_kernels() else None
+    described = {"numba": numba, "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     described |= {"vector": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
@@ -227,9 +231,10 @@ def report(result: dict[str, Any]) -> str:
         ratio = f"{seconds / medians['floor']:.2f}" if "floor" in medians else ""
         memory = result["bytes"].get(side)
         lines.append(f"| {side} | {seconds:.3f} | {ratio} | {'' if memory is None else f'{memory / 2**30:.2f}'} |")
-    lines += ["", "| part of our step | s | share |", "|---|---|---|"]
-    whole = result["parts"].get("whole step", 1.0)
-    lines += [f"| {part} | {seconds:.3f} | {seconds / whole:.1%} |" for part, seconds in result["parts"].items()]
+    for kind, of in (("parts", "our step"), ("parts_without_screen", "our step with the whole product")):
+        lines += ["", f"| part of {of} | s | share |", "|---|---|---|"]
+        whole = result[kind].get("whole step", 1.0)
+        lines += [f"| {part} | {seconds:.3f} | {seconds / whole:.1%} |" for part, seconds in result[kind].items()]
     return "\n".join(lines)
 
 
@@ -245,11 +250,13 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 products, as SAELens's autocast has them")
+    parser.add_argument("--no-kernels", action="store_true", help="torch's operations alone, as without numba")
     parser.add_argument("--out", type=Path, help="where to write the result (default: tests/benchmarks/results)")
     parser.add_argument("--memory-of-one-side", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("sparsify") is None:
         args.sides = [side for side in args.sides if side != "sparsify"]
+    kernels.enabled = not args.no_kernels
     data = batches(args)
     if args.memory_of_one_side:
         print(measure_memory(args, data))
@@ -262,7 +269,10 @@ def main() -> None:
         "seconds": measure_times(args, data),
         "parts": parts_of_a_step(args, data) if "ours" in args.sides else {},
     }
-    name = f"train_step_{args.activations}_{args.d_sae}{'_autocast' if args.autocast else ''}_{args.device}.json"
+    with mock.patch.object(screening, "choose_screen", return_value=None):
+        result["parts_without_screen"] = parts_of_a_step(args, data) if "ours" in args.sides else {}
+    name = f"train_step_{args.activations}_{args.d_sae}{'_autocast' if args.autocast else ''}_{args.device}"
+    name += f"{'_torch' if args.no_kernels else ''}.json"
     path = args.out or RESULTS / name
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))

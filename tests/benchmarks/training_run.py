@@ -70,14 +70,19 @@ def main() -> None:
                 "step": i,
                 "floor_s": floor,
                 "step_s": sum(steps[since:]) / (len(steps) - since),  # all steps since the last row, its own included
-                "rank": None if screen is None else screen.rank,
+                "screen": None if screen is None else getattr(screen, "rank", "8 bits"),
                 "differing_features": differing(output, expected),
                 "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
                 "loss": float(output.loss),
             }
             since = len(steps)
             rows.append(row)
-            print(" ".join(f"{name}={value:.4g}" if value is not None else name for name, value in row.items()))
+            print(
+                " ".join(
+                    f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                    for name, value in row.items()
+                )
+            )
     floor = median(row["floor_s"] for row in rows)
     summary = {
         "d_sae": args.d_sae,

@@ -1,0 +1,113 @@
+"""The seam between compiled kernels and torch's operations."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+import pytest
+import torch
+
+from saelens_asi import kernels
+from saelens_asi.adam_update import AdamSettings, adam_update_rows_
+from saelens_asi.kernels import kernels_take, load_kernels
+from saelens_asi.topk_step import Entries, stack_levels, topk_gradients
+from saelens_asi.workspace import Workspace
+
+
+@pytest.fixture
+def unloaded():
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()
+
+
+def test_without_numba_there_are_none(unloaded, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        assert not kernels_take(torch.zeros(3))
+    assert not caplog.records
+
+
+def test_a_numba_that_fails_is_named_and_left_alone(unloaded, monkeypatch, caplog):
+    def refuse(name: str) -> None:
+        raise ImportError("Numba needs NumPy 2.1 or less")
+
+    pytest.importorskip("numba")
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert not kernels_take(torch.zeros(3))
+        assert not kernels_take(torch.zeros(3))
+    (record,) = caplog.records
+    assert "Numba needs NumPy 2.1 or less" in record.message
+
+
+def test_loading_is_said_once(unloaded, caplog):
+    pytest.importorskip("numba")
+    with caplog.at_level(logging.INFO):
+        assert kernels_take(torch.zeros(3))
+        assert kernels_take(torch.zeros(3))
+    assert len(caplog.records) == 2
+
+
+def test_what_kernels_take(monkeypatch):
+    pytest.importorskip("numba")
+    single, double = torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.float64)
+    assert kernels_take(single, single)
+    assert kernels_take(double)
+    assert not kernels_take(single, double)
+    assert not kernels_take(single.bfloat16())
+    assert not kernels_take(single.t())
+    assert not kernels_take(single.to("meta"))
+    monkeypatch.setattr(kernels, "enabled", False)
+    assert not kernels_take(single)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("n_tokens", [0, 1, 50])
+def test_gradients_and_their_norm_are_those_of_torch(dtype, tolerance, n_tokens, monkeypatch):
+    pytest.importorskip("numba")
+    d_in, d_sae, k = 21, 60, 7
+    features = torch.rand(n_tokens, d_sae).argsort(dim=1)[:, :k]
+    features[:, 0] = 11  # one feature of every token; others of few
+    tokens = torch.arange(n_tokens).repeat_interleave(k)
+    entries = Entries(tokens, features.flatten(), torch.rand(n_tokens * k, dtype=dtype))
+    activations = stack_levels([entries, entries.where(entries.features % 2 == 1)], n_tokens)
+    x, d_decoded = torch.randn(n_tokens, d_in, dtype=dtype), torch.randn(2 * n_tokens, d_in, dtype=dtype)
+    W_enc, W_dec = torch.randn(d_sae, d_in, dtype=dtype).t(), torch.randn(d_sae, d_in, dtype=dtype)
+    compiled = topk_gradients(activations, d_decoded, x, W_enc, W_dec, Workspace())
+    assert compiled.squares is not None
+    monkeypatch.setattr(kernels, "enabled", False)
+    by_torch = topk_gradients(activations, d_decoded, x, W_enc, W_dec, Workspace())
+    assert by_torch.squares is None
+    for name in ("W_enc", "b_enc", "W_dec"):
+        ours, theirs = getattr(compiled, name), getattr(by_torch, name)
+        assert torch.equal(ours.rows, theirs.rows)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(compiled.b_dec, by_torch.b_dec, rtol=tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(compiled.norm(), by_torch.norm(), rtol=tolerance, atol=0)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    rows, grad, results = torch.arange(0, 200, 3), torch.randn(67, 30), []
+    initial = [torch.rand(200, 30) for _ in range(3)]
+    settings = AdamSettings(1e-2, 0.9, 0.99, 1e-8, torch.tensor(2.0))
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        tensors = [tensor.clone() for tensor in initial]
+        adam_update_rows_(tensors, rows, grad, 3.0, settings)
+        results.append(tensors)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_error_in_another_thread_is_raised(monkeypatch):
+    def fail(out: object, lo: int, hi: int) -> None:
+        if lo > 0:
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(kernels, "load_kernels", lambda: {"fail": fail})
+    torch.set_num_threads(3)
+    with pytest.raises(RuntimeError, match="broken"):
+        kernels.run_kernel("fail", 100, torch.zeros(100))
+    torch.set_num_threads(1)

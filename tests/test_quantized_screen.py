@@ -1,0 +1,172 @@
+"""Selection by 8-bit bounds is exact: for whatever activations and weights, also large, tiny, skewed and alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saelens_asi import kernels, quantized_screen, screening
+from saelens_asi.quantized_screen import QuantizedScreen, can_be_quantized
+from saelens_asi.screening import AdaptiveScreen, Screen, choose_screen
+from saelens_asi.top_k import Encoder, Query, encode_top_k
+from saelens_asi.workspace import Workspace
+
+D_IN, D_SAE = 48, 1500
+
+
+def _encoder(d_in: int = D_IN, d_sae: int = D_SAE, scaled: bool = True, seed: int = 0) -> Encoder:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator))
+    scale = torch.rand(d_sae, generator=generator) + 0.5 if scaled else None
+    return Encoder(rows, 0.1 * torch.randn(d_sae, generator=generator), scale)
+
+
+pytestmark = pytest.mark.skipif(not can_be_quantized(_encoder()), reason="needs numba and a processor with VNNI")
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Costs at which the screen pays off for weights as small as those of a test."""
+    for name in ("_INTEGER_COMPARE_COST", "_ROUND_COST", "_FIND_COST"):
+        monkeypatch.setattr(screening, name, 0)
+    monkeypatch.setattr(screening, "_SCORE_COST", 1)
+
+
+def _assert_same(found: Any, x: Tensor, encoder: Encoder, k: int) -> None:
+    (dense,) = encode_top_k(x, encoder, [Query(k)], Workspace())
+    assert torch.equal(found.indices.sort(dim=1).values, dense.indices.sort(dim=1).values)
+    exact = x @ encoder.rows.t() + encoder.bias
+    exact = exact if encoder.scale is None else exact * encoder.scale
+    rounding = 1e-6 * float(exact.abs().max())
+    torch.testing.assert_close(found.scores, exact.gather(1, found.indices), rtol=1e-5, atol=rounding)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    d_in=st.sampled_from([2, 7, 32, 48, 100]),
+    d_sae=st.sampled_from([33, 700, 1500, 4096]),
+    k=st.sampled_from([1, 5, 32]),
+    scaled=st.booleans(),
+    size=st.sampled_from([1e-12, 1.0, 1e12]),
+    share=st.sampled_from([0.0, 1 / 32, 1.0]),
+)
+def test_the_selection_is_that_of_the_whole_product(d_in, d_sae, k, scaled, size, share):
+    encoder = _encoder(d_in, d_sae, scaled)
+    x = size * torch.randn(19, d_in, generator=torch.Generator().manual_seed(1))
+    encoder = replace(encoder, bias=size * encoder.bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized_screen, "_MAX_SCORED_SHARE", share)
+        patch.setattr(quantized_screen, "_TILE_TOKENS", 8)
+        patch.setattr(quantized_screen, "_TILE_ENTRIES", 1)
+        _assert_same(QuantizedScreen.of(encoder).top_k(x, encoder, k, Workspace()), x, encoder, k)
+
+
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+@pytest.mark.parametrize("d_in", [7, 48, 576])
+def test_bounds_are_never_exceeded_and_nearly_reached(d_in, skew):
+    encoder, x = _encoder(d_in), torch.randn(50, d_in) * torch.linspace(0, -skew, d_in).exp()
+    scores = (x.double() @ encoder.rows.double().t() + encoder.bias) * encoder.scale
+    gap = QuantizedScreen.of(encoder).bounds(x).double() - scores
+    assert (gap >= 0).all()
+    assert gap.mean() < 0.05 * x.norm(dim=1).mean()  # rows of the encoder are of length 1
+
+
+def test_no_token_is_given_up_where_scores_spread(monkeypatch):
+    encoder, x = _encoder(d_sae=4096), torch.randn(40, D_IN)
+    monkeypatch.setattr(quantized_screen, "encode_top_k", None)  # not to be called
+    found = QuantizedScreen.of(encoder).top_k(x, encoder, 4, Workspace())
+    monkeypatch.undo()
+    _assert_same(found, x, encoder, 4)
+
+
+def test_features_that_are_all_alike_take_the_whole_product():
+    encoder = replace(_encoder(scaled=False), rows=torch.ones(D_SAE, D_IN), bias=torch.zeros(D_SAE))
+    x = torch.randn(9, D_IN)
+    found = QuantizedScreen.of(encoder).top_k(x, encoder, 60, Workspace())
+    torch.testing.assert_close(found.scores, x.sum(dim=1, keepdim=True).expand(9, 60))
+    assert all(row.unique().numel() == 60 for row in found.indices)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_activations_and_weights_that_are_not_finite_end_as_in_the_whole_product(bad):
+    encoder, x = _encoder(), torch.randn(20, D_IN)
+    x[7, 3] = bad
+    found = QuantizedScreen.of(encoder).top_k(x, encoder, 4, Workspace())
+    (dense,) = encode_top_k(x, encoder, [Query(4)], Workspace())
+    assert torch.equal(found.indices.sort(dim=1).values[:7], dense.indices.sort(dim=1).values[:7])
+    assert torch.equal(found.indices[7].sort().values, dense.indices[7].sort().values)
+    encoder.rows[5, 5] = bad
+    x[7, 3] = 1.0
+    found = QuantizedScreen.of(encoder).top_k(x, encoder, 4, Workspace())
+    (dense,) = encode_top_k(x, encoder, [Query(4)], Workspace())
+    assert torch.equal(found.indices.sort(dim=1).values, dense.indices.sort(dim=1).values)
+
+
+def test_no_tokens():
+    found = QuantizedScreen.of(_encoder()).top_k(torch.empty(0, D_IN), _encoder(), 4, Workspace())
+    assert found.scores.shape == found.indices.shape == (0, 4)
+
+
+def test_changed_rows_are_rounded_again_and_the_others_not():
+    encoder = _encoder()
+    screen = QuantizedScreen.of(encoder)
+    before = screen.codes.clone()
+    rows = torch.arange(0, D_SAE, 3)
+    encoder.rows[rows] += 0.1 * torch.randn(len(rows), D_IN)
+    screen.update_(encoder, rows)
+    torch.testing.assert_close(screen.terms, QuantizedScreen.of(encoder).terms)
+    assert torch.equal(screen.codes, QuantizedScreen.of(encoder).codes)
+    others = torch.ones(D_SAE, dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(screen.codes[others], before[others])
+
+
+def test_weights_written_by_someone_else_are_noticed(cheap):
+    x, encoder, adaptive = torch.randn(60, D_IN), _encoder(d_sae=4096), AdaptiveScreen()
+    adaptive.top_k(x, encoder, 4, Workspace())
+    before = adaptive.screen
+    assert isinstance(before, QuantizedScreen)
+    assert before.describes(encoder)
+    encoder.rows.mul_(-1)
+    assert not before.describes(encoder)
+    _assert_same(adaptive.top_k(x, encoder, 4, Workspace()), x, encoder, 4)
+    assert adaptive.screen is not before
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        replace(_encoder(), magnitude=True),
+        replace(_encoder(), matmul_dtype=torch.bfloat16),
+        replace(_encoder(), rows=_encoder().rows.double()),
+        _encoder(d_in=1),
+        replace(_encoder(), rows=_encoder().rows.t().contiguous().t()),
+    ],
+)
+def test_what_bounds_do_not_cover_is_not_rounded(encoder):
+    assert not can_be_quantized(encoder)
+
+
+def test_the_screen_is_chosen_where_it_is_cheapest(cheap, monkeypatch):
+    x, encoder = torch.randn(100, D_IN), _encoder(d_sae=4096)
+    assert isinstance(choose_screen(x, encoder, 4), QuantizedScreen)
+    monkeypatch.setattr(screening, "_INTEGER_COMPARE_COST", 10**9)
+    assert not isinstance(choose_screen(x, encoder, 4), QuantizedScreen)
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "enabled", False)
+    assert isinstance(choose_screen(x, encoder, 4), Screen | None)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    encoder, x, found = _encoder(d_sae=4096), torch.randn(90, D_IN), []
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        screen = QuantizedScreen.of(encoder)
+        found.append((*screen.top_k(x, encoder, 8, Workspace()), screen.codes, screen.terms))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
