@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TopKTrainingSAEConfig
-from saelens_asi.metrics import firing_rates, reconstruction_metrics
 
+import saelens_asi as asi
 from saelens_asi import plots
 from saelens_asi.activations import HookActivations
 from saelens_asi.loading import load_documents, load_model
@@ -86,14 +86,13 @@ saes = {name: train(name, sae) for name, sae in configs.items()}
 # On text that neither has seen. A feature is dead that fires on none of it; the error is normalized by the variance.
 
 # %%
-rates = {}
-for name, sae in saes.items():
-    metrics = reconstruction_metrics(sae, held_out)
-    rates[name] = firing_rates(sae, held_out)
-    print(f"{name:13}  dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}   L0 {metrics.l0:.1f}")
+found = asi.evaluate(saes, activations=held_out)
+for name, one in found.items():
+    print(f"{name:13}  dead {one.dead_fraction:6.1%}   normalized MSE {one.nmse:.3f}   L0 {one.l0:.1f}")
 
 # %%
-figure = plots.firing_rates(rates, metrics.n_tokens)
+rates = {name: one.firing_rates for name, one in found.items()}
+figure = plots.firing_rates(rates, found["stock"].n_tokens)
 plots.save(figure, OUT / "firing_rates.png")
 figure
 

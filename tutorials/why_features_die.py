@@ -17,7 +17,6 @@ from sae_lens import TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
-from saelens_asi.metrics import reconstruction_metrics
 
 import saelens_asi as asi
 from saelens_asi import plots
@@ -111,7 +110,7 @@ trials = {
 }
 for name, initializer in trials.items():
     sae = stock.sae if initializer is None else train(initializer=initializer, optimizer="sparse_adam").sae
-    metrics = reconstruction_metrics(sae, held_out)
+    metrics = asi.evaluate(sae, activations=held_out, progress=False)
     print(f"{name:31} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}")
 
 # %% [markdown]
