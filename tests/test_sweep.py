@@ -99,8 +99,8 @@ def test_training_must_fill_a_batch():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains(architecture, train):
-    sae, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, train)
-    assert sae.cfg.architecture() == architecture
+    trainer, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, train)
+    assert trainer.sae.cfg.architecture() == architecture
     assert took["d_init_used"] >= 1
     assert took["seconds"] >= 0
 
@@ -115,20 +115,22 @@ def test_rows_tell_what_was_measured(data, tmp_path):
         assert row["nmse"] == pytest.approx(again.nmse, rel=1e-5)
         assert (row["dead_fraction"], row["l0"]) == (again.dead_fraction, again.l0)
         assert row["method"] == cell.method
+        assert row["silent_fraction"] <= row["dead_fraction"]
+        assert row["silent_tokens"] == 200 + 4 * 32
         assert (row["n_tokens"], row["hook_name"], row["d_in"]) == (200, HOOK, tiny.D_MODEL)
     by_method = {row["method"]: row for row in rows}
     assert by_method["asi_sparse_adam"]["nmse"] < by_method["stock"]["nmse"]
 
 
 def test_cells_see_the_same_data_and_repeat(train):
-    first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, train)[0] for _ in range(2))
+    first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, train)[0].sae for _ in range(2))
     assert torch.equal(first.W_dec, second.W_dec)
 
 
 def test_data_comes_round_again_where_it_ends(train):
     training = SweepTraining(training_tokens=1000, batch_size=300)
-    sae, _ = train_cell(Cell(initializer="default", optimizer="adam", **SIZES), training, train[:250])
-    assert torch.isfinite(sae.W_dec).all()
+    trainer, _ = train_cell(Cell(initializer="default", optimizer="adam", **SIZES), training, train[:250])
+    assert torch.isfinite(trainer.sae.W_dec).all()
 
 
 def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(data, tmp_path, monkeypatch):

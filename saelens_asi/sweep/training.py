@@ -22,6 +22,8 @@ ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 
 # What of the initialization's provenance goes into a row.
 _KEPT = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
+# Share of the steps, at the end, in which the weights hardly move any more.
+_LAST_SHARE = 0.4
 _MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
 
 
@@ -62,8 +64,8 @@ class SweepTraining:
         return asdict(self)
 
 
-def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Train the SAE of ``cell`` on (n, d_in) activations. Returns it, and what training took.
+def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[SAETrainer[Any, Any], dict[str, Any]]:
+    """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, and what training took.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
@@ -106,17 +108,28 @@ def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tupl
     trainer.fit()
     took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
-    return sae, {
+    return trainer, {
         **{name: round(value, 1) for name, value in took.items()},
         **{name: provenance[key] for key, name in _KEPT.items() if key in provenance},
     }
 
 
 def run_cell(cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations."""
-    sae, took = train_cell(cell, training, activations)
+    """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations.
+
+    Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
+    training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
+    """
+    trainer, took = train_cell(cell, training, activations)
+    sae = trainer.sae
     found = evaluate(sae, activations=held_out, ranks=False, progress=False)
-    measured = {name: getattr(found, name) for name in _MEASURED}
+    last_steps = round(_LAST_SHARE * training.steps)
+    silent = (found.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
+    measured = {
+        **{name: getattr(found, name) for name in _MEASURED},
+        "silent_fraction": float(silent.double().mean()),
+        "silent_tokens": found.n_tokens + last_steps * training.batch_size,
+    }
     return sae, {**measured, **took}
 
 
