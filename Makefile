@@ -67,6 +67,7 @@ claims: install
 	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 100000 \
 		--held-out-tokens 40000 --training-tokens 150000 --save-saes
 	$(BIN)/python -m tests.benchmarks.claims_steps
+	$(BIN)/python -m tests.benchmarks.claims_saes
 	$(BIN)/python -m tests.benchmarks.claims
 
 format: install

@@ -43,7 +43,7 @@ def test_a_worse_result_takes_the_verdict_away(claim, evidence):
     for rows in worse.sweeps.values():
         for row in rows:
             if row["method"] in ("asi", "asi_sparse_adam"):
-                row.update(nmse=9.0, dead_fraction=0.9, seconds=1e9)
+                row.update(nmse=9.0, dead_fraction=0.9, silent_fraction=0.9, seconds=1e9)
     worse.steps["seconds"]["asi_sparse_adam 65536"] = 1e9
     assert claim(worse).verdict == FAILS
 

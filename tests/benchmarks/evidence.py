@@ -53,6 +53,8 @@ class Evidence:
         self.factors = _lines(results / "factors.jsonl")
         self.bias = _lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
+        # The frontier's middle was trained for the sizes.
+        self.sweeps["frontier"] += [row for row in self.sweeps["d_sae"] if (row["d_sae"], row["seed"]) == (8192, 0)]
         self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
 

@@ -1,0 +1,59 @@
+"""What needs the model itself: predictions with SAEs of the sweeps in place, and dead features by hook and rank.
+
+    python -m tests.benchmarks.claims_saes [--sweeps FOLDER]
+
+Reads the SAEs that `make claims` saved; writes results/claims/evaluations.json and the figure of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+
+from saelens_asi import evaluate, plots
+from saelens_asi.evaluation.plots import dead_against_rank
+from saelens_asi.loading import load_documents, load_model
+from saelens_asi.sweep import METHODS, Cell, read_sweep
+from saelens_asi.sweep.run import sae_folder
+from tests.benchmarks.claims import FIGURES
+from tests.benchmarks.evidence import RESULTS
+
+HOOK = "blocks.15.hook_attn_out"
+CONTEXT, LOSS_TOKENS = 128, 8192
+
+
+def load(sweep: Path, cell: Cell, hook_name: str) -> Any:
+    sae = SAE.load_from_disk(sae_folder(sweep, cell, hook_name))
+    sae.cfg.metadata.hook_name = hook_name
+    return sae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims")
+    sweeps = parser.parse_args().sweeps
+    model = load_model("smollm2")
+    _, held_out = load_documents("bible", 100_000)
+
+    methods = ("topk", "auxk", "asi", "asi_sparse_adam")
+    saes = {name: load(sweeps / "d_sae", Cell(**METHODS[name]), HOOK) for name in methods}
+    found = evaluate(saes, model, held_out, n_tokens=LOSS_TOKENS, loss_tokens=LOSS_TOKENS, context_size=CONTEXT)
+    kept = {name: one.loss.to_dict() for name, one in found.items()}
+    path = RESULTS / "claims" / "evaluations.json"
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+    rows = read_sweep(sweeps / "hooks")
+    cell = Cell(**METHODS["topk"], d_sae=rows[0]["d_sae"])
+    saes = {row["hook_name"]: load(sweeps / "hooks", cell, row["hook_name"]) for row in rows}
+    n_tokens = rows[0]["n_tokens"]
+    ranks = evaluate(saes, model, held_out, n_tokens=n_tokens, loss_tokens=0, context_size=CONTEXT)
+    figure = plots.save(dead_against_rank(ranks), FIGURES / "dead_against_rank.png")
+    print(f"written: {path}\nwritten: {figure}")
+
+
+if __name__ == "__main__":
+    main()
