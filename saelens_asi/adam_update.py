@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saelens_asi.kernels import kernels_take, run_kernel
+from saelens_asi.row_sparse import update_row_norms_
 
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
 _CHUNK_ENTRIES = 2**20
@@ -65,7 +66,12 @@ def adam_update_(
 
 
 def adam_update_rows_(
-    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+    tensors: Sequence[Tensor],
+    rows: Tensor,
+    grad: Tensor,
+    step: Tensor | float,
+    settings: AdamSettings,
+    norms: Tensor | None = None,
 ) -> None:
     """``adam_update_`` of some rows; all others keep their bits.
 
@@ -75,10 +81,19 @@ def adam_update_rows_(
         grad: (n_rows, ...) gradient of those rows.
         step: steps taken: a number, or (n_rows,).
         settings: of the update.
+        norms: (n,) Euclidean norms of the rows of a parameter (n, d), of which those of ``rows`` are renewed.
     """
-    if kernels_take(*tensors, grad):
-        _update_compiled_(tensors, rows, grad, step, settings)
+    if kernels_take(*tensors, grad, *([] if norms is None else [norms])):
+        _update_compiled_(tensors, rows, grad, step, settings, norms)
         return
+    _update_by_torch_(tensors, rows, grad, step, settings)
+    if norms is not None:
+        update_row_norms_(norms, tensors[0], rows)
+
+
+def _update_by_torch_(
+    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+) -> None:
     n, row_size = tensors[0].shape[0], max(1, grad[:1].numel())
     chunk = max(1, _CHUNK_ENTRIES // row_size)
     if isinstance(step, Tensor):
@@ -98,7 +113,12 @@ def adam_update_rows_(
 
 
 def _update_compiled_(
-    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+    tensors: Sequence[Tensor],
+    rows: Tensor,
+    grad: Tensor,
+    step: Tensor | float,
+    settings: AdamSettings,
+    norms: Tensor | None,
 ) -> None:
     """Every number of the rows is read and written once."""
     lr, beta1, beta2, eps, divisor = settings
@@ -107,7 +127,8 @@ def _update_compiled_(
     by_row = [tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in (*tensors, grad)]
     corrections = [value.expand(rows.numel()).contiguous() for value in (step_size, root_scale)]
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1.0 if divisor is None else 1 / float(divisor))
-    run_kernel("adam_rows", rows.numel(), *by_row[:3], rows, by_row[3], *corrections, *numbers)
+    norms = grad.new_empty(0) if norms is None else norms
+    run_kernel("adam_rows", rows.numel(), *by_row[:3], rows, by_row[3], norms, *corrections, *numbers)
 
 
 def _update_gathered_(

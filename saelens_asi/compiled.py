@@ -48,6 +48,7 @@ def _integers(dtype: Any) -> Any:
     _matrix,
     _vector,
     _vector,
+    _vector,
     _scalar,
     _scalar,
     _scalar,
@@ -61,6 +62,7 @@ def adam_rows(
     exp_avg_sq: Any,
     rows: Any,
     grad: Any,
+    norms: Any,
     step_size: Any,
     root_scale: Any,
     beta1: Any,
@@ -72,8 +74,12 @@ def adam_rows(
     lo: int,
     hi: int,
 ) -> None:
-    """Adam for ``rows[lo:hi]``; ``step_size`` and ``root_scale`` (n_rows,) carry the bias corrections."""
+    """Adam for ``rows[lo:hi]``; ``step_size`` and ``root_scale`` (n_rows,) carry the bias corrections.
+
+    The new lengths of these rows go to ``norms`` (n,), unless that is empty.
+    """
     for i in range(lo, hi):
+        length = norms.dtype.type(0)
         p, m, v, g = param[rows[i]], exp_avg[rows[i]], exp_avg_sq[rows[i]], grad[i]
         for j in range(p.shape[0]):
             gradient = g[j] * grad_scale
@@ -81,7 +87,11 @@ def adam_rows(
             square = beta2 * v[j] + rest2 * gradient * gradient
             m[j] = mean
             v[j] = square
-            p[j] -= step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
+            number = p[j] - step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
+            p[j] = number
+            length += number * number
+        if norms.shape[0] > 0:
+            norms[rows[i]] = math.sqrt(length)
 
 
 @_for_both_dtypes(
@@ -143,3 +153,40 @@ def feature_gradients(
             square += encoder[j] * encoder[j] + decoder[j] * decoder[j]
         d_bias[i] = total
         squares[i] = square + total * total
+
+
+@_for_both_dtypes(_matrix, _vector, _matrix, _matrix, _vector, _scalar)
+def squared_errors(
+    decoded: Any, bias: Any, target: Any, gradient: Any, errors: Any, scale: Any, lo: int, hi: int
+) -> None:
+    """``bias`` is added to ``decoded``; its squared distance from ``target`` goes to ``errors`` (n_rows,), and
+    ``scale`` times the difference to ``gradient``.
+    """
+    for i in range(lo, hi):
+        row, wanted, slope = decoded[i], target[i], gradient[i]
+        total = errors.dtype.type(0)
+        for j in range(row.shape[0]):
+            number = row[j] + bias[j]
+            difference = number - wanted[j]
+            row[j] = number
+            slope[j] = scale * difference
+            total += difference * difference
+        errors[i] = total
+
+
+@njit([void(*[int64[::1]] * 5, int64, int64)], nogil=True, cache=True)
+def sort_by_feature(features: Any, row_starts: Any, starts: Any, order: Any, rows: Any, lo: int, hi: int) -> None:
+    """A stable counting sort of all entries, which one thread does alone: it has the only row, 0 to 1.
+
+    ``order`` and ``rows`` get position and row of each entry, feature after feature. ``starts`` (n_features + 2,),
+    zeros before, gets where each feature begins, and the number of entries twice.
+    """
+    for e in range(features.shape[0]):
+        starts[features[e] + 2] += 1
+    for f in range(2, starts.shape[0]):
+        starts[f] += starts[f - 1]
+    for row in range(row_starts.shape[0] - 1):
+        for e in range(row_starts[row], row_starts[row + 1]):
+            place = starts[features[e] + 1]
+            order[place], rows[place] = e, row
+            starts[features[e] + 1] = place + 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saelens_asi.kernels import kernels_take, run_kernel
 from saelens_asi.workspace import Workspace
 
 # Rows of a gradient made at once: a few MiB, which the allocator has at hand; larger ones it asks the system for.
@@ -82,11 +83,21 @@ class Activations:
         )
 
     def by_feature(self) -> FeatureOrder:
-        """The entries in the order of their features."""
+        """The entries in the order of their features; entries of a feature keep theirs."""
+        if self.features.numel() > 0 and kernels_take(self.values):
+            return self._by_feature_compiled()
         features, order = torch.sort(self.features, stable=True)
         active, counts = torch.unique_consecutive(features, return_counts=True)
         starts = functional.pad(counts.cumsum(0), (1, 0))
         return FeatureOrder(active, starts, order, self.row_of_entry()[order])
+
+    def _by_feature_compiled(self) -> FeatureOrder:
+        features = self.features.contiguous()
+        starts = features.new_zeros(int(features.max()) + 3)
+        order, rows = torch.empty_like(features), torch.empty_like(features)
+        run_kernel("sort_by_feature", 1, features, self.row_starts.contiguous(), starts, order, rows)
+        active = (starts[1:-1] > starts[:-2]).nonzero().squeeze(1)
+        return FeatureOrder(active, functional.pad(starts[active], (0, 1), value=features.numel()), order, rows)
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,20 @@ class FeatureOrder:
             starts = self.starts[first : first + _CHUNK_ROWS + 1] - lo
             out[first : first + _CHUNK_ROWS] = _weighted_sums(source, rows[lo:hi], starts, weights[lo:hi])
         return RowGradient(self.active, out)
+
+
+def row_norms(table: Tensor) -> Tensor:
+    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider."""
+    return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
+
+
+def update_row_norms_(norms: Tensor, table: Tensor, rows: Tensor, chunk: int = 2048) -> None:
+    """Renew the norms of some rows. Where most rows are meant, reading all in order is quicker than picking them."""
+    if rows.numel() > table.shape[0] // 4:
+        norms.copy_(row_norms(table))
+        return
+    for part in rows.split(chunk):
+        norms[part] = row_norms(table[part])
 
 
 def weighted_row_sum(table: Tensor, weights: RowGradient) -> Tensor:

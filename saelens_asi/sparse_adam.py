@@ -31,6 +31,7 @@ class SparseAdam(Optimizer):
     - A sparse (COO) gradient, as from ``nn.Embedding(sparse=True)``, names its own rows along dimension 0.
     - A ``RowGradient`` in ``row_gradients[param]`` stands in for ``param.grad``, with rows along ``row_dim``: no
       tensor of the parameter's size need exist. It is forgotten by ``zero_grad``, as gradients are.
+      ``row_norms[param]`` (n_rows,), where given beside it, are norms of the rows that the step is to keep up to date.
 
     Bias correction, ``bias_correction``:
 
@@ -63,11 +64,12 @@ class SparseAdam(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction, "row_dim": row_dim}
         self.row_gradients: dict[Tensor, RowGradient] = {}
+        self.row_norms: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.row_gradients = {}
+        self.row_gradients, self.row_norms = {}, {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -93,6 +95,7 @@ class SparseAdam(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.row_gradients.clear()
+        self.row_norms.clear()
 
     def _step_param(self, param: Tensor, gradient: Tensor | RowGradient, group: dict[str, Any]) -> None:
         row_dim = 0 if isinstance(gradient, Tensor) and gradient.is_sparse else group["row_dim"]
@@ -114,7 +117,8 @@ class SparseAdam(Optimizer):
             state["row_step"][rows] += 1
             row_step = state["row_step"][rows].to(state["exp_avg"].dtype)
         by_row = [tensor.movedim(row_dim, 0) for tensor in tensors]
-        adam_update_rows_(by_row, rows, values, step if row_step is None else row_step, settings)
+        steps = step if row_step is None else row_step
+        adam_update_rows_(by_row, rows, values, steps, settings, self.row_norms.get(param))
 
     def _state_of(self, param: Tensor, row_dim: int | None, bias_correction: str) -> dict[str, Any]:
         state = self.state[param]

@@ -24,6 +24,8 @@ class Entries(NamedTuple):
     scores: Tensor
 
     def where(self, mask: Tensor) -> Entries:
+        if mask.all():
+            return self
         return Entries(self.tokens[mask], self.features[mask], self.scores[mask])
 
 
@@ -108,6 +110,25 @@ def stack_levels(levels: Sequence[Entries], n_tokens: int) -> Activations:
         features, scores = features[order], scores[order]
     counts = torch.bincount(rows, minlength=len(levels) * n_tokens)
     return Activations(functional.pad(counts.cumsum(0), (1, 0)), features, scores)
+
+
+def squared_error_(
+    decoded: Tensor, bias: Tensor, target: Tensor, workspace: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the bias in place; the mean squared distance to the target, and its gradients by decoded rows and bias.
+
+    For tensors that ``kernels_take``: one look at each number, where autograd writes several tensors of their size.
+
+    Args:
+        decoded: (n_tokens, d_in).
+        bias: (d_in,).
+        target: (n_tokens, d_in).
+        workspace: holds the gradient of the decoded rows until it is used for the next step.
+    """
+    n_tokens = decoded.shape[0]
+    gradient, errors = workspace.take("decoded gradient", decoded.shape, decoded), decoded.new_empty(n_tokens)
+    run_kernel("squared_errors", n_tokens, decoded, bias, target, gradient, errors, 2 / max(1, n_tokens))
+    return errors.mean(), gradient, gradient.sum(dim=0)
 
 
 def topk_gradients(

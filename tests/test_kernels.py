@@ -11,7 +11,8 @@ import torch
 from saelens_asi import kernels
 from saelens_asi.adam_update import AdamSettings, adam_update_rows_
 from saelens_asi.kernels import kernels_take, load_kernels
-from saelens_asi.topk_step import Entries, stack_levels, topk_gradients
+from saelens_asi.row_sparse import row_norms
+from saelens_asi.topk_step import Entries, squared_error_, stack_levels, topk_gradients
 from saelens_asi.workspace import Workspace
 
 
@@ -86,6 +87,31 @@ def test_gradients_and_their_norm_are_those_of_torch(dtype, tolerance, n_tokens,
         torch.testing.assert_close(ours.values, theirs.values, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(compiled.b_dec, by_torch.b_dec, rtol=tolerance, atol=10 * tolerance)
     torch.testing.assert_close(compiled.norm(), by_torch.norm(), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_squared_error_and_its_gradients_are_those_of_autograd(dtype, tolerance):
+    pytest.importorskip("numba")
+    decoded, target = torch.randn(2, 50, 21, dtype=dtype)
+    bias = torch.randn(21, dtype=dtype)
+    inputs = [decoded.clone().requires_grad_(), bias.clone().requires_grad_()]
+    loss = (inputs[0] + inputs[1] - target).square().sum(dim=1).mean()
+    loss.backward()
+    found, *gradients = squared_error_(decoded, bias, target, Workspace())
+    torch.testing.assert_close(found, loss.detach(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(decoded, (inputs[0] + bias).detach(), rtol=0, atol=0)
+    for gradient, expected in zip(gradients, inputs, strict=True):
+        torch.testing.assert_close(gradient, expected.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_norms_of_updated_rows_are_renewed(dtype, tolerance):
+    rows, tensors = torch.arange(0, 200, 3), [torch.rand(200, 576, dtype=dtype) for _ in range(3)]
+    norms = row_norms(tensors[0])
+    settings = AdamSettings(1e-2, 0.9, 0.99, 1e-8)
+    adam_update_rows_(tensors, rows, torch.randn(67, 576, dtype=dtype), 3.0, settings, norms)
+    torch.testing.assert_close(norms, tensors[0].double().norm(dim=1).to(dtype), rtol=tolerance, atol=0)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

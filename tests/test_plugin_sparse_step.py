@@ -16,7 +16,8 @@ from torch import Tensor
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.plugin import sparse_topk
 from saelens_asi.plugin.sparse_topk import dense_path_reason, sparse_pass
-from saelens_asi.plugin.sparse_training import SparseTrainer, row_norms, update_row_norms_
+from saelens_asi.plugin.sparse_training import SparseTrainer
+from saelens_asi.row_sparse import row_norms
 from saelens_asi.workspace import Workspace
 from tests import tiny
 
@@ -197,13 +198,22 @@ def test_a_decoder_written_to_from_outside_is_noticed():
     torch.testing.assert_close(norms, trainer.sae.W_dec.detach().norm(dim=1))
 
 
-@pytest.mark.parametrize("n_rows", [3, 200])
-def test_norms_of_changed_rows_are_renewed(n_rows):
-    table = torch.randn(400, 8)
-    norms, rows = row_norms(table), torch.randperm(400)[:n_rows].sort().values
-    table[rows] *= 3
-    update_row_norms_(norms, table, rows)
-    torch.testing.assert_close(norms, table.norm(dim=1))
+@pytest.mark.usefixtures("both_ways")
+def test_norms_follow_the_decoder_from_step_to_step():
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    trainer.step(next(tiny.batches()))
+    torch.testing.assert_close(trainer._decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_a_loss_of_the_callers_own_is_kept():
+    sae, twin = _sae("topk"), _sae("topk")
+    sae.mse_loss_fn = twin.mse_loss_fn = lambda predicted, target: (predicted - target).pow(4)
+    step_input = _input(0, sae.dtype)
+    output, gradients, _ = _sparse(sae, step_input)
+    expected = twin.training_forward_pass(step_input)
+    expected.loss.backward()
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    torch.testing.assert_close(gradients["W_dec"], twin.W_dec.grad)
 
 
 def test_no_gradient_of_full_size_is_ever_made(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelens_asi import row_sparse as module
-from saelens_asi.row_sparse import Activations, RowGradient, total_norm, weighted_row_sum
+from saelens_asi.row_sparse import Activations, RowGradient, row_norms, total_norm, update_row_norms_, weighted_row_sum
 from saelens_asi.workspace import Workspace
 
 D_SAE, D_IN = 40, 6
@@ -49,6 +49,29 @@ def test_products_and_sums_are_those_of_dense_matrices(counts, chunk):
     assert torch.equal(sums.rows, active)
     torch.testing.assert_close(sums.to_dense(D_SAE), _dense(activations, weights).t() @ left)
     torch.testing.assert_close(order.sums(weights).to_dense(D_SAE), _dense(activations, weights).sum(dim=0))
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("counts", [[0], [1], [0, 3, 0, 40, 0], [7] * 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entries_of_a_feature_stay_in_order(counts, dtype):
+    activations = _activations(counts, dtype)
+    order = activations.by_feature()
+    features, positions = torch.sort(activations.features, stable=True)
+    active, n_entries = torch.unique_consecutive(features, return_counts=True)
+    assert torch.equal(order.order, positions)
+    assert torch.equal(order.rows, activations.row_of_entry()[positions])
+    assert torch.equal(order.active, active)
+    assert torch.equal(order.starts, torch.cat([torch.tensor([0]), n_entries.cumsum(0)]))
+
+
+@pytest.mark.parametrize("n_rows", [3, 200])
+def test_norms_of_changed_rows_are_renewed(n_rows):
+    table = torch.randn(400, 8)
+    norms, rows = row_norms(table), torch.randperm(400)[:n_rows].sort().values
+    table[rows] *= 3
+    update_row_norms_(norms, table, rows)
+    torch.testing.assert_close(norms, table.norm(dim=1))
 
 
 def test_rows_of_the_source_repeat_level_by_level():

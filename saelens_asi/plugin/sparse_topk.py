@@ -9,10 +9,11 @@ import torch
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
+from saelens_asi.kernels import kernels_take
 from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.top_k import Encoder, Query, encode_top_k, encode_top_k_among
 from saelens_asi.topk_step import (
@@ -20,6 +21,7 @@ from saelens_asi.topk_step import (
     TopKGradients,
     encode_batch_top_k,
     entries_of,
+    squared_error_,
     stack_levels,
     topk_gradients,
 )
@@ -27,6 +29,9 @@ from saelens_asi.workspace import Workspace
 
 # With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
 _MAX_DEAD_SHARE = 0.1
+
+# Normalizations that the SAE undoes itself, with statistics that serve once.
+_NORMALIZED_INSIDE = ("constant_norm_rescale", "layer_norm")
 
 _FAMILY = (TopKTrainingSAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 _PARAMETERS = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -120,9 +125,7 @@ def sparse_pass(
         hidden_pre, *auxiliary_entries = [_unscaled(entries, decoder_norms) for entries in (active, *answers)]
         activations = stack_levels([*_by_level(sae, hidden_pre), *auxiliary_entries], x.shape[0])
         decoded = activations.decode(sae.W_dec)
-    decoded, b_dec = decoded.requires_grad_(), sae.b_dec.detach().requires_grad_()
-    loss, losses, sae_out = _losses(sae, step_input, decoded.unflatten(0, (-1, x.shape[0])), b_dec, auxiliary)
-    d_decoded, d_b_dec = torch.autograd.grad(loss, [decoded, b_dec])
+    loss, losses, sae_out, d_decoded, d_b_dec = _losses_and_gradients(sae, step_input, decoded, auxiliary, workspace)
     with torch.no_grad():
         gradients = topk_gradients(activations, d_decoded, x, sae.W_enc, sae.W_dec, workspace)
         if sae.cfg.apply_b_dec_to_input:
@@ -211,6 +214,29 @@ def _by_level(sae: Any, entries: Entries) -> list[Entries]:
     widths = torch.tensor(_widths(sae), device=entries.features.device)
     level = torch.bucketize(entries.features, widths, right=True)
     return [entries.where(level == i) for i in range(len(widths))] if len(widths) > 1 else [entries]
+
+
+def _losses_and_gradients(
+    sae: Any, step_input: TrainStepInput, decoded: Tensor, auxiliary: list[AuxiliaryLevel], workspace: Workspace
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """What ``_losses`` gives, and the gradients by the decoded rows and by b_dec."""
+    b_dec = sae.b_dec.detach()
+    if not auxiliary and _is_squared_error(sae, decoded) and kernels_take(decoded, b_dec, step_input.sae_in):
+        loss, d_decoded, d_b_dec = squared_error_(decoded, b_dec, step_input.sae_in, workspace)
+        losses = {"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_tensor(0.0)}
+        return loss, losses, decoded, d_decoded, d_b_dec
+    decoded, b_dec = decoded.requires_grad_(), b_dec.requires_grad_()
+    levels = decoded.unflatten(0, (-1, step_input.sae_in.shape[0]))
+    loss, losses, sae_out = _losses(sae, step_input, levels, b_dec, auxiliary)
+    d_decoded, d_b_dec = torch.autograd.grad(loss, [decoded, b_dec])
+    return loss, losses, sae_out, d_decoded, d_b_dec
+
+
+def _is_squared_error(sae: Any, decoded: Tensor) -> bool:
+    """Whether the loss is the squared error of one level, without normalization of activations or another shape."""
+    if len(_widths(sae)) > 1 or sae.mse_loss_fn is not mse_loss or sae.cfg.normalize_activations in _NORMALIZED_INSIDE:
+        return False
+    return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(decoded), sae.d_head) is decoded
 
 
 def _losses(

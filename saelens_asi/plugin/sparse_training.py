@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from saelens_asi.kernels import load_kernels
 from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
-from saelens_asi.row_sparse import RowGradient
+from saelens_asi.row_sparse import RowGradient, row_norms
 from saelens_asi.screening import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.workspace import Workspace
@@ -118,6 +118,8 @@ class SparseTrainer(SAETrainer[Any, Any]):
         if isinstance(self.optimizer, SparseAdam):
             for param, gradient in by_row.items():
                 self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
+            if self._decoder_norms is not None:
+                self.optimizer.row_norms[sae.W_dec] = self._decoder_norms
         else:
             self._spread(by_row, divisor)
         self.optimizer.step()
@@ -125,8 +127,6 @@ class SparseTrainer(SAETrainer[Any, Any]):
         if self._screen is None:  # Adam has moved every row
             self._decoder_norms = None
             return
-        if self._decoder_norms is not None:
-            update_row_norms_(self._decoder_norms, sae.W_dec, done.gradients.W_dec.rows)
         self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
 
     def _spread(self, by_row: Mapping[Tensor, RowGradient], divisor: Tensor) -> None:
@@ -190,20 +190,6 @@ def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
         row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
         by_dim.setdefault(row_dim, []).append(param)
     return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
-
-
-def row_norms(table: Tensor) -> Tensor:
-    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider."""
-    return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
-
-
-def update_row_norms_(norms: Tensor, table: Tensor, rows: Tensor, chunk: int = 2048) -> None:
-    """Renew the norms of some rows. Where most rows are meant, reading all in order is quicker than picking them."""
-    if rows.numel() > table.shape[0] // 4:
-        norms.copy_(row_norms(table))
-        return
-    for part in rows.split(chunk):
-        norms[part] = row_norms(table[part])
 
 
 def _contiguous_state(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
