@@ -13,6 +13,7 @@ sparsify takes part where it is installed (``pip install --no-deps eai-sparsify 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -171,7 +172,11 @@ def _status(key: str) -> int:
 
 
 def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, float]:
-    """Median seconds of the parts of our step; what is not listed there is the last but one entry."""
+    """Median seconds of the parts of our step; what is not listed there is the last but one entry.
+
+    A stop of the machine falls into one part of one repetition, and no median sees it.
+    """
+    gc.collect()  # of trainers that were measured before
     trainer = make_trainer(args, data, optimizer="sparse_adam")
     totals: dict[str, float] = defaultdict(float)
 
@@ -201,11 +206,10 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         totals.clear()
         trainer.step(x)
         if i >= args.warm_up:
-            for part, seconds in totals.items():
+            whole = totals.pop("whole step")
+            for part, seconds in {**totals, "everything else": whole - sum(totals.values()), "whole step": whole}.items():
                 runs[part].append(seconds)
-    medians = {part: statistics.median(seconds) for part, seconds in runs.items()}
-    whole = medians.pop("whole step")
-    return {**medians, "everything else": whole - sum(medians.values()), "whole step": whole}
+    return {part: statistics.median(seconds) for part, seconds in runs.items()}
 
 
 def machine() -> dict[str, Any]:
