@@ -40,6 +40,22 @@ def _integers(dtype: Any) -> Any:
     return int64[::1]
 
 
+@njit([dtype(dtype[::1]) for dtype in (float32, float64)], nogil=True, cache=True, fastmath=FASTMATH)
+def _length(row: Any) -> Any:
+    """The Euclidean norm of a row, to the same bits wherever it is asked for."""
+    total = row.dtype.type(0)
+    for j in range(row.shape[0]):
+        total += row[j] * row[j]
+    return math.sqrt(total)
+
+
+@_for_both_dtypes(_matrix, _vector)
+def row_lengths(table: Any, norms: Any, lo: int, hi: int) -> None:
+    """The norms of the rows of ``table`` (n, d) go to ``norms`` (n,)."""
+    for i in range(lo, hi):
+        norms[i] = _length(table[i])
+
+
 @_for_both_dtypes(
     _matrix,
     _matrix,
@@ -79,7 +95,6 @@ def adam_rows(
     The new lengths of these rows go to ``norms`` (n,), unless that is empty.
     """
     for i in range(lo, hi):
-        length = norms.dtype.type(0)
         p, m, v, g = param[rows[i]], exp_avg[rows[i]], exp_avg_sq[rows[i]], grad[i]
         for j in range(p.shape[0]):
             gradient = g[j] * grad_scale
@@ -87,11 +102,9 @@ def adam_rows(
             square = beta2 * v[j] + rest2 * gradient * gradient
             m[j] = mean
             v[j] = square
-            number = p[j] - step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
-            p[j] = number
-            length += number * number
+            p[j] -= step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
         if norms.shape[0] > 0:
-            norms[rows[i]] = math.sqrt(length)
+            norms[rows[i]] = _length(p)
 
 
 @_for_both_dtypes(

@@ -145,7 +145,11 @@ class FeatureOrder:
 
 
 def row_norms(table: Tensor) -> Tensor:
-    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider."""
+    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider; to the bits that SparseAdam keeps up to date."""
+    if kernels_take(table):
+        norms = table.new_empty(table.shape[0])
+        run_kernel("row_lengths", table.shape[0], table, norms)
+        return norms
     return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
 
 

@@ -105,13 +105,15 @@ def test_the_squared_error_and_its_gradients_are_those_of_autograd(dtype, tolera
 
 
 @pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("width", [1, 7, 64, 576])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_norms_of_updated_rows_are_renewed(dtype, tolerance):
-    rows, tensors = torch.arange(0, 200, 3), [torch.rand(200, 576, dtype=dtype) for _ in range(3)]
+def test_norms_of_updated_rows_are_renewed(dtype, tolerance, width):
+    rows, tensors = torch.arange(0, 200, 3), [torch.rand(200, width, dtype=dtype) for _ in range(3)]
     norms = row_norms(tensors[0])
     settings = AdamSettings(1e-2, 0.9, 0.99, 1e-8)
-    adam_update_rows_(tensors, rows, torch.randn(67, 576, dtype=dtype), 3.0, settings, norms)
+    adam_update_rows_(tensors, rows, torch.randn(67, width, dtype=dtype), 3.0, settings, norms)
     torch.testing.assert_close(norms, tensors[0].double().norm(dim=1).to(dtype), rtol=tolerance, atol=0)
+    assert torch.equal(norms, row_norms(tensors[0]))  # or a resumed run would not be that which was interrupted
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
