@@ -50,25 +50,34 @@ lorsa: install
 
 SWEEP = $(BIN)/saelens-asi sweep --cache sweep_activations --hooks blocks.15.hook_attn_out
 CLAIMS = tests/benchmarks/results/claims
+SIZES = $(SWEEP) --out $(CLAIMS)/d_sae
+METHODS = --methods asi_sparse_adam topk auxk
 HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,blocks.$(layer).hook_$(kind)))
 
 # Each sweep goes on where it stopped, and is done at once where its results are there.
 claims: install
-	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 --methods asi_sparse_adam asi topk auxk --seed 0 1 2 --save-saes
-	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 4096 16384 32768 65536 --methods asi_sparse_adam asi topk auxk
-	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 131072 --methods asi_sparse_adam topk auxk
-	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 65536 --methods auxk --norm decoder_init_norm --aux-loss-coefficient 1
-	$(SWEEP) --out $(CLAIMS)/d_sae --d-sae 8192 65536 --methods topk auxk --lr 0.002
+	$(SIZES) --d-sae 8192 $(METHODS) asi --seed 0 1 2 --save-saes
+	$(SIZES) --d-sae 8192 32768 65536 --methods asi_sparse_adam --lr 0.0005 --save-saes
+	$(SIZES) --d-sae 32768 65536 131072 --methods asi_sparse_adam --lr 0.0003
+	$(SIZES) --d-sae 65536 --methods asi_sparse_adam --lr 0.001 0.0002
+	$(SIZES) --d-sae 65536 --methods asi_sparse_adam --lr 0.0005 --seed 1 2
+	$(SIZES) --d-sae 65536 --methods asi --lr 0.0003
+	$(SIZES) --d-sae 4096 16384 32768 $(METHODS)
+	$(SIZES) --d-sae 65536 131072 --methods topk auxk
+	$(SIZES) --d-sae 8192 --methods topk auxk --lr 0.002 0.0005
+	$(SIZES) --d-sae 65536 --methods topk --lr 0.002 0.0005
+	$(SIZES) --d-sae 65536 --methods auxk --lr 0.002
+	$(SIZES) --d-sae 65536 --methods auxk --norm decoder_init_norm --aux-loss-coefficient 1
 	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace active random --d-init 16 32 64 128 256 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --k 8 16 32 64 --methods asi_sparse_adam topk auxk
-	$(SWEEP) --out $(CLAIMS)/paper --d-sae 32768 --methods asi_paper_sparse_adam asi_paper
+	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 $(METHODS) --k 8 64
+	$(SWEEP) --out $(CLAIMS)/paper --d-sae 8192 32768 --methods asi_paper_sparse_adam asi_paper
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --methods asi_sparse_adam auxk \
 		--architecture batchtopk matryoshka_batchtopk
-	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 100000 \
-		--held-out-tokens 40000 --training-tokens 150000 --save-saes
-	$(BIN)/python -m tests.benchmarks.claims_steps
-	$(BIN)/python -m tests.benchmarks.claims_saes
-	$(BIN)/python -m tests.benchmarks.claims
+	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
+		--held-out-tokens 40000 --save-saes
+	$(BIN)/python -m tests.benchmarks.claims.steps
+	$(BIN)/python -m tests.benchmarks.claims.saes
+	$(BIN)/python -m tests.benchmarks.claims.page
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ from typing import Any
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.figures import best_rates
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 HOLDS, PARTLY, FAILS = "holds", "partly", "does not hold here"
 Row = Mapping[str, Any]

@@ -1,6 +1,6 @@
-"""What needs the model itself: predictions with SAEs of the sweeps in place, and dead features by hook and rank.
+"""What needs the model itself: predictions with SAEs of the sweeps in place, dead features by more tokens, and by rank.
 
-    python -m tests.benchmarks.claims_saes [--sweeps FOLDER]
+    python -m tests.benchmarks.claims.saes [--sweeps FOLDER]
 
 Reads the SAEs that `make claims` saved; writes results/claims/evaluations.json and the figure of ranks.
 """
@@ -18,12 +18,14 @@ from saelens_asi import evaluate, plots
 from saelens_asi.evaluation.plots import dead_against_rank
 from saelens_asi.loading import load_documents, load_model
 from saelens_asi.sweep import METHODS, Cell, read_sweep
+from saelens_asi.sweep.figures import best_rates
 from saelens_asi.sweep.run import sae_folder
-from tests.benchmarks.claims import FIGURES
-from tests.benchmarks.evidence import RESULTS
+from tests.benchmarks.claims.evidence import RESULTS
+from tests.benchmarks.claims.page import FIGURES
 
 HOOK = "blocks.15.hook_attn_out"
 CONTEXT, LOSS_TOKENS = 128, 8192
+GOAL = 65_536
 
 
 def load(sweep: Path, cell: Cell, hook_name: str) -> Any:
@@ -42,7 +44,13 @@ def main() -> None:
     methods = ("topk", "auxk", "asi", "asi_sparse_adam")
     saes = {name: load(sweeps / "d_sae", Cell(**METHODS[name]), HOOK) for name in methods}
     found = evaluate(saes, model, held_out, n_tokens=LOSS_TOKENS, loss_tokens=LOSS_TOKENS, context_size=CONTEXT)
-    kept = {name: one.loss.to_dict() for name, one in found.items()}
+    kept = {"loss": {name: one.loss.to_dict() for name, one in found.items()}}
+
+    best = best_rates(row for row in read_sweep(sweeps / "d_sae") if (row["d_sae"], row["seed"]) == (GOAL, 0))
+    (ours,) = (row for row in best if row["method"] == "asi_sparse_adam")
+    large = load(sweeps / "d_sae", Cell(d_sae=GOAL, lr=ours["lr"]), HOOK)
+    counted = evaluate(large, model, held_out, loss_tokens=0, context_size=CONTEXT)
+    kept["finished"] = {name: getattr(counted, name) for name in ("n_tokens", "dead_fraction", "nmse")}
     path = RESULTS / "claims" / "evaluations.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -1,0 +1,95 @@
+"""Claims about the activations, and what their rank does to dictionaries."""
+
+from __future__ import annotations
+
+from saelens_asi.evaluation.plots import rank_correlation
+from tests.benchmarks.claims.evidence import Claim, Evidence, mean, verdict
+
+SPECTRA = "make spectra"
+
+
+def low_rank(e: Evidence) -> Claim:
+    shares = {k: e.spectrum_mean(k, "effective_rank_share") for k in ("attn_out", "mlp_out", "resid_post", "hook_z")}
+    dims = {kind: e.spectrum_mean(kind, "dimension_99_share") for kind in shares}
+    text = "; ".join(f"{kind} {shares[kind]:.0%} ({dims[kind]:.0%})" for kind in shares)
+    lowest = all(shares["attn_out"] < shares[kind] for kind in ("mlp_out", "resid_post", "hook_z"))
+    return Claim(
+        "Attention outputs are low-rank, MLP outputs and residual streams are not: effective rank / d "
+        "(and share of the dimensions that hold 99 % of the variance)",
+        "attn_out 60 %; mlp_out and resid_post 90 %",
+        f"mean of 30 layers: {text}",
+        verdict(lowest and shares["attn_out"] < 0.65, min(shares["mlp_out"], shares["resid_post"]) > 0.85),
+        "30 layers",
+        SPECTRA,
+    )
+
+
+def decay(e: Evidence) -> Claim:
+    above = {
+        row["kind"]: row["above_5_percent"] / row["width"]
+        for row in e.spectra
+        if row["layer"] == 15 and row["kind"] != "hook_z"
+    }
+    return Claim(
+        "Singular values above 5 % of the largest, share of d, middle layer: few in attention outputs",
+        "attn_out 29 %, mlp_out 80 %, resid_post 96 %",
+        ", ".join(f"{kind} {share:.0%}" for kind, share in above.items()),
+        verdict(above["attn_out"] < above["mlp_out"], above["attn_out"] < above["resid_post"]),
+        "1 layer",
+        SPECTRA,
+    )
+
+
+def components(e: Evidence) -> Claim:
+    needed = {}
+    for name, losses in e.losses.items():
+        if name == "key":
+            continue
+        kl_zero = losses["zero"][1]
+        enough = [int(k) for k, (_, kl) in losses["components"].items() if 1 - kl / kl_zero >= 0.95]
+        needed[name.split("hook_")[1]] = min(enough) / 576
+    return Claim(
+        "Few components carry what the attention output does: share of d that recovers 95 % of the loss "
+        "(here: of the divergence from the model's own predictions)",
+        "attn_out 25 %, mlp_out 78 %, resid_post 86 %",
+        ", ".join(f"{kind} {share:.0%}" for kind, share in needed.items()),
+        verdict(needed["attn_out"] < 0.3 and needed["attn_out"] < needed["mlp_out"], needed["resid_post"] > 0.8),
+        "1 layer",
+        SPECTRA,
+    )
+
+
+def output_weights(e: Evidence) -> Claim:
+    rows = [(z["effective_rank_share"], o["effective_rank_share"]) for z in e.spectra for o in e.spectra
+            if (z["kind"], o["kind"]) == ("hook_z", "attn_out") and z["layer"] == o["layer"]]  # fmt: skip
+    lower = sum(o < z for z, o in rows)
+    return Claim(
+        "It is W_O that makes them so: Z is of higher rank than O = Z W_O",
+        "the tail of O falls through W_O",
+        f"Z {mean([{'z': z} for z, _ in rows], 'z'):.0%} of d, O {mean([{'o': o} for _, o in rows], 'o'):.0%}; "
+        f"O below Z in {lower} of {len(rows)} layers",
+        verdict(lower == len(rows)),
+        f"{len(rows)} layers",
+        SPECTRA,
+    )
+
+
+def dead_follows_rank(e: Evidence) -> Claim:
+    rows = e.cells("hooks")
+    ranks, dead = [row["effective_rank"] / row["d_in"] for row in rows], [row["dead_fraction"] for row in rows]
+    rho = rank_correlation(ranks, dead)
+    by_kind = {
+        kind: mean([row for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
+        for kind in ("attn_out", "mlp_out", "resid_post")
+    }
+    return Claim(
+        f"Dead features follow the rank: TopK, d_sae = {rows[0]['d_sae']:,}, {len(rows)} hooks",
+        "published SAEs: low-rank activations have many dead features",
+        f"rank correlation {rho:.2f}; mean dead {', '.join(f'{k} {v:.0%}' for k, v in by_kind.items())}",
+        verdict(rho < -0.5, by_kind["attn_out"] > max(by_kind["mlp_out"], by_kind["resid_post"])),
+        "1 seed a hook",
+        "make claims",
+    )
+
+
+CLAIMS = (low_rank, decay, components, output_weights, dead_follows_rank)

@@ -1,0 +1,103 @@
+"""Every claim of the paper beside what was measured here: writes tutorials/claims.md and its figures.
+
+    make claims                           # the sweeps behind it (hours on two cores), then the page
+    python -m tests.benchmarks.claims.page     # the page alone, from the results in tests/benchmarks/results
+
+Numbers and verdicts come from the result files; nothing on the page is written by hand but the paper's own figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from saelens_asi import plots
+from saelens_asi.sweep import sweep_figures
+from tests.benchmarks.claims import of_activations, of_lorsa, of_training
+from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, RESULTS, Claim, Evidence
+
+ROOT = Path(__file__).parent.parent.parent.parent
+PAGE = ROOT / "tutorials" / "claims.md"
+FIGURES = ROOT / "docs" / "claims"
+
+CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (*of_activations.CLAIMS, *of_training.CLAIMS, *of_lorsa.CLAIMS)
+
+
+INTRODUCTION = """# The paper's claims, measured again
+
+[arXiv 2508.16929](https://arxiv.org/abs/2508.16929) made its measurements on Llama-3.1-8B and others, with up to 2.5
+billion tokens a dictionary. Here is what one finds on SmolLM2-135M (d = 576, 30 layers) and the World English Bible on
+two CPU cores: the same questions at a thousandth of the scale. This page is generated (`make claims`); numbers and
+verdicts come from [result files](../tests/benchmarks/results).
+
+Unless a line says otherwise: attention output of layer 15, TopK with k = 32, {steps} steps of {batch:,} activations,
+each method at its best learning rate of those tried, errors and dead features on {held_out:,} held-out tokens (dead:
+fires on none of them; the paper counts over 10 million). **TopK** and **AuxK** start as the paper's do, evenly in all
+of d with the norm of the lowest initial error; AuxK's coefficient is 1/32, and a feature counts as dead for it after
+{dead_after:,} silent tokens. **ASI** is this package's default (active subspace of 90 % of the variance, least-squares
+norm, mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+"""
+
+
+def page(e: Evidence, training: dict[str, int]) -> str:
+    """The whole page, Markdown."""
+    lines = [
+        INTRODUCTION.format(**training),
+        "| | claim | paper | here | seeds | verdict |",
+        "|---:|---|---|---|---|---|",
+    ]
+    claims = [claim(e) for claim in CLAIMS]
+    for i, claim in enumerate(claims):
+        cells = (str(i + 1), claim.claim, claim.paper, claim.ours, claim.seeds, f"**{claim.verdict}**")
+        lines.append(f"| {' | '.join(cells)} |")
+    count = {word: sum(claim.verdict == word for claim in claims) for word in (HOLDS, PARTLY, FAILS)}
+    lines += [
+        "",
+        f"{count[HOLDS]} of {len(claims)} hold, {count[PARTLY]} partly, {count[FAILS]} do not at this scale.",
+        "",
+    ]
+    for command in dict.fromkeys(claim.command for claim in claims):
+        numbers = ", ".join(str(i + 1) for i, claim in enumerate(claims) if claim.command == command)
+        lines.append(f"- `{command}` measures {numbers} again.")
+    lines.append("")
+    for name, caption in CAPTIONS.items():
+        lines += [f"## {caption}", "", f"![{caption}](../docs/claims/{name})", ""]
+    return "\n".join(lines)
+
+
+CAPTIONS = {
+    "scaling.png": "Error, dead features and live features by size",
+    "frontier.png": "Sparsity and reconstruction",
+    "d_init.png": "Dimension of the subspace, against a random one",
+    "dead_against_rank.png": "Dead features against effective rank",
+}
+
+
+def figures(e: Evidence) -> dict[str, Path]:
+    """Draw the figures; the one of dead features and rank is written by ``saes.py``."""
+    drawn = {name: sweep_figures(e.sweeps[sweep])[name] for name, sweep in
+             (("scaling.png", "d_sae"), ("frontier.png", "frontier"), ("d_init.png", "d_init"))}  # fmt: skip
+    return {name: plots.save(figure, FIGURES / name) for name, figure in drawn.items()}
+
+
+def shared_settings() -> dict[str, int]:
+    """What the introduction says of the sweeps."""
+    shared = json.loads((RESULTS / "claims" / "d_sae" / "sweep.json").read_text())
+    training = shared["training"]
+    return {
+        "steps": training["training_tokens"] // training["batch_size"],
+        "batch": training["batch_size"],
+        "held_out": shared["held_out_tokens"],
+        "dead_after": training["dead_after_tokens"],
+    }
+
+
+def main() -> None:
+    e = Evidence()
+    PAGE.write_text(page(e, shared_settings()))
+    print("\n".join(str(path) for path in (PAGE, *figures(e).values())))
+
+
+if __name__ == "__main__":
+    main()
