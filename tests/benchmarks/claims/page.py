@@ -1,7 +1,7 @@
 """Every claim of the paper beside what was measured here: writes tutorials/claims.md and its figures.
 
-    make claims                           # the sweeps behind it (hours on two cores), then the page
-    python -m tests.benchmarks.claims.page     # the page alone, from the results in tests/benchmarks/results
+    make claims                              # the sweeps behind it (hours on two cores), then the page
+    python -m tests.benchmarks.claims.page   # the page alone, from the results in tests/benchmarks/results
 
 Numbers and verdicts come from the result files; nothing on the page is written by hand but the paper's own figures.
 """

@@ -20,18 +20,25 @@ from saelens_asi.loading import load_documents, load_model
 from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.figures import best_rates
 from saelens_asi.sweep.run import sae_folder
-from tests.benchmarks.claims.evidence import RESULTS
+from tests.benchmarks.claims.evidence import RESULTS, Row
 from tests.benchmarks.claims.page import FIGURES
 
 HOOK = "blocks.15.hook_attn_out"
 CONTEXT, LOSS_TOKENS = 128, 8192
-GOAL = 65_536
+COMPARED, GOAL = 8192, 65_536
 
 
 def load(sweep: Path, cell: Cell, hook_name: str) -> Any:
     sae = SAE.load_from_disk(sae_folder(sweep, cell, hook_name))
     sae.cfg.metadata.hook_name = hook_name
     return sae
+
+
+def best_cell(rows: list[Row], method: str, d_sae: int) -> Cell:
+    """The cell of a method at its best learning rate, first seed."""
+    chosen = [row for row in rows if (row["method"], row["d_sae"], row["seed"]) == (method, d_sae, 0)]
+    (best,) = best_rates(chosen)
+    return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"]})
 
 
 def main() -> None:
@@ -41,14 +48,13 @@ def main() -> None:
     model = load_model("smollm2")
     _, held_out = load_documents("bible", 100_000)
 
-    methods = ("topk", "auxk", "asi", "asi_sparse_adam")
-    saes = {name: load(sweeps / "d_sae", Cell(**METHODS[name]), HOOK) for name in methods}
+    trained = read_sweep(sweeps / "d_sae")
+    names = ("topk", "auxk", "asi", "asi_sparse_adam")
+    saes = {name: load(sweeps / "d_sae", best_cell(trained, name, COMPARED), HOOK) for name in names}
     found = evaluate(saes, model, held_out, n_tokens=LOSS_TOKENS, loss_tokens=LOSS_TOKENS, context_size=CONTEXT)
     kept = {"loss": {name: one.loss.to_dict() for name, one in found.items()}}
 
-    best = best_rates(row for row in read_sweep(sweeps / "d_sae") if (row["d_sae"], row["seed"]) == (GOAL, 0))
-    (ours,) = (row for row in best if row["method"] == "asi_sparse_adam")
-    large = load(sweeps / "d_sae", Cell(d_sae=GOAL, lr=ours["lr"]), HOOK)
+    large = load(sweeps / "d_sae", best_cell(trained, "asi_sparse_adam", GOAL), HOOK)
     counted = evaluate(large, model, held_out, loss_tokens=0, context_size=CONTEXT)
     kept["finished"] = {name: getattr(counted, name) for name in ("n_tokens", "dead_fraction", "nmse")}
     path = RESULTS / "claims" / "evaluations.json"
