@@ -77,7 +77,11 @@ def best_rates(rows: Iterable[Row]) -> list[Row]:
 
 
 def _mean_error(rows: Sequence[Row]) -> float:
-    return sum(row["nmse"] for row in rows) / len(rows)
+    return _mean(rows, "nmse")
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def _varying(rows: Sequence[Row], axis: str, fixed: Sequence[str]) -> list[Row]:
@@ -132,18 +136,23 @@ def scaling(rows: Sequence[Row]) -> Figure:
             left.plot(ends, law.scale * ends**law.exponent, color=color, linestyle=":", linewidth=1)
         _curve(left, group, "d_sae", "nmse", title, color)
         _curve(middle, group, "d_sae", "dead_fraction", "", color)
-        alive = [{**row, "alive": row["d_sae"] * (1 - row["dead_fraction"])} for row in group]
-        right.loglog([row["alive"] for row in alive], errors, "o-", color=color, markersize=4)
+        by_size = sorted(_grouped(group, lambda row: row["d_sae"]).items())
+        alive = [size * (1 - _mean(some, "dead_fraction")) for size, some in by_size]
+        right.plot(alive, [_mean(some, "nmse") for _, some in by_size], "o-", color=color, markersize=4)
     _dead(middle)
     sizes = sorted({row["d_sae"] for row in rows})
     for axis, name in ((left, "features (d_sae)"), (middle, "features (d_sae)"), (right, "live features")):
         axis.set_xlabel(name)
+    right.set_xscale("log")
     for axis in (left, right):
         axis.set_yscale("log")
         axis.set_ylabel("normalized MSE")
+        if max(row["nmse"] for row in rows) < 3 * min(row["nmse"] for row in rows):
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
     for axis in (left, middle):
         _log_ticks(axis, sizes)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

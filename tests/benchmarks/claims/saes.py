@@ -18,9 +18,8 @@ from saelens_asi import evaluate, plots
 from saelens_asi.evaluation.plots import dead_against_rank
 from saelens_asi.loading import load_documents, load_model
 from saelens_asi.sweep import METHODS, Cell, read_sweep
-from saelens_asi.sweep.figures import best_rates
 from saelens_asi.sweep.run import sae_folder
-from tests.benchmarks.claims.evidence import RESULTS, Row
+from tests.benchmarks.claims.evidence import RESULTS, Row, chosen_rates
 from tests.benchmarks.claims.page import FIGURES
 
 HOOK = "blocks.15.hook_attn_out"
@@ -35,9 +34,9 @@ def load(sweep: Path, cell: Cell, hook_name: str) -> Any:
 
 
 def best_cell(rows: list[Row], method: str, d_sae: int) -> Cell:
-    """The cell of a method at its best learning rate, first seed."""
+    """The cell of a method at its chosen learning rate, first seed."""
     chosen = [row for row in rows if (row["method"], row["d_sae"], row["seed"]) == (method, d_sae, 0)]
-    (best,) = best_rates(chosen)
+    (best,) = chosen_rates(chosen)
     return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"]})
 
 
