@@ -57,8 +57,7 @@ HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,
 # Each sweep goes on where it stopped, and is done at once where its results are there.
 claims: install
 	$(SIZES) --d-sae 8192 $(METHODS) asi --seed 0 1 2 --save-saes
-	$(SIZES) --d-sae 8192 --methods asi_sparse_adam asi --lr 0.002 0.0005 --save-saes
-	$(SIZES) --d-sae 8192 --methods topk auxk --lr 0.002 0.004 --save-saes
+	$(SIZES) --d-sae 8192 $(METHODS) asi --lr 0.002 0.004 --save-saes
 	$(SIZES) --d-sae 8192 --methods topk --lr 0.004 --seed 1 2
 	$(SIZES) --d-sae 8192 --methods auxk --lr 0.002 --seed 1 2
 	$(SIZES) --d-sae 4096 16384 32768 $(METHODS)
@@ -70,15 +69,17 @@ claims: install
 	$(SIZES) --d-sae 65536 131072 --methods topk auxk
 	$(SIZES) --d-sae 65536 --methods topk --lr 0.0005 0.002
 	$(SIZES) --d-sae 4096 16384 32768 65536 131072 --methods topk --lr 0.004
-	$(SIZES) --d-sae 4096 16384 32768 65536 131072 --methods auxk --lr 0.002
+	$(SIZES) --d-sae 4096 65536 --methods auxk --lr 0.002
 	$(SIZES) --d-sae 65536 --methods auxk --norm decoder_init_norm --aux-loss-coefficient 1
 	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace active random --d-init 16 32 64 128 256 --seed 0 1
+	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace full --seed 0 1
 	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 $(METHODS) --k 8 64
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --methods topk --k 8 64 --lr 0.004
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --methods auxk --k 8 64 --lr 0.002
+	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 $(METHODS) --k 8 64 --lr 0.002 0.004
 	$(SWEEP) --out $(CLAIMS)/paper --d-sae 8192 32768 --methods asi_paper_sparse_adam asi_paper
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --methods asi_sparse_adam auxk \
 		--architecture batchtopk matryoshka_batchtopk
+	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --lr 0.0003
+	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --aux-loss-coefficient 0.03125
 	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
 		--held-out-tokens 40000 --save-saes
 	$(BIN)/python -m tests.benchmarks.claims.steps

@@ -138,7 +138,7 @@ def goal(e: Evidence) -> Claim:
         "error than TopK and AuxK at the same and at twice the size, in less time",
         "ours (goal)",
         f"ASI + SparseAdam {size:,}: {error:.3f}, {dead_of(ours)}, "
-        f"{finished['dead_fraction']:.2%} of the finished SAE on all {finished['n_tokens']:,} held-out tokens, "
+        f"{finished['dead_fraction']:.2%} of the finished SAE on all {finished['n_tokens']:,} tokens of the text, "
         f"{step:.2f} s a step; SAELens's settings: {mean(stock, 'nmse'):.3f}, {dead_of(stock)}; {'; '.join(text)}",
         verdict(
             max(mean(ours, "silent_fraction"), finished["dead_fraction"]) < 0.01,

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, concatenate_datasets
 from sae_lens import SAE
 
 from saelens_asi import evaluate, plots
@@ -40,32 +41,44 @@ def best_cell(rows: list[Row], method: str, d_sae: int) -> Cell:
     return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"]})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims")
-    sweeps = parser.parse_args().sweeps
-    model = load_model("smollm2")
-    _, held_out = load_documents("bible", 100_000)
-
+def losses(sweeps: Path, model: Any, held_out: Dataset) -> dict[str, Any]:
+    """What SAEs of each method keep of the predictions."""
     trained = read_sweep(sweeps / "d_sae")
     names = ("topk", "auxk", "asi", "asi_sparse_adam")
     saes = {name: load(sweeps / "d_sae", best_cell(trained, name, COMPARED), HOOK) for name in names}
     found = evaluate(saes, model, held_out, n_tokens=LOSS_TOKENS, loss_tokens=LOSS_TOKENS, context_size=CONTEXT)
-    kept = {"loss": {name: one.loss.to_dict() for name, one in found.items()}}
+    return {name: one.loss.to_dict() for name, one in found.items()}
 
-    large = load(sweeps / "d_sae", best_cell(trained, "asi_sparse_adam", GOAL), HOOK)
-    counted = evaluate(large, model, held_out, loss_tokens=0, context_size=CONTEXT)
-    kept["finished"] = {name: getattr(counted, name) for name in ("n_tokens", "dead_fraction", "nmse")}
-    path = RESULTS / "claims" / "evaluations.json"
-    path.write_text(json.dumps(kept, indent=1) + "\n")
 
+def finished(sweeps: Path, model: Any, text: Dataset) -> dict[str, Any]:
+    """Dead features of the large SAE on all of the text, with its last weights."""
+    sae = load(sweeps / "d_sae", best_cell(read_sweep(sweeps / "d_sae"), "asi_sparse_adam", GOAL), HOOK)
+    found = evaluate(sae, model, text, loss_tokens=0, context_size=CONTEXT)
+    return {name: getattr(found, name) for name in ("n_tokens", "dead_fraction", "nmse")}
+
+
+def draw_ranks(sweeps: Path, model: Any, held_out: Dataset) -> Path:
     rows = read_sweep(sweeps / "hooks")
     cell = Cell(**METHODS["topk"], d_sae=rows[0]["d_sae"])
     saes = {row["hook_name"]: load(sweeps / "hooks", cell, row["hook_name"]) for row in rows}
     n_tokens = rows[0]["n_tokens"]
     ranks = evaluate(saes, model, held_out, n_tokens=n_tokens, loss_tokens=0, context_size=CONTEXT)
-    figure = plots.save(dead_against_rank(ranks), FIGURES / "dead_against_rank.png")
-    print(f"written: {path}\nwritten: {figure}")
+    return plots.save(dead_against_rank(ranks), FIGURES / "dead_against_rank.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims")
+    sweeps = parser.parse_args().sweeps
+    model = load_model("smollm2")
+    text, held_out = load_documents("bible", 100_000)
+    path = RESULTS / "claims" / "evaluations.json"
+    found = {
+        "loss": losses(sweeps, model, held_out),
+        "finished": finished(sweeps, model, concatenate_datasets([held_out, text])),
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written: {path}\nwritten: {draw_ranks(sweeps, model, held_out)}")
 
 
 if __name__ == "__main__":
