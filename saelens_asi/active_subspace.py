@@ -40,8 +40,9 @@ class ActiveSubspaceInit:
             smallest dimension that holds 90 % of the variance.
         n_tokens: activation vectors used for the estimate, or ``"auto"``: 32 for each dimension of d_in. They are
             streamed, so memory does not grow with them.
-        norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error),
-            a positive number, or ``"decoder_init_norm"`` (SAELens's own setting of that name).
+        norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error;
+            for BatchTopK, for that with k features at every token), a positive number, or ``"decoder_init_norm"``
+            (SAELens's own setting of that name).
         center: decoder bias at the ``"mean"`` of the activations, or ``"zeros"``.
         subspace: ``"active"``; or the controls ``"random"`` (same dimension) and ``"full"`` (all of d_in).
         seed: of the random directions. They have their own generator: no other randomness is touched.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,13 @@ class Initialization:
 
 
 @torch.no_grad()
-def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, sample: Tensor) -> Initialization:
+def initialize_(
+    sae: Any,
+    settings: ActiveSubspaceInit,
+    spectrum: Spectrum,
+    sample: Tensor,
+    fit_activation_fn: nn.Module | None = None,
+) -> Initialization:
     """Initialize ``W_dec``, ``W_enc`` and the biases of a freshly made training SAE.
 
     Args:
@@ -46,6 +53,7 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
         settings: what to do.
         spectrum: of the activations in the space that the encoder sees.
         sample: (n, d_in) activations as the SAE's ``encode`` takes them.
+        fit_activation_fn: takes the place of the SAE's own activation function while the norm is fitted.
 
     Raises:
         ValueError: for weights that are not fresh, or settings that do not suit the SAE or the spectrum.
@@ -62,7 +70,11 @@ def initialize_(sae: Any, settings: ActiveSubspaceInit, spectrum: Spectrum, samp
     del directions
     _tie_encoder_(sae)
     _set_center_(sae, spectrum.mean if settings.center == "mean" else torch.zeros_like(spectrum.mean))
-    norm = _least_squares_norm_(sae, sample) if norm is None else _rescale_rows_(sae, norm)
+    if norm is None:
+        with _activation_fn_replaced(sae, fit_activation_fn):
+            norm = _least_squares_norm_(sae, sample)
+    else:
+        _rescale_rows_(sae, norm)
 
     inside = spectrum.covariance if basis is None else basis.T @ spectrum.covariance.to(basis) @ basis
     return Initialization(
@@ -118,13 +130,12 @@ def _tie_encoder_(sae: Any) -> None:
         sae.W_enc.data.copy_(sae.W_dec.data.T)
 
 
-def _rescale_rows_(sae: Any, factor: float) -> float:
+def _rescale_rows_(sae: Any, factor: float) -> None:
     sae.W_dec.data.mul_(factor)
     if not _is_tied(sae):
         sae.W_enc.data.mul_(factor)
         for name in _shifted_biases(sae):
             getattr(sae, name).data.mul_(factor)
-    return factor
 
 
 def _shifted_biases(sae: Any) -> list[str]:
@@ -141,6 +152,19 @@ def _set_center_(sae: Any, center: Tensor) -> None:
         shift = sae.b_dec.data @ sae.W_enc.data
         for name in _shifted_biases(sae):
             getattr(sae, name).data.copy_(-shift)
+
+
+@contextmanager
+def _activation_fn_replaced(sae: Any, activation_fn: nn.Module | None) -> Iterator[None]:
+    if activation_fn is None:
+        yield
+        return
+    own = sae.activation_fn
+    sae.activation_fn = activation_fn
+    try:
+        yield
+    finally:
+        sae.activation_fn = own
 
 
 def _least_squares_norm_(sae: Any, sample: Tensor) -> float:

@@ -286,6 +286,25 @@ def test_the_reported_error_is_the_error_of_the_sae(name):
     assert result.initial_nmse == pytest.approx(error(sae) / variance, rel=1e-4)
 
 
+def test_the_norm_can_be_fitted_under_another_activation_function():
+    sae = make_sae("batchtopk")
+    own, of_topk = sae.activation_fn, make_sae("topk").activation_fn
+    result = initialize_(sae, ActiveSubspaceInit(d_init=D_INIT), SPECTRUM, SAMPLE, of_topk)
+    assert sae.activation_fn is own
+    assert result.norm == pytest.approx(initialized("topk")[1].norm, rel=1e-6)
+    assert result.norm > 1.05 * initialized("batchtopk")[1].norm  # which the longest tokens of the batch bring down
+    variance = float((SAMPLE.double() - SAMPLE.double().mean(dim=0)).square().sum())
+    assert result.initial_nmse == pytest.approx(error(sae) / variance, rel=1e-4)  # of the SAE as it will train
+
+
+def test_the_activation_function_comes_back_after_an_error():
+    sae = make_sae("batchtopk")
+    own = sae.activation_fn
+    with pytest.raises(ValueError, match="no feature fires"):
+        initialize_(sae, ActiveSubspaceInit(d_init=D_INIT), SPECTRUM, SAMPLE, torch.nn.Threshold(1e9, 0.0))
+    assert sae.activation_fn is own
+
+
 def test_the_reported_variance_is_that_inside_the_subspace():
     for d_init in (1, 3, D_INIT):
         _, result = initialized("topk", ActiveSubspaceInit(d_init=d_init))
