@@ -77,9 +77,9 @@ claims: install
 	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 $(METHODS) --k 8 64 --lr 0.002 0.004
 	$(SWEEP) --out $(CLAIMS)/paper --d-sae 8192 32768 --methods asi_paper_sparse_adam asi_paper
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --methods asi_sparse_adam auxk \
-		--architecture batchtopk matryoshka_batchtopk
-	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --lr 0.0003
+		--architecture batchtopk matryoshka_batchtopk --lr 0.001 0.002
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --aux-loss-coefficient 0.03125
+	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --norm 0.31
 	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
 		--held-out-tokens 40000 --save-saes
 	$(BIN)/python -m tests.benchmarks.claims.steps
