@@ -80,6 +80,9 @@ claims: install
 		--architecture batchtopk matryoshka_batchtopk --lr 0.001 0.002
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --aux-loss-coefficient 0.03125
 	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --norm 0.31
+	$(SWEEP) --out $(CLAIMS)/aux --d-sae 32768 --lr 0.0005 --aux-loss-coefficient 0 0.03125 1
+	$(SWEEP) --out $(CLAIMS)/aux_late --d-sae 32768 --lr 0.0005 --aux-loss-coefficient 0.03125 1 \
+		--dead-after-tokens 150000
 	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
 		--held-out-tokens 40000 --save-saes
 	$(BIN)/python -m tests.benchmarks.claims.steps

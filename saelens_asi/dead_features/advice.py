@@ -7,6 +7,12 @@ from typing import Any
 
 from saelens_asi.dead_features.record import TITLES, Autopsy, Verdict
 
+# Measured: with a window of 30 d_sae / k tokens the loss shortened the rows of a sixth of 32,768 features until they
+# were dead; with five times that window, of none (tutorials/claims.md).
+_LATER = (
+    "if it had an auxiliary loss, raise dead_feature_window: the loss pulls at features that are rare, not dead, and "
+    "shortens their rows"
+)
 _CHANGES = {"outside": "the subspace", "mean": "the centre", "norm": "the norm", "bias": "the bias"}
 
 
@@ -30,8 +36,8 @@ def advise(found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> tuple
 def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> str:
     dead, table = found.having(verdict), found.features
     moved = (
-        "these weights started inside the active subspace, so it happened in training: lower lr, and use "
-        'optimizer="sparse_adam"'
+        "these weights started inside the active subspace, so it happened in training: lower lr, use "
+        f'optimizer="sparse_adam", and {_LATER}'
     )
     if verdict == "outside":
         share = f"{float(table.outside[dead].median()):.0%} of their squared length does nothing (median)"
@@ -60,13 +66,15 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
         mask = found.mask(verdict)
         shares = {cause: float(needs[mask].double().mean()) for cause, needs in found.evidence.needs.items()}
         needed = ", ".join(f"{_CHANGES[cause]} {share:.0%}" for cause, share in shares.items() if share >= 0.005)
+        at_once = 'initializer="active_subspace" sets subspace, centre and norm at once'
         return (
             f"no single change revives them, all together do (not to be left out: {needed}); "
-            'initializer="active_subspace" sets subspace, centre and norm at once'
+            f"{moved if started else at_once}"
         )
     return {
         "broken": "look for overflow in training: lower lr, and leave autocast off",
         "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
         "starved": f"{found.settings.more_tokens:g} times the tokens would show most of them firing: read more of them",
-        "unexplained": "no change that was tried revives them; set aux_loss_coefficient, or raise k",
+        "unexplained": "no change that was tried revives them; raise k, or "
+        + (_LATER if started else "set aux_loss_coefficient"),
     }[verdict]

@@ -55,6 +55,11 @@ class Evidence:
         self.factors = _lines(results / "factors.jsonl")
         self.bias = _lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
+        # Silent tokens after which a feature counts as dead for the auxiliary loss, by sweep.
+        self.windows = {
+            path.parent.name: json.loads(path.read_text())["training"]["dead_after_tokens"]
+            for path in results.glob("claims/*/sweep.json")
+        }
         # The frontier's middle was trained for the sizes.
         methods = {row["method"] for row in self.sweeps["frontier"]}
         middle = [row for row in self.sweeps["d_sae"] if (row["d_sae"], row["seed"]) == (8192, 0)]

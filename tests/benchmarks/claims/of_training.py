@@ -231,6 +231,32 @@ def architectures(e: Evidence) -> Claim:
     )
 
 
+def auxiliary_loss(e: Evidence) -> Claim:
+    (none,) = e.cells("aux", aux_loss_coefficient=0.0)
+    early = [row for row in e.sweeps["aux"] if row is not none]
+    late = e.sweeps["aux_late"]
+    parts = [f"none: {none['dead_fraction']:.1%} dead, NMSE {none['nmse']:.4f}"]
+    for name, rows in (("aux", early), ("aux_late", late)):
+        parts += [
+            f"coefficient {row['aux_loss_coefficient']:.3g}, window of {e.windows[name]:,} tokens: "
+            f"{row['dead_fraction']:.1%} dead, NMSE {row['nmse']:.4f}"
+            for row in rows
+        ]
+    return Claim(
+        f"ASI + SparseAdam needs no auxiliary loss ({none['d_sae']:,} features): with a short dead_feature_window it "
+        "kills features that are rare, with a long one it does nothing",
+        "ours",
+        "; ".join(parts),
+        verdict(
+            all(row["nmse"] > 0.995 * none["nmse"] for row in (*early, *late)),
+            all(row["dead_fraction"] > 5 * none["dead_fraction"] for row in early),
+            all(row["dead_fraction"] < 1.5 * none["dead_fraction"] for row in late),
+        ),
+        "1",
+        SWEEPS,
+    )
+
+
 def dead_of(rows: Sequence[Row]) -> str:
     """Dead features by held-out tokens, and by these and the last activations of training."""
     dead, silent = mean(rows, "dead_fraction"), mean(rows, "silent_fraction")
@@ -255,4 +281,5 @@ CLAIMS = (
     power_law,
     downstream,
     architectures,
+    auxiliary_loss,
 )
