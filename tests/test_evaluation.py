@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from torch import Tensor
@@ -120,6 +121,23 @@ def test_a_scale_that_is_not_in_the_weights_is_warned_of(caplog: pytest.LogCaptu
     sae = StandardSAE(StandardSAEConfig(tiny.D_MODEL, 8, normalize_activations="expected_average_only_in"))
     asi.evaluate(sae, activations=tiny.activations(10), progress=False)
     assert "weights do not hold that scale" in caplog.text
+
+
+def test_other_windows_than_those_of_training_are_warned_of(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sae, text = trained(), Dataset.from_dict({"text": ["w3 w4 w5 w6 w7 w8"] * 40})
+
+    def warnings(data: Any, **settings: Any) -> str:
+        caplog.clear()
+        asi.evaluate(sae, model, data, hook_name=MLP, context_size=8, loss_tokens=0, progress=False, **settings)
+        return caplog.text
+
+    sae.cfg.metadata.prepend_bos, sae.cfg.metadata.seqpos_slice = True, (None,)
+    assert not warnings(text)
+    sae.cfg.metadata.prepend_bos, sae.cfg.metadata.seqpos_slice = False, (2, -1)
+    assert "prepend_bos=False" in warnings(text)
+    assert "prepend_bos" not in warnings(tiny.tokens(8))
+    assert "seqpos_slice=(2, -1)" in warnings(tiny.tokens(8))
+    assert not warnings(tiny.tokens(8), exclude_positions=(0, 1, -1))
 
 
 @pytest.mark.parametrize("split", [1, 7, 300])

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_recovered
 from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
 from saelens_asi.evaluation.record import SAEEvaluation
-from saelens_asi.evaluation.sources import check_sae, inference_form
+from saelens_asi.evaluation.sources import check_sae, inference_form, warn_of_other_windows
 from saelens_asi.hooks import (
     as_vectors,
     hook_of_module,
@@ -101,6 +101,8 @@ def evaluate(
             state = _Pass(saes, dict.fromkeys(saes), ranks)
             _read_given(state, activations, n_tokens, progress)
         else:
+            for name, one in saes.items():
+                warn_of_other_windows(one, name, data, exclude_positions)
             exclude = (special_token_ids(model, exclude_special_tokens), exclude_positions)
             state = _Pass(saes, {name: _place(one, name, model, hook_name) for name, one in saes.items()}, ranks)
             batches = token_batches(model, data, batch_size, context_size)

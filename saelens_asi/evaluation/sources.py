@@ -64,6 +64,22 @@ def check_sae(sae: Any, name: str) -> None:
         )  # fmt: skip
 
 
+def warn_of_other_windows(sae: Any, name: str, data: Any, exclude_positions: Sequence[int]) -> None:
+    """Warn where an SAE was trained on other positions, or without the BOS in front of every window of text."""
+    which, metadata = repr(name) if name else "this SAE", sae.cfg.metadata
+    if metadata.prepend_bos is False and "text" in (getattr(data, "column_names", None) or ()):
+        logger.warning(
+            "%s was trained with prepend_bos=False, but text is packed with BOS in front of every window: give token "
+            "ids to evaluate it without", which,
+        )  # fmt: skip
+    positions = tuple(metadata.seqpos_slice or (None,))
+    if set(positions[:2]) != {None} and not exclude_positions:
+        logger.warning(
+            "%s was trained with seqpos_slice=%s, but is evaluated on all positions: leave the others out with "
+            "exclude_positions", which, positions,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SAESource:
     """Where an SAE comes from: a folder, or a release of SAELens's list with an id."""
