@@ -55,14 +55,13 @@ class Evidence:
         self.factors = _lines(results / "factors.jsonl")
         self.bias = _lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
-        # Silent tokens after which a feature counts as dead for the auxiliary loss, by sweep.
-        self.windows = {
-            path.parent.name: json.loads(path.read_text())["training"]["dead_after_tokens"]
-            for path in results.glob("claims/*/sweep.json")
+        # What all cells of a sweep share, by sweep.
+        self.training = {
+            path.parent.name: json.loads(path.read_text())["training"] for path in results.glob("claims/*/sweep.json")
         }
         # The frontier's middle was trained for the sizes.
         methods = {row["method"] for row in self.sweeps["frontier"]}
-        middle = [row for row in self.sweeps["d_sae"] if (row["d_sae"], row["seed"]) == (8192, 0)]
+        middle = [row for row in self.sweeps["d_sae"] if row["d_sae"] == 8192]
         self.sweeps["frontier"] += [row for row in middle if row["method"] in methods]
         self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
@@ -82,11 +81,11 @@ class Evidence:
 def chosen_rates(rows: Iterable[Row]) -> list[Row]:
     """Of rows that differ in rate and seed alone, those with the rate of the lowest error.
 
-    Rates that leave under 5 % of the features dead go first, if there are any: a high rate can buy a lower error with
-    the lives of features.
+    Of ASI's, rates that leave under 5 % of the features dead go first, if there are any: a high rate can buy a lower
+    error with the lives of features. The baselines, which have few features to lose, are not held back.
     """
     rows = list(rows)
-    alive = best_rates(row for row in rows if row["dead_fraction"] < ALIVE)
+    alive = best_rates(row for row in rows if row["method"].startswith("asi") and row["dead_fraction"] < ALIVE)
     served = {_but_for_the_rate(row) for row in alive}
     return alive + best_rates(row for row in rows if _but_for_the_rate(row) not in served)
 

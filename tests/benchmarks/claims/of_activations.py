@@ -76,18 +76,22 @@ def output_weights(e: Evidence) -> Claim:
 
 def dead_follows_rank(e: Evidence) -> Claim:
     rows = e.cells("hooks")
-    ranks, dead = [row["effective_rank"] / row["d_in"] for row in rows], [row["dead_fraction"] for row in rows]
-    rho = rank_correlation(ranks, dead)
+    by_seed = [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
+    rhos = [
+        rank_correlation([row["effective_rank"] / row["d_in"] for row in some], [row["dead_fraction"] for row in some])
+        for some in by_seed
+    ]
     by_kind = {
         kind: mean([row for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
         for kind in ("attn_out", "mlp_out", "resid_post")
     }
     return Claim(
-        f"Dead features follow the rank: TopK, d_sae = {rows[0]['d_sae']:,}, {len(rows)} hooks",
+        f"Dead features follow the rank: TopK, d_sae = {rows[0]['d_sae']:,}, {len(by_seed[0])} hooks",
         "published SAEs: low-rank activations have many dead features",
-        f"rank correlation {rho:.2f}; mean dead {', '.join(f'{k} {v:.0%}' for k, v in by_kind.items())}",
-        verdict(rho < -0.5, by_kind["attn_out"] > max(by_kind["mlp_out"], by_kind["resid_post"])),
-        "1 seed a hook",
+        f"rank correlation {', '.join(f'{rho:.2f}' for rho in rhos)}; mean dead "
+        f"{', '.join(f'{kind} {share:.0%}' for kind, share in by_kind.items())}",
+        verdict(max(rhos) < -0.5, by_kind["attn_out"] > max(by_kind["mlp_out"], by_kind["resid_post"])),
+        str(len(by_seed)),
         "make claims",
     )
 

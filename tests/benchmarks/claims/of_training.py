@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from saelens_asi.sweep import fit_power_law
+from saelens_asi.sweep.figures import best_rates
 from saelens_asi.sweep.grid import TITLES
 from tests.benchmarks.claims.evidence import Claim, Evidence, Row, mean, spread, verdict
 
@@ -78,28 +79,35 @@ def equal_size(e: Evidence) -> Claim:
 
 def frontier(e: Evidence) -> Claim:
     levels = sorted({row["k"] for row in e.sweeps["frontier"]})
-    wins, parts = [], []
+    wins, parts, groups = [], [], []
     for k in levels:
-        errors = {m: mean(e.cells("frontier", method=m, k=k), "nmse") for m in ("topk", "auxk", "asi_sparse_adam")}
-        wins.append(errors["asi_sparse_adam"] < min(errors["topk"], errors["auxk"]))
-        parts.append(f"k = {k}: {errors['asi_sparse_adam']:.3f} against {errors['topk']:.3f} and {errors['auxk']:.3f}")
+        cells = {m: e.cells("frontier", method=m, k=k) for m in ("topk", "auxk", OURS)}
+        groups += cells.values()
+        wins.append(mean(cells[OURS], "nmse") < min(mean(cells[m], "nmse") for m in ("topk", "auxk")))
+        free = best_rates(row for row in e.sweeps["frontier"] if (row["method"], row["k"]) == (OURS, k))
+        parts.append(
+            f"k = {k}: {brief(cells[OURS])}, and {brief(free)} at the rate of the lowest error, against "
+            f"{brief(cells['topk'])}, and {brief(cells['auxk'])}"
+        )
     return Claim(
         "...along the sparsity-reconstruction frontier (NMSE of ASI + SparseAdam against TopK and AuxK)",
         "holds for all k shown",
         "; ".join(parts),
         verdict(*wins),
-        "1",
+        seeds(*groups),
         SWEEPS,
     )
 
 
 def half_size(e: Evidence) -> Claim:
     sizes = sorted({row["d_sae"] for row in e.sweeps["d_sae"] if row["method"] == "auxk"})
-    wins, parts = [], []
+    wins, parts, groups = [], [], []
     for size in sizes:
         if 2 * size in sizes:
-            ours = mean(e.cells("d_sae", method="asi_sparse_adam", d_sae=size), "nmse")
-            double = {m: mean(e.cells("d_sae", method=m, d_sae=2 * size), "nmse") for m in ("topk", "auxk")}
+            cells = e.cells("d_sae", method="asi_sparse_adam", d_sae=size)
+            larger = {m: e.cells("d_sae", method=m, d_sae=2 * size) for m in ("topk", "auxk")}
+            groups += [cells, *larger.values()]
+            ours, double = mean(cells, "nmse"), {m: mean(rows, "nmse") for m, rows in larger.items()}
             wins.append(ours < min(double.values()))
             parts.append(f"{size:,}: {ours:.3f} against {double['topk']:.3f} and {double['auxk']:.3f} at {2 * size:,}")
     return Claim(
@@ -107,7 +115,7 @@ def half_size(e: Evidence) -> Claim:
         "from expansion 32 on",
         "; ".join(parts),
         verdict(*wins),
-        "1 to 3",
+        seeds(*groups),
         SWEEPS,
     )
 
@@ -208,53 +216,54 @@ def downstream(e: Evidence) -> Claim:
 
 
 def architectures(e: Evidence) -> Claim:
-    parts, wins = [], []
+    parts, wins, groups = [], [], []
     for name in sorted({row["architecture"] for row in e.sweeps["architectures"]}):
         ours, other = (e.cells("architectures", architecture=name, method=m) for m in ("asi_sparse_adam", "auxk"))
+        groups += [ours, other]
         wins += [mean(ours, "nmse") < mean(other, "nmse"), mean(ours, "dead_fraction") < mean(other, "dead_fraction")]
-        parts.append(
-            f"{name}: {mean(ours, 'nmse'):.3f}, {mean(ours, 'dead_fraction'):.1%} dead, against "
-            f"{mean(other, 'nmse'):.3f}, {mean(other, 'dead_fraction'):.1%}"
-        )
+        parts.append(f"{name}: {brief(ours)}, against {brief(other)}")
     short = e.cells("architectures", norm=_NORM_OF_BATCH)
     parts.append(
         f"batchtopk at the norm that fits the batch ({_NORM_OF_BATCH}; long tokens take most of it at first): "
-        f"{mean(short, 'nmse'):.3f}, {mean(short, 'dead_fraction'):.1%} dead"
+        f"{brief(short)}"
     )
     return Claim(
         "ASI does not depend on the architecture (ASI + SparseAdam against AuxK)",
         "holds for others than TopK",
         "; ".join(parts),
         verdict(*wins),
-        "1",
+        seeds(*groups),
         SWEEPS,
     )
 
 
 def auxiliary_loss(e: Evidence) -> Claim:
-    (none,) = e.cells("aux", aux_loss_coefficient=0.0)
-    early = [row for row in e.sweeps["aux"] if row is not none]
-    late = e.sweeps["aux_late"]
-    parts = [f"none: {none['dead_fraction']:.1%} dead, NMSE {none['nmse']:.4f}"]
-    for name, rows in (("aux", early), ("aux_late", late)):
+    none = e.cells("aux", aux_loss_coefficient=0.0)
+    weights = sorted({row["aux_loss_coefficient"] for row in e.sweeps["aux_late"]})
+    early, late = ([e.cells(name, aux_loss_coefficient=w) for w in weights] for name in ("aux", "aux_late"))
+    parts = [f"none: {brief(none)}"]
+    for name, groups in (("aux", early), ("aux_late", late)):
         parts += [
-            f"coefficient {row['aux_loss_coefficient']:.3g}, window of {e.windows[name]:,} tokens: "
-            f"{row['dead_fraction']:.1%} dead, NMSE {row['nmse']:.4f}"
-            for row in rows
+            f"coefficient {weight:.3g}, window of {e.training[name]['dead_after_tokens']:,} tokens: {brief(rows)}"
+            for weight, rows in zip(weights, groups, strict=True)
         ]
     return Claim(
-        f"ASI + SparseAdam needs no auxiliary loss ({none['d_sae']:,} features): with a short dead_feature_window it "
-        "kills features that are rare, with a long one it does nothing",
+        f"ASI + SparseAdam needs no auxiliary loss ({none[0]['d_sae']:,} features): with a short dead_feature_window "
+        "it kills features that are rare, with a long one it does nothing",
         "ours",
         "; ".join(parts),
         verdict(
-            all(row["nmse"] > 0.995 * none["nmse"] for row in (*early, *late)),
-            all(row["dead_fraction"] > 5 * none["dead_fraction"] for row in early),
-            all(row["dead_fraction"] < 1.5 * none["dead_fraction"] for row in late),
+            all(mean(rows, "nmse") > 0.995 * mean(none, "nmse") for rows in (*early, *late)),
+            all(mean(rows, "dead_fraction") > 5 * mean(none, "dead_fraction") for rows in early),
+            all(mean(rows, "dead_fraction") < 1.5 * mean(none, "dead_fraction") for rows in late),
         ),
-        "1",
+        seeds(none, *early, *late),
         SWEEPS,
     )
+
+
+def brief(rows: Sequence[Row]) -> str:
+    return f"{mean(rows, 'nmse'):.4f} ({mean(rows, 'dead_fraction'):.1%} dead)"
 
 
 def dead_of(rows: Sequence[Row]) -> str:

@@ -35,11 +35,12 @@ verdicts come from [result files](../tests/benchmarks/results).
 Unless a line says otherwise: attention output of layer 15, TopK with k = 32, {steps} steps of {batch:,} activations,
 errors and dead features on {held_out:,} held-out tokens (dead: fires on none of them; the paper counts over 10
 million). Every method has a learning rate of its own at each size, that of the lowest error ({rates} were tried, not
-all at every size); rates that leave under 5 % of the features dead go first where there are any, since a high rate can
-buy a lower error with the lives of features ({trade}). **TopK** and **AuxK** start as the paper's do, evenly in all
-of d with the norm of the lowest initial error; AuxK's coefficient is 1/32, and a feature counts as dead for it after
-{dead_after:,} silent tokens. **ASI** is this package's default (active subspace of 90 % of the variance, least-squares
-norm, mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+all at every size). Of ASI's, rates that leave under 5 % of the features dead go first where there are any, since a
+high rate can buy a lower error with the lives of features ({trade}); TopK and AuxK are not held back so. **TopK** and
+**AuxK** start as the paper's do, evenly in all of d with the norm of the lowest initial error; AuxK's coefficient is
+1/32, and a feature counts as dead for it after {dead_after:,} silent tokens. **ASI** is this package's default
+(active subspace of 90 % of the variance, least-squares norm, mean as centre); **ASI (paper)** has zeros as centre and
+18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
 """
 
 
