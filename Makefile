@@ -54,7 +54,8 @@ SIZES = $(SWEEP) --out $(CLAIMS)/d_sae
 METHODS = --methods asi_sparse_adam topk auxk
 HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,blocks.$(layer).hook_$(kind)))
 
-# Each sweep goes on where it stopped, and is done at once where its results are there.
+# Each sweep goes on where it stopped, and is done at once where its results are there; to measure anew, remove
+# $(CLAIMS)/*/cells.jsonl first.
 claims: install
 	$(SIZES) --d-sae 8192 $(METHODS) asi --seed 0 1 2 --save-saes
 	$(SIZES) --d-sae 8192 $(METHODS) asi --lr 0.002 0.004 --save-saes

@@ -122,6 +122,16 @@ def test_rows_tell_what_was_measured(data, tmp_path):
     assert by_method["asi_sparse_adam"]["nmse"] < by_method["stock"]["nmse"]
 
 
+def test_an_sae_that_is_asked_for_later_is_trained_again_and_its_row_stays(data, tmp_path):
+    cells = grid({"d_sae": [48], "k": [4]})
+    rows = run_sweep(cells, TRAINING, data, tmp_path)
+    folder = run.sae_folder(tmp_path, cells[0], HOOK)
+    assert not folder.exists()
+    assert run_sweep(cells, TRAINING, data, tmp_path, save_saes=True) == rows == read_sweep(tmp_path)
+    again = evaluate(SAE.load_from_disk(folder), activations=data[HOOK][1], progress=False)
+    assert again.nmse == pytest.approx(rows[0]["nmse"], rel=1e-5)
+
+
 def test_cells_see_the_same_data_and_repeat(train):
     first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, train)[0].sae for _ in range(2))
     assert torch.equal(first.W_dec, second.W_dec)

@@ -44,7 +44,7 @@ def run_sweep(
         activations: from hook names to (n, d_in) activations to train on, and to evaluate on.
         out: folder.
         source: what the activations come from (model, dataset), kept beside the results.
-        save_saes: keep each SAE as a SAELens folder in ``out/saes``.
+        save_saes: keep each SAE as a SAELens folder in ``out/saes``; one that is not there is trained again.
 
     Raises:
         ValueError: for a folder whose cells were made with other settings; after all cells, where some failed.
@@ -55,8 +55,8 @@ def run_sweep(
         for hook_name, (train, held_out) in activations.items():
             spectrum: dict[str, float] = {}
             for cell in cells:
-                row = store.find(cell, hook_name)
-                if row is None:
+                row, folder = store.find(cell, hook_name), sae_folder(out, cell, hook_name)
+                if row is None or (save_saes and not folder.exists()):
                     spectrum = spectrum or _rank(held_out)
                     try:
                         sae, results = run_cell(cell, training, train, held_out)
@@ -66,8 +66,8 @@ def run_sweep(
                         continue
                     if save_saes:
                         sae.cfg.metadata.hook_name = hook_name
-                        sae.save_inference_model(str(sae_folder(out, cell, hook_name)))
-                    row = store.add(cell, {"hook_name": hook_name, **spectrum, **results})
+                        sae.save_inference_model(str(folder))
+                    row = row or store.add(cell, {"hook_name": hook_name, **spectrum, **results})
                     tqdm.write(_line(cell, row))
                 rows.append(row)
                 bar.update()
