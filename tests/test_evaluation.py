@@ -138,6 +138,10 @@ def test_other_windows_than_those_of_training_are_warned_of(model: Any, caplog: 
     assert "prepend_bos" not in warnings(tiny.tokens(8))
     assert "seqpos_slice=(2, -1)" in warnings(tiny.tokens(8))
     assert not warnings(tiny.tokens(8), exclude_positions=(0, 1, -1))
+    sae.cfg.metadata.seqpos_slice = [None, None, 2]  # as JSON gives it back
+    assert "seqpos_slice" in warnings(tiny.tokens(8))
+    sae.cfg.metadata.seqpos_slice = [0, None]
+    assert not warnings(tiny.tokens(8))
 
 
 @pytest.mark.parametrize("split", [1, 7, 300])

@@ -72,8 +72,8 @@ def warn_of_other_windows(sae: Any, name: str, data: Any, exclude_positions: Seq
             "%s was trained with prepend_bos=False, but text is packed with BOS in front of every window: give token "
             "ids to evaluate it without", which,
         )  # fmt: skip
-    positions = tuple(metadata.seqpos_slice or (None,))
-    if set(positions[:2]) != {None} and not exclude_positions:
+    positions, window = tuple(metadata.seqpos_slice or (None,)), range(metadata.context_size or 1024)
+    if window[slice(*positions)] != window and not exclude_positions:
         logger.warning(
             "%s was trained with seqpos_slice=%s, but is evaluated on all positions: leave the others out with "
             "exclude_positions", which, positions,
