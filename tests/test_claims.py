@@ -19,7 +19,7 @@ def evidence() -> Evidence:
 
 def test_the_page_is_what_the_results_make(evidence):
     """Where this fails: python -m tests.benchmarks.claims.page."""
-    assert page.PAGE.read_text() == page.page(evidence, page.shared_settings())
+    assert page.PAGE.read_text() == page.page(evidence)
 
 
 @pytest.mark.parametrize("claim", page.CLAIMS, ids=lambda claim: claim.__name__)

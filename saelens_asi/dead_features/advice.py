@@ -9,7 +9,7 @@ from saelens_asi.dead_features.record import TITLES, Autopsy, Verdict
 
 # Measured: with a window of 30 d_sae / k tokens the loss shortened the rows of a sixth of 32,768 features until they
 # were dead; with five times that window, of none (tutorials/claims.md).
-_LATER = (
+_LONGER_WINDOW = (
     "if it had an auxiliary loss, raise dead_feature_window: the loss pulls at features that are rare, not dead, and "
     "shortens their rows"
 )
@@ -37,7 +37,7 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
     dead, table = found.having(verdict), found.features
     moved = (
         "these weights started inside the active subspace, so it happened in training: lower lr, use "
-        f'optimizer="sparse_adam", and {_LATER}'
+        f'optimizer="sparse_adam", and {_LONGER_WINDOW}'
     )
     if verdict == "outside":
         share = f"{float(table.outside[dead].median()):.0%} of their squared length does nothing (median)"
@@ -76,5 +76,5 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
         "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
         "starved": f"{found.settings.more_tokens:g} times the tokens would show most of them firing: read more of them",
         "unexplained": "no change that was tried revives them; raise k, or "
-        + (_LATER if started else "set aux_loss_coefficient"),
+        + (_LONGER_WINDOW if started else "set aux_loss_coefficient"),
     }[verdict]

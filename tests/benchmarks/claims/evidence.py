@@ -56,9 +56,7 @@ class Evidence:
         self.bias = _lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
         # What all cells of a sweep share, by sweep.
-        self.training = {
-            path.parent.name: json.loads(path.read_text())["training"] for path in results.glob("claims/*/sweep.json")
-        }
+        self.shared = {path.parent.name: json.loads(path.read_text()) for path in results.glob("claims/*/sweep.json")}
         # The frontier's middle was trained for the sizes.
         methods = {row["method"] for row in self.sweeps["frontier"]}
         middle = [row for row in self.sweeps["d_sae"] if row["d_sae"] == 8192]

@@ -59,9 +59,7 @@ def plateau(e: Evidence) -> Claim:
 
 
 def equal_size(e: Evidence) -> Claim:
-    rows = {
-        method: e.cells("d_sae", method=method, d_sae=8192) for method in ("topk", "auxk", "asi", "asi_sparse_adam")
-    }
+    rows = {method: e.cells("d_sae", method=method, d_sae=8192) for method in ("topk", "auxk", "asi", OURS)}
     text = "; ".join(
         f"{TITLES[method]}: {spread(group, 'nmse', '{:.3f}')}, {spread(group, 'dead_fraction', '{:.1%}')} dead"
         for method, group in rows.items()
@@ -104,7 +102,7 @@ def half_size(e: Evidence) -> Claim:
     wins, parts, groups = [], [], []
     for size in sizes:
         if 2 * size in sizes:
-            cells = e.cells("d_sae", method="asi_sparse_adam", d_sae=size)
+            cells = e.cells("d_sae", method=OURS, d_sae=size)
             larger = {m: e.cells("d_sae", method=m, d_sae=2 * size) for m in ("topk", "auxk")}
             groups += [cells, *larger.values()]
             ours, double = mean(cells, "nmse"), {m: mean(rows, "nmse") for m, rows in larger.items()}
@@ -181,14 +179,14 @@ def sparse_adam_at_scale(e: Evidence) -> Claim:
             all(mean(b, "dead_fraction") <= mean(a, "dead_fraction") for a, b in (pair, paper)),
             all(mean(b, "nmse") <= mean(a, "nmse") for a, b in (pair, paper)),
         ),
-        "1",
+        seeds(*pair, *paper),
         SWEEPS,
     )
 
 
 def power_law(e: Evidence) -> Claim:
     laws = {}
-    for method in ("topk", "auxk", "asi_sparse_adam"):
+    for method in ("topk", "auxk", OURS):
         rows = e.cells("d_sae", method=method)
         laws[method] = fit_power_law([row["d_sae"] for row in rows], [row["nmse"] for row in rows])
     return Claim(
@@ -209,7 +207,7 @@ def downstream(e: Evidence) -> Claim:
         "ASI keeps more of the model's predictions (share of the divergence that zero ablation makes)",
         "lower downstream loss than TopK",
         "; ".join(f"{TITLES[name]} {share:.1%}" for name, share in recovered.items()),
-        verdict(recovered["asi"] > max(others), recovered["asi_sparse_adam"] > max(others)),
+        verdict(recovered["asi"] > max(others), recovered[OURS] > max(others)),
         "1",
         SWEEPS,
     )
@@ -218,7 +216,7 @@ def downstream(e: Evidence) -> Claim:
 def architectures(e: Evidence) -> Claim:
     parts, wins, groups = [], [], []
     for name in sorted({row["architecture"] for row in e.sweeps["architectures"]}):
-        ours, other = (e.cells("architectures", architecture=name, method=m) for m in ("asi_sparse_adam", "auxk"))
+        ours, other = (e.cells("architectures", architecture=name, method=m) for m in (OURS, "auxk"))
         groups += [ours, other]
         wins += [mean(ours, "nmse") < mean(other, "nmse"), mean(ours, "dead_fraction") < mean(other, "dead_fraction")]
         parts.append(f"{name}: {brief(ours)}, against {brief(other)}")
@@ -243,8 +241,9 @@ def auxiliary_loss(e: Evidence) -> Claim:
     early, late = ([e.cells(name, aux_loss_coefficient=w) for w in weights] for name in ("aux", "aux_late"))
     parts = [f"none: {brief(none)}"]
     for name, groups in (("aux", early), ("aux_late", late)):
+        window = e.shared[name]["training"]["dead_after_tokens"]
         parts += [
-            f"coefficient {weight:.3g}, window of {e.training[name]['dead_after_tokens']:,} tokens: {brief(rows)}"
+            f"coefficient {weight:.3g}, window of {window:,} tokens: {brief(rows)}"
             for weight, rows in zip(weights, groups, strict=True)
         ]
     return Claim(

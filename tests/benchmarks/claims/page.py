@@ -8,7 +8,6 @@ Numbers and verdicts come from the result files; nothing on the page is written 
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from saelens_asi import plots
 from saelens_asi.sweep import sweep_figures
 from tests.benchmarks.claims import of_activations, of_lorsa, of_training
-from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, RESULTS, Claim, Evidence, mean
+from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, mean
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PAGE = ROOT / "tutorials" / "claims.md"
@@ -44,17 +43,17 @@ high rate can buy a lower error with the lives of features ({trade}); TopK and A
 """
 
 
-def introduction(e: Evidence, training: dict[str, int]) -> list[str]:
+def introduction(e: Evidence) -> list[str]:
     """Its lines."""
-    text = INTRODUCTION.format(**training, rates=rates_tried(e), trade=trade_off(e))
+    text = INTRODUCTION.format(**shared_settings(e), rates=rates_tried(e), trade=trade_off(e))
     paragraphs = [textwrap.fill(paragraph, 120) for paragraph in text.split("\n\n")]
     return ["\n\n".join(paragraphs), ""]
 
 
-def page(e: Evidence, training: dict[str, int]) -> str:
+def page(e: Evidence) -> str:
     """The whole page, Markdown."""
     lines = [
-        *introduction(e, training),
+        *introduction(e),
         "| | claim | paper | here | seeds | verdict |",
         "|---:|---|---|---|---|---|",
     ]
@@ -105,9 +104,9 @@ def figures(e: Evidence) -> dict[str, Path]:
     return {name: plots.save(figure, FIGURES / name) for name, figure in drawn.items()}
 
 
-def shared_settings() -> dict[str, int]:
+def shared_settings(e: Evidence) -> dict[str, int]:
     """What the introduction says of the training."""
-    shared = json.loads((RESULTS / "claims" / "d_sae" / "sweep.json").read_text())
+    shared = e.shared["d_sae"]
     training = shared["training"]
     return {
         "steps": training["training_tokens"] // training["batch_size"],
@@ -119,7 +118,7 @@ def shared_settings() -> dict[str, int]:
 
 def main() -> None:
     e = Evidence()
-    PAGE.write_text(page(e, shared_settings()))
+    PAGE.write_text(page(e))
     print("\n".join(str(path) for path in (PAGE, *figures(e).values())))
 
 
