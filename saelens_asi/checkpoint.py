@@ -50,7 +50,8 @@ def load_pass(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Runnin
         if other:
             differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in other)
             raise ValueError(f"{path} belongs to a pass with other settings ({differences}): use those, or delete it")
+        # A file's memory is not aligned as torch's is: what is added to it differs in the last bit on some processors.
         return {
-            name: RunningMoments(n, file.get_tensor(f"{name}/mean"), file.get_tensor(f"{name}/scatter"))
+            name: RunningMoments(n, file.get_tensor(f"{name}/mean").clone(), file.get_tensor(f"{name}/scatter").clone())
             for name, n in state["n_tokens"].items()
         }, state["place"]

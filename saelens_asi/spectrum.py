@@ -168,7 +168,8 @@ class Spectrum:
                     f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
                 )
             n_tokens = int(json.loads(metadata["spectrum"])["n_tokens"])
-            return cls(file.get_tensor("mean"), file.get_tensor("covariance"), n_tokens)
+            # A file's memory is not aligned as torch's, and MKL then adds in another order: clones give the same bits.
+            return cls(file.get_tensor("mean").clone(), file.get_tensor("covariance").clone(), n_tokens)
 
 
 def principal_angles(first: Spectrum, second: Spectrum, k: int) -> Tensor:
