@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelens_asi.kernels import kernels_take, run_kernel
-from saelens_asi.row_sparse import update_row_norms_
+from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse.rows import update_row_norms_
 
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
 _CHUNK_ENTRIES = 2**20

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from saelens_asi.adam_update import AdamSettings, adam_update_, adam_update_rows_
-from saelens_asi.row_sparse import RowGradient
+from saelens_asi.sparse.rows import RowGradient
 
 BiasCorrection = Literal["global", "per_row"]
 _BIAS_CORRECTIONS = ("global", "per_row")

@@ -15,7 +15,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import pytest
 import torch
 
-from saelens_asi import kernels
+from saelens_asi.sparse import kernels
 
 ROOT = Path(__file__).parent.parent
 

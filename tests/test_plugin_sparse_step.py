@@ -17,8 +17,7 @@ from saelens_asi import ActiveSubspaceInit
 from saelens_asi.plugin import sparse_topk
 from saelens_asi.plugin.sparse_topk import dense_path_reason, sparse_pass
 from saelens_asi.plugin.sparse_training import SparseTrainer
-from saelens_asi.row_sparse import row_norms
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse.rows import Workspace, row_norms
 from tests import tiny
 
 D_SAE, BATCH = 300, 24

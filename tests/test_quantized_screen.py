@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saelens_asi import kernels, quantized_screen, screening
-from saelens_asi.quantized_screen import QuantizedScreen, can_be_quantized
-from saelens_asi.screening import AdaptiveScreen, Screen, choose_screen
-from saelens_asi.top_k import Encoder, Query, encode_top_k
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse import screens as quantized_screen
+from saelens_asi.sparse import screens as screening
+from saelens_asi.sparse.rows import Workspace
+from saelens_asi.sparse.screens import AdaptiveScreen, QuantizedScreen, Screen, can_be_quantized, choose_screen
+from saelens_asi.sparse.topk import Encoder, Query, encode_top_k
 
 D_IN, D_SAE = 48, 1500
 

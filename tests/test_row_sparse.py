@@ -8,9 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saelens_asi import row_sparse as module
-from saelens_asi.row_sparse import Activations, RowGradient, row_norms, total_norm, update_row_norms_, weighted_row_sum
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse import rows as module
+from saelens_asi.sparse.rows import (
+    Activations,
+    RowGradient,
+    Workspace,
+    row_norms,
+    total_norm,
+    update_row_norms_,
+    weighted_row_sum,
+)
 
 D_SAE, D_IN = 40, 6
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saelens_asi import screening as module
-from saelens_asi.screening import AdaptiveScreen, Screen, can_be_screened, choose_screen, screened_top_k
-from saelens_asi.top_k import Encoder, Query, encode_top_k
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse import screens as module
+from saelens_asi.sparse.rows import Workspace
+from saelens_asi.sparse.screens import AdaptiveScreen, Screen, can_be_screened, choose_screen, screened_top_k
+from saelens_asi.sparse.topk import Encoder, Query, encode_top_k
 from tests import tiny
 
 D_IN, D_SAE = 48, 4096

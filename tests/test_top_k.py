@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saelens_asi import top_k as module
-from saelens_asi.top_k import Encoder, Query, encode_top_k, top_k
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse import topk as module
+from saelens_asi.sparse.rows import Workspace
+from saelens_asi.sparse.topk import Encoder, Query, encode_top_k, top_k
 
 
 @pytest.fixture

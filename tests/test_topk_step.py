@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelens_asi.row_sparse import Activations
-from saelens_asi.top_k import Encoder, Query, TopK, encode_top_k
-from saelens_asi.topk_step import Entries, encode_batch_top_k, entries_of, stack_levels, topk_gradients
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse.gradients import stack_levels, topk_gradients
+from saelens_asi.sparse.rows import Activations, Entries, Workspace
+from saelens_asi.sparse.topk import Encoder, Query, TopK, encode_batch_top_k, encode_top_k, entries_of
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saelens_asi.top_k import top_k
+from saelens_asi.sparse.topk import top_k
 
 # Vectors (n, d_in) to their reconstructions (n, d_in), and how often each feature fired on them (d_sae,).
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]

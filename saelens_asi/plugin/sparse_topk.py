@@ -13,19 +13,11 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
-from saelens_asi.kernels import kernels_take
-from saelens_asi.screening import AdaptiveScreen
-from saelens_asi.top_k import Encoder, Query, encode_top_k, encode_top_k_among
-from saelens_asi.topk_step import (
-    Entries,
-    TopKGradients,
-    encode_batch_top_k,
-    entries_of,
-    squared_error_,
-    stack_levels,
-    topk_gradients,
-)
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse.gradients import TopKGradients, squared_error_, stack_levels, topk_gradients
+from saelens_asi.sparse.kernels import kernels_take
+from saelens_asi.sparse.rows import Entries, Workspace
+from saelens_asi.sparse.screens import AdaptiveScreen
+from saelens_asi.sparse.topk import Encoder, Query, encode_batch_top_k, encode_top_k, encode_top_k_among, entries_of
 
 # With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
 _MAX_DEAD_SHARE = 0.1

@@ -13,12 +13,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from saelens_asi.kernels import load_kernels
 from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
-from saelens_asi.row_sparse import RowGradient, row_norms
-from saelens_asi.screening import AdaptiveScreen
+from saelens_asi.sparse.kernels import load_kernels
+from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms
+from saelens_asi.sparse.screens import AdaptiveScreen
 from saelens_asi.sparse_adam import SparseAdam
-from saelens_asi.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

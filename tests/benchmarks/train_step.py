@@ -35,11 +35,13 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
-from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_, kernels, screening
+from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
 from saelens_asi.plugin import sparse_topk
-from saelens_asi.row_sparse import Activations
-from saelens_asi.screening import AdaptiveScreen
-from saelens_asi.topk_step import TopKGradients
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse import screens as screening
+from saelens_asi.sparse.gradients import TopKGradients
+from saelens_asi.sparse.rows import Activations
+from saelens_asi.sparse.screens import AdaptiveScreen
 from tests.benchmarks.ablation import activations
 
 RESULTS = Path(__file__).parent / "results"

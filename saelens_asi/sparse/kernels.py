@@ -35,12 +35,12 @@ def load_kernels() -> dict[str, Any]:
     logger.info("loading kernels; numba compiles them once, in about half a minute, and keeps them on disk")
     start = time.perf_counter()
     try:
-        modules = [importlib.import_module(f"saelens_asi.{name}") for name in ("compiled", "compiled_screen")]
+        module = importlib.import_module("saelens_asi.sparse.numba_kernels")
     except Exception as error:  # numba refuses some versions of numpy, and a home without a place for its cache
         logger.warning("numba cannot be used (%s): training steps take torch's operations", error)
         return {}
     logger.info("loaded kernels in %.1f s", time.perf_counter() - start)
-    return {name: function for module in modules for name, function in vars(module).items()}
+    return dict(vars(module))
 
 
 def kernels_take(*tensors: Tensor) -> bool:
@@ -53,7 +53,7 @@ def kernels_take(*tensors: Tensor) -> bool:
 
 
 def run_kernel(name: str, n: int, *arguments: Any) -> None:
-    """Call a kernel of ``compiled.py`` for rows 0 to n, on as many threads as torch uses.
+    """Call a kernel of ``numba_kernels`` for rows 0 to n, on as many threads as torch uses.
 
     Args:
         name: of the kernel.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,23 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.kernels import kernels_take, run_kernel
-from saelens_asi.row_sparse import Activations, FeatureOrder, RowGradient, total_norm, weighted_row_sum
-from saelens_asi.top_k import Encoder, Query, TopK, encode_top_k
-from saelens_asi.workspace import Workspace
-
-
-class Entries(NamedTuple):
-    """Active features, one by one: int64 tokens and features, and their scores, each (n_entries,)."""
-
-    tokens: Tensor
-    features: Tensor
-    scores: Tensor
-
-    def where(self, mask: Tensor) -> Entries:
-        if mask.all():
-            return self
-        return Entries(self.tokens[mask], self.features[mask], self.scores[mask])
+from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse.rows import (
+    Activations,
+    Entries,
+    FeatureOrder,
+    RowGradient,
+    Workspace,
+    total_norm,
+    weighted_row_sum,
+)
 
 
 class TopKGradients(NamedTuple):
@@ -46,58 +38,6 @@ class TopKGradients(NamedTuple):
         if self.squares is None:
             return total_norm([self.W_enc.values, self.b_enc.values, self.W_dec.values, self.b_dec])
         return (self.squares.sum(dtype=torch.float64) + self.b_dec.double().square().sum()).sqrt()
-
-
-def entries_of(found: TopK) -> Entries:
-    """The same, one by one, token after token."""
-    n_tokens, k = found.indices.shape
-    tokens = torch.arange(n_tokens, device=found.indices.device).repeat_interleave(k)
-    return Entries(tokens, found.indices.flatten(), found.scores.flatten())
-
-
-def encode_batch_top_k(
-    x: Tensor, encoder: Encoder, n_entries: int, queries: Sequence[Query], workspace: Workspace
-) -> tuple[Entries, list[TopK]]:
-    """The largest positive scores of a whole batch (BatchTopK, arXiv 2412.06410), and what ``queries`` ask for.
-
-    A token may have any number of them. Twice the average is looked up first; tokens that could have more are looked
-    up again for twice as many, until none could.
-
-    Args:
-        x: (n_tokens, d_in).
-        encoder: the features.
-        n_entries: how many scores of the n_tokens x d_sae to keep; fewer are returned where fewer are positive.
-        queries: further questions per token, answered in the same pass.
-        workspace: see ``encode_top_k``.
-    """
-    n_tokens, d_sae = x.shape[0], encoder.rows.shape[0]
-    k = min(d_sae, 2 * math.ceil(n_entries / max(1, n_tokens)))
-    found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
-    entries = entries_of(found)
-    lowest = found.scores.amin(dim=1) if k else found.scores.new_zeros(n_tokens)
-    while True:
-        positive = entries.where(entries.scores > 0)
-        n_surplus = positive.scores.numel() - n_entries
-        threshold = positive.scores.kthvalue(n_surplus).values if n_surplus > 0 else positive.scores.new_zeros(())
-        unsure = lowest > threshold
-        if k == d_sae or not unsure.any():
-            return _drop_smallest(positive, n_surplus, threshold), answers
-        k = min(d_sae, 2 * k)
-        (more,) = encode_top_k(x[unsure], encoder, [Query(k)], workspace)
-        lowest[unsure] = more.scores.amin(dim=1)
-        settled, wider = entries.where(~unsure[entries.tokens]), entries_of(more)
-        wider = wider._replace(tokens=unsure.nonzero().squeeze(1)[wider.tokens])
-        entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
-
-
-def _drop_smallest(entries: Entries, n: int, threshold: Tensor) -> Entries:
-    """All but the n smallest entries, of which ``threshold`` is the largest."""
-    if n <= 0:
-        return entries
-    dropped = entries.scores < threshold
-    ties = (entries.scores == threshold).nonzero().squeeze(1)
-    dropped[ties[: n - int(dropped.sum())]] = True
-    return entries.where(~dropped)
 
 
 def stack_levels(levels: Sequence[Entries], n_tokens: int) -> Activations:

@@ -1,9 +1,10 @@
-"""Sparse matrices of activations, and gradients that exist only for the rows that were active."""
+"""Sparse activations, gradients that exist for some rows only, and the memory that steps share."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,8 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.kernels import kernels_take, run_kernel
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse.kernels import kernels_take, run_kernel
+
+
+class Workspace:
+    """Buffers by name. A buffer is valid until the same name is taken again; its content is not initialised."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor of ``shape`` on the device of ``like``, and of its dtype unless given."""
+        key = (name, dtype or like.dtype, like.device)
+        size = math.prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[key] = torch.empty(size, dtype=key[1], device=like.device)
+        return buffer[:size].view(*shape)
+
 
 # Rows of a gradient made at once: a few MiB, which the allocator has at hand; larger ones it asks the system for.
 _CHUNK_ROWS = 2048
@@ -188,3 +205,16 @@ def _sampled_product(row_starts: Tensor, features: Tensor, left: Tensor, W_dec: 
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(row_starts, features, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, W_dec.t(), beta=0.0).values()
+
+
+class Entries(NamedTuple):
+    """Active features, one by one: int64 tokens and features, and their scores, each (n_entries,)."""
+
+    tokens: Tensor
+    features: Tensor
+    scores: Tensor
+
+    def where(self, mask: Tensor) -> Entries:
+        if mask.all():
+            return self
+        return Entries(self.tokens[mask], self.features[mask], self.scores[mask])

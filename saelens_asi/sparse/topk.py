@@ -1,7 +1,8 @@
-"""The largest entries of rows, exactly: of a matrix at hand, and of a product that is never held whole."""
+"""The largest scores, exactly: of rows, of a product that is never held whole, and of a whole batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelens_asi.workspace import Workspace
+from saelens_asi.sparse.rows import (
+    Entries,
+    Workspace,
+)
 
 # Scores of one tile (256 MiB in float32) and features in it: large enough for the matrix product to run at full speed.
 TILE_ENTRIES = 2**26
@@ -183,3 +187,55 @@ def _concatenate(tiles: Sequence[TopK | None], k: int, x: Tensor) -> TopK:
     if x.shape[0] == 0 or not found:
         return TopK(x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64))
     return TopK(torch.cat([tile.scores for tile in found]), torch.cat([tile.indices for tile in found]))
+
+
+def entries_of(found: TopK) -> Entries:
+    """The same, one by one, token after token."""
+    n_tokens, k = found.indices.shape
+    tokens = torch.arange(n_tokens, device=found.indices.device).repeat_interleave(k)
+    return Entries(tokens, found.indices.flatten(), found.scores.flatten())
+
+
+def encode_batch_top_k(
+    x: Tensor, encoder: Encoder, n_entries: int, queries: Sequence[Query], workspace: Workspace
+) -> tuple[Entries, list[TopK]]:
+    """The largest positive scores of a whole batch (BatchTopK, arXiv 2412.06410), and what ``queries`` ask for.
+
+    A token may have any number of them. Twice the average is looked up first; tokens that could have more are looked
+    up again for twice as many, until none could.
+
+    Args:
+        x: (n_tokens, d_in).
+        encoder: the features.
+        n_entries: how many scores of the n_tokens x d_sae to keep; fewer are returned where fewer are positive.
+        queries: further questions per token, answered in the same pass.
+        workspace: see ``encode_top_k``.
+    """
+    n_tokens, d_sae = x.shape[0], encoder.rows.shape[0]
+    k = min(d_sae, 2 * math.ceil(n_entries / max(1, n_tokens)))
+    found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+    entries = entries_of(found)
+    lowest = found.scores.amin(dim=1) if k else found.scores.new_zeros(n_tokens)
+    while True:
+        positive = entries.where(entries.scores > 0)
+        n_surplus = positive.scores.numel() - n_entries
+        threshold = positive.scores.kthvalue(n_surplus).values if n_surplus > 0 else positive.scores.new_zeros(())
+        unsure = lowest > threshold
+        if k == d_sae or not unsure.any():
+            return _drop_smallest(positive, n_surplus, threshold), answers
+        k = min(d_sae, 2 * k)
+        (more,) = encode_top_k(x[unsure], encoder, [Query(k)], workspace)
+        lowest[unsure] = more.scores.amin(dim=1)
+        settled, wider = entries.where(~unsure[entries.tokens]), entries_of(more)
+        wider = wider._replace(tokens=unsure.nonzero().squeeze(1)[wider.tokens])
+        entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
+
+
+def _drop_smallest(entries: Entries, n: int, threshold: Tensor) -> Entries:
+    """All but the n smallest entries, of which ``threshold`` is the largest."""
+    if n <= 0:
+        return entries
+    dropped = entries.scores < threshold
+    ties = (entries.scores == threshold).nonzero().squeeze(1)
+    dropped[ties[: n - int(dropped.sum())]] = True
+    return entries.where(~dropped)
