@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelens_asi import adam_update as module
-from saelens_asi.adam_update import AdamSettings, adam_update_, adam_update_rows_
+from saelens_asi import sparse_adam as module
+from saelens_asi.sparse_adam import AdamSettings, adam_update_, adam_update_rows_
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

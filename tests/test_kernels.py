@@ -8,11 +8,11 @@ import logging
 import pytest
 import torch
 
-from saelens_asi.adam_update import AdamSettings, adam_update_rows_
 from saelens_asi.sparse import kernels
 from saelens_asi.sparse.gradients import squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take, load_kernels
 from saelens_asi.sparse.rows import Entries, Workspace, row_norms
+from saelens_asi.sparse_adam import AdamSettings, adam_update_rows_
 
 
 @pytest.fixture
