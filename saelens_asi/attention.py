@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.hooks import (
+from saelens_asi.activations.hooks import (
     Reader,
     as_vectors,
     attention_output,
@@ -19,9 +19,9 @@ from saelens_asi.hooks import (
     read_activations,
     special_token_ids,
 )
+from saelens_asi.activations.tokens import token_batches
 from saelens_asi.moments import RunningMoments
 from saelens_asi.spectrum import Spectrum
-from saelens_asi.token_stream import token_batches
 
 
 @dataclass(frozen=True)

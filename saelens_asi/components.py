@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.ablation import Predictions, ratio, replacement_losses
-from saelens_asi.hooks import Writer, keep_mask, special_token_ids
+from saelens_asi.activations.hooks import Writer, keep_mask, special_token_ids
+from saelens_asi.activations.replacement import Predictions, ratio, replacement_losses
 from saelens_asi.spectra import activation_spectra
 from saelens_asi.spectrum import Spectrum
 

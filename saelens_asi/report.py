@@ -6,12 +6,12 @@ import base64
 import csv
 import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from saelens_asi.activations.hooks import split_name
 from saelens_asi.active_subspace import AUTO_VARIANCE_SHARE
 from saelens_asi.attention import AttentionDecomposition
 from saelens_asi.components import ComponentLosses
@@ -22,27 +22,7 @@ _TAUS = {"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999, "99.99": 0.9999}
 # Below this share of the width, features that start anywhere mostly start outside of what the activations use.
 _LOW_RANK_SHARE = 0.65
 
-# Names that only a TransformerBridge has, beside the aliases that it shares with a HookedTransformer.
-_CANONICAL_KINDS = {
-    "attn.hook_z": "hook_z",
-    "attn.o.hook_in": "hook_z",
-    "attn.hook_out": "attn_out",
-    "attn.o.hook_out": "attn_out",
-    "mlp.hook_out": "mlp_out",
-    "mlp.out.hook_out": "mlp_out",
-    "hook_in": "resid_pre",
-    "hook_out": "resid_post",
-}
-
 Row = dict[str, Any]
-
-
-def split_name(hook_name: str) -> tuple[int, str]:
-    """Layer (-1 where it has none) and kind of a hook: ``blocks.3.hook_mlp_out`` -> (3, ``mlp_out``)."""
-    layer = re.search(r"\.(\d+)\.", hook_name)
-    rest = hook_name if layer is None else hook_name[layer.end() :]
-    kind = _CANONICAL_KINDS.get(rest) or rest.removeprefix("hook_")
-    return (int(layer.group(1)) if layer else -1), kind
 
 
 def table_rows(spectra: Mapping[str, Spectrum]) -> list[Row]:

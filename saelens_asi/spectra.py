@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.checkpoint import load_pass, save_pass
-from saelens_asi.hooks import (
+from saelens_asi.activations.hooks import (
     as_vectors,
     hook_points,
     keep_mask,
@@ -24,9 +23,10 @@ from saelens_asi.hooks import (
     resolve_hook_names,
     special_token_ids,
 )
+from saelens_asi.activations.tokens import token_batches
+from saelens_asi.checkpoint import load_pass, save_pass
 from saelens_asi.moments import RunningMoments
 from saelens_asi.spectrum import Spectrum
-from saelens_asi.token_stream import token_batches
 
 logger = logging.getLogger(__name__)
 

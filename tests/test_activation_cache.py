@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_asi import activation_cache
-from saelens_asi.activation_cache import cache_activations
-from saelens_asi.hooks import hook_points, read_activations
+from saelens_asi.activations import cache as activation_cache
+from saelens_asi.activations.cache import cache_activations
+from saelens_asi.activations.hooks import hook_points, read_activations
 from tests import tiny
 
 HOOKS = ["blocks.0.hook_attn_out", "blocks.1.attn.hook_z"]

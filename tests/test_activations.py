@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_asi.activations import HookActivations
+from saelens_asi.activations.reader import HookActivations
 from tests import tiny
 
 HOOK = tiny.ATTN_OUT
@@ -50,7 +50,7 @@ def test_it_reads_exactly_so_many_tokens_and_a_half_read_iteration_is_not_kept(m
 def test_a_cached_iteration_does_not_run_the_model_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = HookActivations(model, tokens(), HOOK, cache=True, progress=False)
     first = torch.cat(list(batches))
-    monkeypatch.setattr("saelens_asi.activations.read_activations", None)
+    monkeypatch.setattr("saelens_asi.activations.reader.read_activations", None)
     assert torch.equal(torch.cat(list(batches)), first)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from saelens_asi import autopsy, cli
-from saelens_asi.activations import HookActivations
+from saelens_asi.activations.loading import load_documents
+from saelens_asi.activations.reader import HookActivations
 from saelens_asi.cli.autopsy import load_sae
-from saelens_asi.loading import load_documents
 from tests import tiny
 
 

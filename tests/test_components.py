@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saelens_asi import ComponentLosses, activation_spectra, loss_recovered
-from saelens_asi.ablation import Predictions, replacement_losses
+from saelens_asi.activations.replacement import Predictions, replacement_losses
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens are few")

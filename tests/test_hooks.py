@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelens_asi.hooks import (
+from saelens_asi.activations.hooks import (
     as_vectors,
     hook_points,
     keep_mask,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelens_asi.corpus import load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import load_hooked_transformer, smollm2_folder, world_english_bible
 from saelens_asi.lorsa import Lorsa, attached, attention_activations, read_attention, token_windows
 from saelens_asi.lorsa.model import check_exact
 from tests import tiny_attention

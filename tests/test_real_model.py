@@ -11,9 +11,8 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
 
-from saelens_asi.corpus import load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import load_hooked_transformer, load_model, smollm2_folder, world_english_bible
 from saelens_asi.demo import DemoSettings, run_demo
-from saelens_asi.loading import load_model
 from saelens_asi.spectra import activation_spectra
 
 pytestmark = pytest.mark.skipif(

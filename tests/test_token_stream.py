@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from saelens_asi.token_stream import token_batches
+from saelens_asi.activations.tokens import token_batches
 
 IDS = torch.arange(3, 33).reshape(5, 6)
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from saelens_asi import lorsa as lo
-from saelens_asi.loading import load_documents, load_model
+from saelens_asi.activations.loading import load_documents, load_model
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")

@@ -17,8 +17,8 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 
 import saelens_asi as asi
 from saelens_asi import plots
-from saelens_asi.activations import HookActivations
-from saelens_asi.loading import load_documents, load_model
+from saelens_asi.activations.loading import load_documents, load_model
+from saelens_asi.activations.reader import HookActivations
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")

@@ -20,9 +20,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi as asi
 from saelens_asi import plots
-from saelens_asi.activations import HookActivations
+from saelens_asi.activations.loading import load_documents, load_model
+from saelens_asi.activations.reader import HookActivations
 from saelens_asi.dead_features.plots import autopsy_figure
-from saelens_asi.loading import load_documents, load_model
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")

@@ -20,14 +20,13 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from saelens_asi import plots
-from saelens_asi.activations import HookActivations
-from saelens_asi.corpus import MODEL_NAME
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
+from saelens_asi.activations.reader import HookActivations
 from saelens_asi.dead_features.autopsy import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.plots import autopsy_figure
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
 from saelens_asi.evaluation.sources import find_saes
-from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from saelens_asi import plots, report, spectrum_plots
-from saelens_asi.ablation import Predictions
+from saelens_asi.activations.hooks import SHORT_NAMES, layer_hooks, parse_layers, resolve_hook_names
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.activations.replacement import Predictions
+from saelens_asi.activations.tokens import token_batches
 from saelens_asi.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.components import ComponentLosses, loss_recovered
-from saelens_asi.hooks import SHORT_NAMES, layer_hooks, parse_layers, resolve_hook_names
-from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.spectra import activation_spectra
 from saelens_asi.spectrum import Spectrum
-from saelens_asi.token_stream import token_batches
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_recovered
-from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
-from saelens_asi.evaluation.record import SAEEvaluation
-from saelens_asi.evaluation.sources import check_sae, inference_form, warn_of_other_windows
-from saelens_asi.hooks import (
+from saelens_asi.activations.hooks import (
     as_vectors,
     hook_of_module,
     hook_points,
@@ -24,9 +20,13 @@ from saelens_asi.hooks import (
     read_activations,
     special_token_ids,
 )
+from saelens_asi.activations.tokens import token_batches
+from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_recovered
+from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
+from saelens_asi.evaluation.record import SAEEvaluation
+from saelens_asi.evaluation.sources import check_sae, inference_form, warn_of_other_windows
 from saelens_asi.moments import RunningMoments
 from saelens_asi.spectrum import Spectrum
-from saelens_asi.token_stream import token_batches
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.ablation import Logits, Predictions, prediction_losses, ratio, replacements_at
+from saelens_asi.activations.hooks import Writer
+from saelens_asi.activations.replacement import Logits, Predictions, prediction_losses, ratio, replacements_at
 from saelens_asi.evaluation.reconstruction import chunk_size, on_flat_vectors
-from saelens_asi.hooks import Writer
 
 
 @dataclass(frozen=True)

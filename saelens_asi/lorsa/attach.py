@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.ablation import Logits, prediction_losses
+from saelens_asi.activations.hooks import logits_with
+from saelens_asi.activations.replacement import Logits, prediction_losses
 from saelens_asi.evaluation.loss import SAELossRecovered
-from saelens_asi.hooks import logits_with
 from saelens_asi.lorsa.activations import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
 

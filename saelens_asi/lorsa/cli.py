@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from saelens_asi.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.evaluation import lorsa_metrics
 from saelens_asi.lorsa.init import LorsaInit, initialize_lorsa_

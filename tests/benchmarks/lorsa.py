@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.corpus import cache_dir, load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import cache_dir, load_hooked_transformer, smollm2_folder, world_english_bible
 from saelens_asi.lorsa import (
     CachedSequences,
     Lorsa,

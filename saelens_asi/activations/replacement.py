@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
-from saelens_asi.hooks import Writer, hook_points, logits_with
+from saelens_asi.activations.hooks import Writer, hook_points, logits_with
 
 Logits = Callable[[Tensor, slice], Tensor]
 
