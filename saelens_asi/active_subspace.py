@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.spectrum import Spectrum
 
 INITIALIZER_NAME = "active_subspace"
 

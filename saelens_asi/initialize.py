@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saelens_asi.active_subspace import ActiveSubspaceInit, random_directions_, subspace_basis
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.spectrum import Spectrum
 
 # Activations that the least-squares norm is fitted on; the norm moves by less than 1 % beyond it.
 NORM_SAMPLE = 1024

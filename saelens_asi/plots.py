@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from torch import Tensor
 
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.spectrum import Spectrum
 
 COLORS = ("#8c8c8c", "#1f6feb", "#d9822b", "#2e9e6b", "#a04fb5")
 

@@ -11,10 +11,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from saelens_asi.attention import AttentionDecomposition
-from saelens_asi.components import ComponentLosses
 from saelens_asi.plots import axes as make_axes
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.attention import AttentionDecomposition
+from saelens_asi.spectra.components import ComponentLosses
+from saelens_asi.spectra.spectrum import Spectrum
 
 KIND_COLORS = {
     "attn_out": "#1f6feb",

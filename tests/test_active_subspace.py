@@ -13,7 +13,7 @@ from saelens_asi.active_subspace import (
     random_directions_,
     subspace_basis,
 )
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.spectrum import Spectrum
 from tests.reference import gaussian, maths, orthogonal
 
 

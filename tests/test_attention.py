@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from saelens_asi import activation_spectra, decompose_attention_output
-from saelens_asi.attention import decompose_variance
+from saelens_asi.spectra.attention import decompose_variance
 from tests import tiny
 from tests.reference import gaussian, maths, orthogonal
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from saelens_asi import ActiveSubspaceInit, Spectrum, activation_spectra, cli
-from saelens_asi import spectra as spectra_module
 from saelens_asi.activations.loading import load_documents
 from saelens_asi.activations.tokens import token_batches
+from saelens_asi.spectra import hook_spectra as spectra_module
 from tests import tiny
 
 command = importlib.import_module("saelens_asi.cli.spectrum")  # the package has a function of that name too

@@ -24,8 +24,8 @@ from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE, Match
 from saelens_asi import initialize
 from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.initialize import initialize_
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 from tests.reference import gaussian, orthogonal
 
 D_IN, D_SAE, D_INIT, K = 16, 64, 5, 4

@@ -35,8 +35,8 @@ from saelens_asi.lorsa import (
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
 from saelens_asi.lorsa.training import batch_index, last_checkpoint
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 from tests import tiny, tiny_attention
 
 LAYER, N_OV, K = 1, 64, 4

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_asi.moments import RunningMoments
+from saelens_asi.spectra.moments import RunningMoments
 from tests.reference import gaussian, maths, orthogonal, two_pass_moments
 
 seeds = st.integers(0, 2**31)

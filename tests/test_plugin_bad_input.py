@@ -12,7 +12,7 @@ from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunn
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi import ActiveSubspaceInit, Spectrum
-from saelens_asi.moments import RunningMoments
+from saelens_asi.spectra.moments import RunningMoments
 from tests import tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=4, n_tokens=256)

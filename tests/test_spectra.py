@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 
 from saelens_asi import RunningMoments, Spectrum, activation_spectra, spectra_from_cache
-from saelens_asi import spectra as module
-from saelens_asi.checkpoint import load_pass
+from saelens_asi.spectra import hook_spectra as module
+from saelens_asi.spectra.hook_spectra import load_pass
 from tests import tiny
 from tests.reference import two_pass_moments
 
@@ -262,7 +262,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(model, tmp_path, monkeypatch)
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("saelens_asi.checkpoint.save_file", disk_full)
+    monkeypatch.setattr("saelens_asi.spectra.hook_spectra.save_file", disk_full)
     with pytest.raises(OSError, match="disk full"):
         spectra_of(model, rows(), [HOOK], 300, checkpoint=path)
     assert path.read_bytes() == before

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum, principal_angles
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum, principal_angles
 from tests.reference import effective_rank_by_svd, gaussian, maths, orthogonal, two_pass_moments
 
 seeds = st.integers(0, 2**31)

@@ -16,7 +16,7 @@ import saelens_asi as asi
 from saelens_asi import plots, spectrum_plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.tokens import token_batches
-from saelens_asi.report import table_rows
+from saelens_asi.spectra.findings import table_rows
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")

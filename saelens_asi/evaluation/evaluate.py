@@ -25,8 +25,8 @@ from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_reco
 from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
 from saelens_asi.evaluation.record import SAEEvaluation
 from saelens_asi.evaluation.sources import check_sae, inference_form, warn_of_other_windows
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
 

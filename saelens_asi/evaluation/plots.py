@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.evaluation.record import SAEEvaluation
 from saelens_asi.plots import axes as make_axes
-from saelens_asi.report import Row
+from saelens_asi.spectra.findings import Row
 from saelens_asi.spectrum_plots import kind_color
 
 _COLUMNS = {

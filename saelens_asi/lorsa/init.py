@@ -14,8 +14,8 @@ from saelens_asi.active_subspace import ActiveSubspaceInit, choose_d_init, rando
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.target import AttentionTarget
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 
 METHODS = ("random", "active", "per_head")
 _NAMED_NORMS = ("least_squares", "matched")

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.initialize import NORM_SAMPLE, Initialization, check_fresh, initialize_
-from saelens_asi.moments import RunningMoments
 from saelens_asi.plugin.fields import initializer_settings
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.provenance import write_provenance
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from saelens_asi.plugin.history import HistoryTrainer, output_folder
 from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.plugin.upstream import refuse_known_failures
 from saelens_asi.provenance import METADATA_KEY
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
 

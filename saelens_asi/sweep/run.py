@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi import plots
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 from saelens_asi.sweep.figures import sweep_figures
 from saelens_asi.sweep.grid import TITLES, Cell
 from saelens_asi.sweep.store import Row, SweepStore, read_sweep

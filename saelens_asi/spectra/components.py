@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saelens_asi.activations.hooks import Writer, keep_mask, special_token_ids
 from saelens_asi.activations.replacement import Predictions, ratio, replacement_losses
-from saelens_asi.spectra import activation_spectra
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.hook_spectra import activation_spectra
+from saelens_asi.spectra.spectrum import Spectrum
 
 
 @dataclass(frozen=True)

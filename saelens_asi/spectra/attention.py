@@ -20,8 +20,8 @@ from saelens_asi.activations.hooks import (
     special_token_ids,
 )
 from saelens_asi.activations.tokens import token_batches
-from saelens_asi.moments import RunningMoments
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 
 
 @dataclass(frozen=True)

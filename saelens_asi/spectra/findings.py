@@ -1,4 +1,4 @@
-"""Spectra as a table, and as one page that a person can read."""
+"""Spectra as a table, and as sentences that a person can read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.active_subspace import AUTO_VARIANCE_SHARE
-from saelens_asi.attention import AttentionDecomposition
-from saelens_asi.components import ComponentLosses
-from saelens_asi.spectrum import Spectrum
+from saelens_asi.spectra.attention import AttentionDecomposition
+from saelens_asi.spectra.components import ComponentLosses
+from saelens_asi.spectra.spectrum import Spectrum
 
 _TAUS = {"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999, "99.99": 0.9999}
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saelens_asi.moments import RunningMoments
+from saelens_asi.spectra.moments import RunningMoments
 
 FILE_FORMAT = "saelens_asi.spectrum.v1"
 

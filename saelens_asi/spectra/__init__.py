@@ -1,0 +1,1 @@
+"""Mean and covariance of activations, and what they say about their dimension."""
