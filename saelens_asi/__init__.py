@@ -3,14 +3,12 @@
 Importing this package adds two fields to SAELens's training configs: ``initializer`` and ``optimizer``.
 """
 
-from saelens_asi.active_subspace import ActiveSubspaceInit
 from saelens_asi.dead_features import Autopsy, autopsy
 from saelens_asi.evaluation import SAEEvaluation, evaluate
 from saelens_asi.history import read_history
-from saelens_asi.initialize import Initialization, initialize_
+from saelens_asi.initialization import ActiveSubspaceInit, Initialization, initialize_, package_version
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
 from saelens_asi.plugin import register
-from saelens_asi.provenance import package_version
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dataclasses import dataclass
     from typing import Literal
 
-    from saelens_asi.active_subspace import ActiveSubspaceInit
+    from saelens_asi.initialization import ActiveSubspaceInit
 
     @dataclass(kw_only=True)
     class _Fields:

@@ -7,12 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_asi.active_subspace import (
-    ActiveSubspaceInit,
-    choose_d_init,
-    random_directions_,
-    subspace_basis,
-)
+from saelens_asi.initialization import ActiveSubspaceInit, choose_d_init, random_directions_, subspace_basis
 from saelens_asi.spectra.spectrum import Spectrum
 from tests.reference import gaussian, maths, orthogonal
 

@@ -21,9 +21,8 @@ from sae_lens import (
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 
-from saelens_asi import initialize
-from saelens_asi.active_subspace import ActiveSubspaceInit
-from saelens_asi.initialize import initialize_
+from saelens_asi import initialization as initialize
+from saelens_asi.initialization import ActiveSubspaceInit, initialize_
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from tests.reference import gaussian, orthogonal

@@ -12,8 +12,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin import estimate
-from saelens_asi.provenance import METADATA_KEY
 from tests import tiny
 
 HOOKS = {"ours": tiny.ATTN_OUT, "stock": tiny.ATTN_OUT, "mlp": "blocks.0.hook_mlp_out"}

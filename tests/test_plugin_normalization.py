@@ -10,7 +10,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.initialization import METADATA_KEY
 from tests import tiny
 
 D_INIT = 5

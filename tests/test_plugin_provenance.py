@@ -15,8 +15,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi
 from saelens_asi import ActiveSubspaceInit
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.trainer import PluginTrainer
-from saelens_asi.provenance import METADATA_KEY
 from tests import third_party, tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=5, n_tokens=512, norm=0.25, seed=11)
@@ -68,7 +68,7 @@ def test_the_record_is_strict_json_of_plain_values():
 
 def test_a_record_that_is_not_strict_json_is_refused():
     with pytest.raises(ValueError, match="JSON"):
-        saelens_asi.provenance.write_provenance({}, {"norm": math.nan})
+        saelens_asi.initialization.write_provenance({}, {"norm": math.nan})
 
 
 @pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, third_party.ARCHITECTURE])

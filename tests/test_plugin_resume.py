@@ -15,9 +15,9 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin import estimate
 from saelens_asi.plugin.trainer import PluginTrainer
-from saelens_asi.provenance import METADATA_KEY
 from tests import third_party, tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=5, n_tokens=256)

@@ -22,8 +22,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.optim import Adam
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.trainer import PluginTrainer
-from saelens_asi.provenance import METADATA_KEY
 from tests import tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=4, n_tokens=256)

@@ -11,8 +11,8 @@ from sae_lens import LoggingConfig
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.sparse_training import feature_row_groups
-from saelens_asi.provenance import METADATA_KEY
 from tests import third_party, tiny
 
 WIDE = {"d_sae": 256, "k": 2}  # few of many features fire

@@ -24,7 +24,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.initialization import METADATA_KEY
 from tests import tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=4, n_tokens=700)

@@ -10,7 +10,7 @@ from sae_lens import SAE
 from torch.optim import Adam
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam, Spectrum
-from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from tests import third_party, tiny
 

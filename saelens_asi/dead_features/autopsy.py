@@ -17,7 +17,7 @@ from saelens_asi.dead_features.encoding import Encoding
 from saelens_asi.dead_features.momentum import load_optimizer_state
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings, FeatureTable
 from saelens_asi.dead_features.trial import Trial, decide
-from saelens_asi.provenance import METADATA_KEY
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 

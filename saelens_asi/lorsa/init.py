@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saelens_asi.active_subspace import ActiveSubspaceInit, choose_d_init, random_directions_, subspace_basis
+from saelens_asi.initialization import ActiveSubspaceInit, choose_d_init, random_directions_, subspace_basis
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.target import AttentionTarget

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saelens_asi.initialization import package_version
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.provenance import package_version
 
 FILE_FORMAT = "saelens_asi.lorsa.v1"
 WEIGHTS, CONFIG = "lorsa_weights.safetensors", "lorsa.json"

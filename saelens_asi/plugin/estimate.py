@@ -12,11 +12,16 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.active_subspace import ActiveSubspaceInit
-from saelens_asi.initialize import NORM_SAMPLE, Initialization, check_fresh, initialize_
+from saelens_asi.initialization import (
+    NORM_SAMPLE,
+    ActiveSubspaceInit,
+    Initialization,
+    check_fresh,
+    initialize_,
+    write_provenance,
+)
 from saelens_asi.plugin.fields import initializer_settings
 from saelens_asi.plugin.stream import ActivationStream
-from saelens_asi.provenance import write_provenance
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 

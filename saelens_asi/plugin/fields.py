@@ -16,7 +16,7 @@ from typing import Any
 import simple_parsing
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from saelens_asi.active_subspace import INITIALIZER_NAME, ActiveSubspaceInit
+from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
 
 DEFAULTS = {"initializer": "default", "optimizer": "adam"}
 INITIALIZERS = ("default", INITIALIZER_NAME)

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from saelens_asi.activations.hooks import split_name
-from saelens_asi.active_subspace import AUTO_VARIANCE_SHARE
+from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
 from saelens_asi.spectra.spectrum import Spectrum

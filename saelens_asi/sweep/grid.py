@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from saelens_asi.active_subspace import ActiveSubspaceInit
+from saelens_asi.initialization import ActiveSubspaceInit
 
 # Settings of ActiveSubspaceInit that a cell may vary.
 _START = ("subspace", "norm", "center", "d_init")
