@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
-from saelens_asi.evaluation.evaluate import evaluate
 from saelens_asi.evaluation.loss import sae_loss_recovered
+from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum

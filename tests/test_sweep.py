@@ -11,7 +11,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_asi import cli
-from saelens_asi.evaluation.evaluate import evaluate
+from saelens_asi.evaluation.run import evaluate
 from saelens_asi.sweep import (
     METHODS,
     Cell,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sae_lens.registry import get_sae_class, get_sae_training_class
 
-from saelens_asi.evaluation.topk_inference import topk_reconstruction
+from saelens_asi.evaluation.saes import topk_reconstruction
 from tests import tiny
 
 D_SAE, K = 1024, 7  # wide enough for the grouped ranking

@@ -26,7 +26,7 @@ from saelens_asi.dead_features.autopsy import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.plots import autopsy_figure
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
-from saelens_asi.evaluation.sources import find_saes
+from saelens_asi.evaluation.saes import find_saes
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,24 +10,22 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.load_model import load_model as load_hooked_transformer
-from safetensors.torch import load_file, save_file
 
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
 from saelens_asi.evaluation import plots as evaluation_plots
-from saelens_asi.evaluation.evaluate import evaluate
-from saelens_asi.evaluation.record import SAEEvaluation
-from saelens_asi.evaluation.sources import SAESource, find_saes
+from saelens_asi.evaluation.metrics import SAEEvaluation
+from saelens_asi.evaluation.results import _Results
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.evaluation.saes import SAESource, find_saes
 from saelens_asi.history import TRAINING_HISTORY, read_history
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,45 +158,6 @@ def _documents(how: Mapping[str, Any]) -> Any:
     if how["all_text"]:
         return concatenate_datasets(load_documents(how["dataset"], n_tokens)[::-1])
     return load_documents(how["dataset"], _HELD_OUT_SHARE * n_tokens)[1]
-
-
-@dataclass
-class _Results:
-    """results.json and firing_counts.safetensors in a folder: what is there with the same settings, and what comes."""
-
-    out: Path
-    settings: dict[str, Any]
-    records: dict[str, SAEEvaluation] = field(default_factory=dict)
-    sources: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.path, self.counts_path = self.out / "results.json", self.out / "firing_counts.safetensors"
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not (self.path.exists() and self.counts_path.exists()):
-            return
-        kept = json.loads(self.path.read_text())
-        if kept.get("settings") != self.settings:
-            return
-        counts = load_file(self.counts_path)
-        for name, values in kept["results"].items():
-            if name in counts:
-                self.sources[name] = values.pop("source")
-                self.records[name] = SAEEvaluation.from_dict(values, counts[name])
-
-    def has(self, source: SAESource) -> bool:
-        return source.name in self.records and self.sources[source.name] == source.identity()
-
-    def add(self, found: Mapping[str, SAEEvaluation], sources: Sequence[SAESource]) -> None:
-        self.records |= found
-        self.sources |= {source.name: source.identity() for source in sources}
-        results = {name: {"source": self.sources[name], **record.to_dict()} for name, record in self.records.items()}
-        unfinished = self.out / f"unfinished.{os.getpid()}"
-        save_file({name: record.firing_counts for name, record in self.records.items()}, unfinished)
-        unfinished.replace(self.counts_path)
-        unfinished.write_text(
-            json.dumps({"settings": self.settings, "results": results}, indent=1, allow_nan=False) + "\n"
-        )
-        unfinished.replace(self.path)
 
 
 def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource]) -> list[Path]:

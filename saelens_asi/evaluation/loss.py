@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelens_asi.activations.hooks import Writer
-from saelens_asi.activations.replacement import Logits, Predictions, prediction_losses, ratio, replacements_at
-from saelens_asi.evaluation.reconstruction import chunk_size, on_flat_vectors
-
-
-@dataclass(frozen=True)
-class SAELossRecovered:
-    """What replacing a hook's activations by their reconstruction does to the model's predictions, in nats a token.
-
-    Attributes:
-        clean: next-token cross-entropy of the model as it is.
-        zero: with the hook zero-ablated.
-        reconstructed: with the SAE's reconstruction in place of the activations.
-        kl_zero: divergence KL(clean || ablated) of the next-token distributions, hook zero-ablated.
-        kl_reconstructed: the same with the SAE's reconstruction.
-        n_tokens: tokens predicted.
-    """
-
-    clean: float
-    zero: float
-    reconstructed: float
-    kl_zero: float
-    kl_reconstructed: float
-    n_tokens: int
-
-    @property
-    def recovered(self) -> float:
-        """(zero - reconstructed) / (zero - clean) of the cross-entropies.
-
-        Can exceed 1: where a layer's output harms the predictions on this text, a worse reconstruction lowers the
-        loss. ``kl_recovered`` cannot.
-        """
-        return ratio(self.zero - self.reconstructed, self.zero - self.clean)
-
-    @property
-    def kl_recovered(self) -> float:
-        """1 - kl_reconstructed / kl_zero: 1 where the predictions are those of the model as it is."""
-        return 1 - ratio(self.kl_reconstructed, self.kl_zero)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All measures; None where a share means nothing because the ablation changes nothing."""
-        shares = {"recovered": self.recovered, "kl_recovered": self.kl_recovered}
-        return asdict(self) | {name: None if math.isnan(share) else share for name, share in shares.items()}
-
-    @classmethod
-    def of(cls, losses: Mapping[str, Predictions], n_tokens: int) -> SAELossRecovered:
-        """From the losses named ``clean``, ``zero`` and ``reconstructed``."""
-        return cls(
-            clean=losses["clean"].cross_entropy,
-            zero=losses["zero"].cross_entropy,
-            reconstructed=losses["reconstructed"].cross_entropy,
-            kl_zero=losses["zero"].kl,
-            kl_reconstructed=losses["reconstructed"].kl,
-            n_tokens=n_tokens,
-        )
+from saelens_asi.activations.replacement import Logits, prediction_losses, replacements_at
+from saelens_asi.evaluation.metrics import SAELossRecovered
+from saelens_asi.evaluation.saes import chunk_size, on_flat_vectors
 
 
 @dataclass(frozen=True)

@@ -2,99 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from saelens_asi.activations.hooks import split_name
-from saelens_asi.evaluation.record import SAEEvaluation
+from saelens_asi.evaluation.metrics import SAEEvaluation
+from saelens_asi.evaluation.results import evaluation_rows, rank_correlation
 from saelens_asi.plots import axes as make_axes
-from saelens_asi.spectra.findings import Row
 from saelens_asi.spectrum_plots import kind_color
-
-_COLUMNS = {
-    "name": "SAE",
-    "n_tokens": "tokens",
-    "d_sae": "features",
-    "dead_percent": "dead (%)",
-    "nmse": "normalized MSE",
-    "explained_variance_percent": "explained variance (%)",
-    "l0": "L0",
-    "ce_recovered_percent": "CE recovered (%)",
-    "kl_recovered_percent": "KL recovered (%)",
-    "effective_rank_percent": "effective rank (% of width)",
-}
 
 _MARKERS = ("o", "^", "s", "D", "v")
 _AXES = ("effective_rank_percent", "dead_percent")
-
-
-def evaluation_rows(results: Mapping[str, SAEEvaluation]) -> list[Row]:
-    """One row an SAE, in plain numbers; shares in percent; None for what was not measured."""
-    rows = []
-    for name, result in results.items():
-        layer, kind = split_name(result.hook_name or "")
-        loss = result.loss.to_dict() if result.loss else {"recovered": None, "kl_recovered": None}
-        rows.append(
-            {
-                "name": name,
-                "hook": result.hook_name,
-                "layer": layer,
-                "kind": kind,
-                "n_tokens": result.n_tokens,
-                "d_in": result.d_in,
-                "d_sae": result.d_sae,
-                "n_dead": result.n_dead,
-                "dead_percent": 100 * result.dead_fraction,
-                "nmse": result.nmse,
-                "explained_variance_percent": 100 * result.explained_variance,
-                "l0": result.l0,
-                "ce_recovered_percent": _percent(loss["recovered"]),
-                "kl_recovered_percent": _percent(loss["kl_recovered"]),
-                "effective_rank": result.effective_rank,
-                "effective_rank_percent": _percent(result.effective_rank_share),
-                "intrinsic_dimension_99": result.intrinsic_dimension,
-            }
-        )
-    return rows
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, without columns that nobody measured."""
-    columns = {key: title for key, title in _COLUMNS.items() if any(row[key] is not None for row in rows)}
-    lines = [f"| {' | '.join(columns.values())} |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(_cell(row[key]) for key in columns)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None for fewer than 3 points, or where one is constant."""
-    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
-        return None
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Mean rank of each value: those below it, and half of its equals."""
-    ordered = np.asarray(values, dtype=float)
-    below = (ordered[:, None] > ordered).sum(axis=1)
-    return below + ((ordered[:, None] == ordered).sum(axis=1) - 1) / 2
 
 
 def dead_against_rank(results: Mapping[str, SAEEvaluation], groups: Mapping[str, str] | None = None) -> Figure:

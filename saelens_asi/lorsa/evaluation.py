@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saelens_asi.evaluation.reconstruction import ReconstructionMetrics, RunningReconstruction
+from saelens_asi.evaluation.metrics import ReconstructionMetrics, RunningReconstruction
 from saelens_asi.lorsa.model import Lorsa
 
 

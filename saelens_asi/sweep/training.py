@@ -14,7 +14,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 
-from saelens_asi.evaluation.evaluate import evaluate
+from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.sweep.grid import Cell
 

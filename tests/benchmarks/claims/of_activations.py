@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saelens_asi.evaluation.plots import rank_correlation
+from saelens_asi.evaluation.results import rank_correlation
 from tests.benchmarks.claims.evidence import Claim, Evidence, mean, verdict
 
 SPECTRA = "make spectra"

@@ -1,10 +1,11 @@
-"""SAEs from folders and from SAELens's list of pretrained ones, as they are used in inference."""
+"""SAEs as they are used in inference: found in folders and on the hub, loaded, and applied to vectors."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,14 @@ from sae_lens.constants import (
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.saes.abstopk_sae import AbsTopK, AbsTopKSAE, AbsTopKTrainingSAE
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saelens_asi.evaluation.metrics import RunningReconstruction
+from saelens_asi.sparse.topk import top_k
 
 logger = logging.getLogger(__name__)
 
@@ -164,3 +172,87 @@ def _on_hub(word: str) -> list[SAESource]:
         f"{word!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
         "or owner/repository/path on the hub"
     )
+
+
+# Vectors (n, d_in) to their reconstructions (n, d_in), and how often each feature fired on them (d_sae,).
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_METHODS = ("encode", "encode_with_hidden_pre", "decode", "process_sae_in")
+_FAMILY = (TopKSAE, AbsTopKSAE, TopKTrainingSAE, AbsTopKTrainingSAE)
+_STOCK = {cls: {name: getattr(cls, name, None) for name in _METHODS} for cls in _FAMILY}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def topk_reconstruction(sae: Any) -> Reconstruct | None:
+    """What ``sae.decode(sae.encode(x))`` and its non-zero activations are; None where the SAE is not stock TopK.
+
+    Pre-activations and their ranking are SAELens's, to the bit, but for which of equal ones is taken. Then only the k
+    features of a token are counted and decoded: over (n, d_sae) there is one product and one pass that compares.
+    """
+    stock = _STOCK.get(type(sae))
+    if stock is None or type(sae.activation_fn) not in (TopK, AbsTopK) or sae.dtype.itemsize < 4:
+        return None
+    if any(name in vars(sae) or getattr(type(sae), name, None) is not stock[name] for name in _METHODS):
+        return None
+    if any(getattr(module, name) for module in sae.modules() for name in _HOOKS):
+        return None
+    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
+    by_magnitude = type(sae.activation_fn) is AbsTopK
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+        if norms is not None:
+            scores = scores * norms
+        found = top_k(scores.abs() if by_magnitude else scores, sae.activation_fn.k)
+        values = scores.gather(1, found.indices) if by_magnitude else found.scores.relu()
+        firings = torch.bincount(found.indices[values != 0], minlength=sae.cfg.d_sae)
+        if norms is not None:
+            values = values / norms[found.indices]
+        output = embedding_bag(found.indices, sae.W_dec, per_sample_weights=values, mode="sum") + sae.b_dec
+        return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(output), sae.d_head), firings
+
+    return reconstruct
+
+
+# Values of a dense (tokens x d_sae) activation matrix made at a time.
+_MAX_DENSE_VALUES = 2**25
+
+
+@torch.no_grad()
+def measure_(running: RunningReconstruction, sae: Any, x: Tensor) -> RunningReconstruction:
+    """Add vectors (n, d_in) and what a SAELens SAE makes of them; each is encoded once."""
+    reconstruct = topk_reconstruction(sae) or (lambda chunk: _dense_reconstruction(sae, chunk))
+    for chunk in x.to(sae.device).split(chunk_size(sae)):
+        running.update_(chunk, *reconstruct(chunk))
+    return running
+
+
+def _dense_reconstruction(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    acts = sae.encode(x)
+    acts = acts.to_dense() if acts.is_sparse else acts
+    return sae.decode(acts), (acts != 0).sum(dim=0)
+
+
+def chunk_size(sae: Any) -> int:
+    """As many tokens at a time as memory should hold activations of."""
+    return max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
+
+
+@contextmanager
+def on_flat_vectors(sae: Any) -> Iterator[Any]:
+    """An SAE as it encodes (n, d_in) vectors in inference: no training mode, heads laid side by side.
+
+    SAELens's SAEs for ``hook_z`` otherwise expect a dimension of heads. What was set is put back.
+    """
+    was_training, had_heads = getattr(sae, "training", False), getattr(sae, "hook_z_reshaping_mode", False)
+    if was_training:
+        sae.eval()
+    if had_heads:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield sae
+    finally:
+        if had_heads:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+        if was_training:
+            sae.train()

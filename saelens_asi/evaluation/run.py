@@ -21,10 +21,9 @@ from saelens_asi.activations.hooks import (
     special_token_ids,
 )
 from saelens_asi.activations.tokens import token_batches
-from saelens_asi.evaluation.loss import Place, SAELossRecovered, sae_losses_recovered
-from saelens_asi.evaluation.reconstruction import RunningReconstruction, measure_, on_flat_vectors
-from saelens_asi.evaluation.record import SAEEvaluation
-from saelens_asi.evaluation.sources import check_sae, inference_form, warn_of_other_windows
+from saelens_asi.evaluation.loss import Place, sae_losses_recovered
+from saelens_asi.evaluation.metrics import RunningReconstruction, SAEEvaluation, SAELossRecovered
+from saelens_asi.evaluation.saes import check_sae, inference_form, measure_, on_flat_vectors, warn_of_other_windows
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
