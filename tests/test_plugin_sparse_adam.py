@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, SparseAdam
 from saelens_asi.initialization import METADATA_KEY
-from saelens_asi.plugin.sparse_training import feature_row_groups
+from saelens_asi.plugin.sparse_steps import feature_row_groups
 from tests import third_party, tiny
 
 WIDE = {"d_sae": 256, "k": 2}  # few of many features fire

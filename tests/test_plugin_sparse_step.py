@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.plugin import sparse_topk
-from saelens_asi.plugin.sparse_topk import dense_path_reason, sparse_pass
-from saelens_asi.plugin.sparse_training import SparseTrainer
+from saelens_asi.plugin import topk_pass as sparse_topk
+from saelens_asi.plugin.sparse_steps import SparseTrainer
+from saelens_asi.plugin.topk_pass import dense_path_reason, sparse_pass
 from saelens_asi.sparse.rows import Workspace, row_norms
 from tests import tiny
 

@@ -10,7 +10,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi.plugin.fields import add_fields
-from saelens_asi.plugin.history import place_histories
+from saelens_asi.plugin.recorder import place_histories
 from saelens_asi.plugin.trainer import (
     PluginTrainer,
     asks_for_plugin,

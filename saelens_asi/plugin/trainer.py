@@ -21,7 +21,7 @@ from saelens_asi.history import History
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
-from saelens_asi.plugin.history import HistoryTrainer, output_folder
+from saelens_asi.plugin.recorder import HistoryTrainer, output_folder
 from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.plugin.upstream import refuse_known_failures
 from saelens_asi.spectra.spectrum import Spectrum

@@ -14,7 +14,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from saelens_asi.plugin.history import HistoryTrainer
+from saelens_asi.plugin.recorder import HistoryTrainer
 
 D_IN, BATCH, WARM_UP = 576, 4096, 2
 

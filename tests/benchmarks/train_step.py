@@ -36,7 +36,7 @@ from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
-from saelens_asi.plugin import sparse_topk
+from saelens_asi.plugin import topk_pass as sparse_topk
 from saelens_asi.sparse import kernels
 from saelens_asi.sparse import screens as screening
 from saelens_asi.sparse.gradients import TopKGradients

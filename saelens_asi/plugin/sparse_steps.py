@@ -13,7 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from saelens_asi.plugin.sparse_topk import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
+from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
 from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms
 from saelens_asi.sparse.screens import AdaptiveScreen

@@ -14,7 +14,7 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 from torch import Tensor
 
 from saelens_asi.history import TRAINING_HISTORY, History, Record, read_history
-from saelens_asi.plugin.sparse_training import SparseTrainer
+from saelens_asi.plugin.sparse_steps import SparseTrainer
 
 logger = logging.getLogger(__name__)
 
