@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from saelens_asi import Autopsy, SparseAdam, autopsy
-from saelens_asi.dead_features.counterfactuals import Parts, Split, Typical, inside, longer, unbiased, without_mean
-from saelens_asi.dead_features.encoding import Encoding, Rows
+from saelens_asi.dead_features.changes import Parts, Split, Typical, inside, longer, unbiased, without_mean
+from saelens_asi.dead_features.contests import Encoding, Rows
 from saelens_asi.dead_features.record import TITLES, VERDICTS
 from tests import planted, tiny
 

@@ -59,7 +59,7 @@ class Twin:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_records_are_those_of_the_steps(architecture: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saelens_asi.plugin.history.SILENT_TOKENS", (64, 128, 100_000))
+    monkeypatch.setattr("saelens_asi.plugin.recorder.SILENT_TOKENS", (64, 128, 100_000))
     flags = {"initializer": FLAGS["initializer"], "optimizer": optimizer}
     trainer = tiny.trainer(architecture, n_steps=11, lr_warm_up_steps=5, dead_feature_window=2, logger=EVERY, **flags)
     twin = Twin(trainer)

@@ -22,7 +22,7 @@ from torch import Tensor
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
 from saelens_asi.activations.reader import HookActivations
-from saelens_asi.dead_features.autopsy import autopsy
+from saelens_asi.dead_features.examine import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.plots import autopsy_figure
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings

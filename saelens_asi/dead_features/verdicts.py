@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.dead_features.counterfactuals import (
+from saelens_asi.dead_features.changes import (
     Change,
     ContestSample,
     Split,
@@ -24,7 +24,7 @@ from saelens_asi.dead_features.counterfactuals import (
     undone,
     without_mean,
 )
-from saelens_asi.dead_features.encoding import Encoding, feature_parameters, rows_of
+from saelens_asi.dead_features.contests import Encoding, feature_parameters, rows_of
 from saelens_asi.dead_features.momentum import silent_drift
 from saelens_asi.dead_features.record import AutopsySettings, Evidence, Verdict
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelens_asi.dead_features.encoding import MAX_DENSE_VALUES, Contest, Rows
+from saelens_asi.dead_features.contests import MAX_DENSE_VALUES, Contest, Rows
 
 # As many of a sample's highest margins say how fast their tail falls off.
 _TAIL = 30

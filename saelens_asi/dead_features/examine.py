@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi.dead_features.advice import advise
-from saelens_asi.dead_features.counterfactuals import ContestSample, Parts
-from saelens_asi.dead_features.encoding import Encoding
+from saelens_asi.dead_features.changes import ContestSample, Parts
+from saelens_asi.dead_features.contests import Encoding
 from saelens_asi.dead_features.momentum import load_optimizer_state
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings, FeatureTable
-from saelens_asi.dead_features.trial import Trial, decide
+from saelens_asi.dead_features.verdicts import Trial, decide
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
