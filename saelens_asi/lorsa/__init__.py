@@ -1,12 +1,13 @@
 """Low-rank sparse attention (Lorsa, arXiv 2504.20938): train it with ASI, put it into the model, read its features."""
 
 from saelens_asi.history import read_history
-from saelens_asi.lorsa.activations import attention_activations
 from saelens_asi.lorsa.attach import attached, lorsa_loss_recovered, replaced
+from saelens_asi.lorsa.attention import AttentionTarget, attention_activations, read_attention
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
-from saelens_asi.lorsa.evaluation import lorsa_metrics
-from saelens_asi.lorsa.init import LorsaInit, LorsaInitialization, initialize_lorsa_
-from saelens_asi.lorsa.io import import_llamascopium, load_lorsa, save_lorsa
+from saelens_asi.lorsa.initialization import LorsaInit, LorsaInitialization, initialize_lorsa_
+from saelens_asi.lorsa.io import load_lorsa, save_lorsa
+from saelens_asi.lorsa.llamascopium import import_llamascopium
+from saelens_asi.lorsa.metrics import lorsa_metrics
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.read import (
     FeatureContext,
@@ -18,7 +19,6 @@ from saelens_asi.lorsa.read import (
     words_of,
 )
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, batches, token_windows
-from saelens_asi.lorsa.target import AttentionTarget, read_attention
 from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from saelens_asi.activations.hooks import logits_with
 from saelens_asi.activations.replacement import Logits, prediction_losses
 from saelens_asi.evaluation.metrics import SAELossRecovered
-from saelens_asi.lorsa.activations import attention_module, is_bridge
+from saelens_asi.lorsa.attention import attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
 
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output

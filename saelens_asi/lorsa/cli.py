@@ -12,12 +12,12 @@ from typing import Any
 
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
-from saelens_asi.lorsa.evaluation import lorsa_metrics
-from saelens_asi.lorsa.init import LorsaInit, initialize_lorsa_
+from saelens_asi.lorsa.attention import read_attention
+from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
 from saelens_asi.lorsa.io import load_lorsa
+from saelens_asi.lorsa.metrics import lorsa_metrics
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, Sequences, batches, token_windows
-from saelens_asi.lorsa.target import read_attention
 from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
 
 

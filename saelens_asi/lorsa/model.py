@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saelens_asi.lorsa.activations import attention_activations
+from saelens_asi.lorsa.attention import AttentionTarget, attention_activations, read_attention
 from saelens_asi.lorsa.config import LorsaConfig
 from saelens_asi.lorsa.positions import rotary_table, rotate
 from saelens_asi.lorsa.sparse_features import Scores, Selection, SparseFeatures, decode, select_features
-from saelens_asi.lorsa.target import AttentionTarget, read_attention
 
 HOOKS = ("q", "k", "pattern", "pre_activations", "features")
 

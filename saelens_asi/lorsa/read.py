@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saelens_asi.lorsa.evaluation import reconstruct
+from saelens_asi.lorsa.metrics import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelens_asi.lorsa.activations import attention_activations
+from saelens_asi.lorsa.attention import attention_activations
 
 FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
 

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from saelens_asi.history import LORSA_HISTORY, History, read_history
 from saelens_asi.lorsa.config import from_dict
-from saelens_asi.lorsa.evaluation import reconstruct
 from saelens_asi.lorsa.io import load_lorsa, save_lorsa
+from saelens_asi.lorsa.metrics import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
 from saelens_asi.sparse_adam import SparseAdam

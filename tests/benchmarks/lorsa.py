@@ -32,8 +32,8 @@ from saelens_asi.lorsa import (
     token_windows,
     train_lorsa,
 )
+from saelens_asi.lorsa.attention import AttentionTarget
 from saelens_asi.lorsa.sparse_features import decode
-from saelens_asi.lorsa.target import AttentionTarget
 from saelens_asi.lorsa.training import make_optimizer
 
 LAYER = 15

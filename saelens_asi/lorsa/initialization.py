@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from saelens_asi.initialization import ActiveSubspaceInit, choose_d_init, random_directions_, subspace_basis
+from saelens_asi.lorsa.attention import AttentionTarget
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.lorsa.target import AttentionTarget
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
