@@ -17,7 +17,6 @@ from saelens_asi.sweep import (
     Cell,
     SweepTraining,
     fit_power_law,
-    grid,
     read_sweep,
     run,
     run_sweep,
@@ -26,8 +25,9 @@ from saelens_asi.sweep import (
     train_cell,
     write_report,
 )
-from saelens_asi.sweep.figures import best_rates
-from saelens_asi.sweep.training import ARCHITECTURES
+from saelens_asi.sweep.cells import grid
+from saelens_asi.sweep.results import best_rates
+from saelens_asi.sweep.run import ARCHITECTURES
 from tests import tiny
 
 TRAINING = SweepTraining(training_tokens=320, batch_size=32, dead_after_tokens=64)

@@ -1,4 +1,4 @@
-"""Lorsas on disk: safetensors with a JSON config and provenance; import of llamascopium folders."""
+"""Lorsas on disk: safetensors with a JSON config and provenance; read back for the same config only."""
 
 from __future__ import annotations
 

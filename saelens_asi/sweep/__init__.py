@@ -1,10 +1,9 @@
 """Many SAEs on one cache of activations: grids of settings, kept cell by cell, and the paper's figures from them."""
 
-from saelens_asi.sweep.figures import PowerLaw, fit_power_law, sweep_figures
-from saelens_asi.sweep.grid import METHODS, Cell, grid
-from saelens_asi.sweep.run import run_sweep, sweep_table, write_report
-from saelens_asi.sweep.store import read_sweep
-from saelens_asi.sweep.training import SweepTraining, train_cell
+from saelens_asi.sweep.cells import METHODS, Cell, grid, read_sweep
+from saelens_asi.sweep.figures import sweep_figures
+from saelens_asi.sweep.results import PowerLaw, fit_power_law, sweep_table
+from saelens_asi.sweep.run import SweepTraining, run_sweep, train_cell, write_report
 
 __all__ = [
     "METHODS",

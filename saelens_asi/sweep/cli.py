@@ -24,9 +24,9 @@ from torch import Tensor
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import SHORT_NAMES, layer_hooks, parse_layers
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
-from saelens_asi.sweep.grid import METHODS, Cell, grid
-from saelens_asi.sweep.run import run_sweep, sweep_table, write_report
-from saelens_asi.sweep.training import ARCHITECTURES, SweepTraining
+from saelens_asi.sweep.cells import METHODS, Cell, grid
+from saelens_asi.sweep.results import sweep_table
+from saelens_asi.sweep.run import ARCHITECTURES, SweepTraining, run_sweep, write_report
 
 
 def _number_or_word(text: str) -> int | float | str:

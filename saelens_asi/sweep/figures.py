@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,40 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from saelens_asi.plots import axes
-from saelens_asi.sweep.grid import METHODS, TITLES, Cell
-
-Row = Mapping[str, Any]
+from saelens_asi.sweep.cells import METHODS, TITLES
+from saelens_asi.sweep.results import Row, _grouped, _mean, best_rates, fit_power_law
 
 _COLORS = dict(zip(METHODS, ("#8c8c8c", "#4d4d4d", "#d9822b", "#8db8f5", "#1f6feb", "#93d4b5", "#1b7f4f"), strict=True))
 _OTHER = "#a04fb5"
-
-# What tells cells apart that are not repetitions of one another.
-_SETTINGS = ("hook_name", *(field.name for field in fields(Cell) if field.name not in ("lr", "seed")))
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """y = scale * x ** exponent, fitted by least squares on the logarithms.
-
-    Attributes:
-        scale: y at x = 1.
-        exponent: slope in the log-log plane.
-        residual: root mean square of log(y) around the fit.
-    """
-
-    scale: float
-    exponent: float
-    residual: float
-
-
-def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """Raises ValueError for fewer than two different values of x, or values that are not positive."""
-    if len(set(x)) < 2 or min(*x, *y) <= 0:
-        raise ValueError("a power law needs two different positive x at least, and positive y")
-    design = np.stack([np.ones(len(x)), np.log(x)], axis=1)
-    (intercept, exponent), *_ = np.linalg.lstsq(design, np.log(y), rcond=None)
-    residual = float(np.sqrt(np.mean((design @ [intercept, exponent] - np.log(y)) ** 2)))
-    return PowerLaw(math.exp(intercept), float(exponent), residual)
 
 
 def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
@@ -64,24 +31,6 @@ def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
         "scaling.png": (scaling, _varying(methods, "d_sae", ("hook_name", "architecture", "k"))),
     }
     return {name: draw(chosen) for name, (draw, chosen) in drawn.items() if chosen}
-
-
-def best_rates(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that differ in learning rate and seed alone, those with the rate of the lowest mean error."""
-    best: list[Row] = []
-    for group in _grouped(rows, lambda row: tuple(row[name] for name in _SETTINGS)).values():
-        rates = _grouped(group, lambda row: row["lr"]).values()
-        lowest: list[Row] = min(rates, key=_mean_error)
-        best += lowest
-    return best
-
-
-def _mean_error(rows: Sequence[Row]) -> float:
-    return _mean(rows, "nmse")
-
-
-def _mean(rows: Sequence[Row], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
 
 
 def _varying(rows: Sequence[Row], axis: str, fixed: Sequence[str]) -> list[Row]:
@@ -183,10 +132,3 @@ def _log_ticks(axis: Axes, values: Sequence[float]) -> None:
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups = _grouped(rows, lambda row: row["method"])
     return {method: groups[method] for method in METHODS if method in groups}
-
-
-def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return dict(groups)

@@ -1,27 +1,159 @@
-"""A sweep: cells of a grid, one after the other, each kept when it is done; table and figures from what is there."""
+"""A sweep: each cell trained by SAELens's own trainer on cached activations, evaluated, and kept when it is done."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi import plots
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
+from saelens_asi.sweep.cells import Cell, Row, SweepStore, read_sweep
 from saelens_asi.sweep.figures import sweep_figures
-from saelens_asi.sweep.grid import TITLES, Cell
-from saelens_asi.sweep.store import Row, SweepStore, read_sweep
-from saelens_asi.sweep.training import SweepTraining, run_cell
+from saelens_asi.sweep.results import sweep_table
+
+ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+
+# What of the initialization's provenance goes into a row.
+_KEPT = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
+# Share of the steps, at the end, in which the weights hardly move any more.
+_LAST_SHARE = 0.4
+_MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
+
+
+@dataclass(frozen=True)
+class SweepTraining:
+    """What all cells of a sweep share.
+
+    Attributes:
+        training_tokens: activations each SAE is trained on; those that are cached come round again where they end.
+        batch_size: activations in a step.
+        warm_up: share of the steps in which the learning rate rises.
+        decay: share of the steps, at the end, in which it falls to zero.
+        dead_after_tokens: a feature counts as dead for the auxiliary loss when it was silent for so many tokens.
+            SAELens counts 1,000 steps by default, more than a short run has.
+        device: where SAEs are trained.
+        data_seed: of the order of the activations.
+    """
+
+    training_tokens: int = 300_000
+    batch_size: int = 1024
+    warm_up: float = 0.07
+    decay: float = 0.2
+    dead_after_tokens: int = 30_000
+    device: str = "cpu"
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.training_tokens < self.batch_size:
+            raise ValueError(
+                f"training_tokens={self.training_tokens} must fill one batch of batch_size={self.batch_size} at least"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.training_tokens // self.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[SAETrainer[Any, Any], dict[str, Any]]:
+    """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, and what training took.
+
+    Raises:
+        ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
+    """
+    if cell.architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={cell.architecture!r} must be one of {ARCHITECTURES}: they share k")
+    sae_class, config_class = get_sae_training_class(cell.architecture)
+    settings = cell.initializer_settings()
+    given: dict[str, Any] = {"aux_loss_coefficient": cell.aux_loss_coefficient}
+    if cell.architecture == "matryoshka_batchtopk":
+        given["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
+    config = config_class(
+        d_in=activations.shape[1],
+        d_sae=cell.d_sae,
+        k=cell.k,
+        device=training.device,
+        initializer=settings or "default",
+        optimizer=cell.optimizer,
+        **given,
+    )
+    torch.manual_seed(cell.seed)
+    sae = sae_class(config)
+    n_estimate = 0 if settings is None else settings.tokens_for(activations.shape[1])
+    trainer = SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=training.steps * training.batch_size,
+            train_batch_size_samples=training.batch_size,
+            lr=cell.lr,
+            lr_end=cell.lr / 10,
+            lr_warm_up_steps=round(training.warm_up * training.steps),
+            lr_decay_steps=round(training.decay * training.steps),
+            dead_feature_window=max(1, training.dead_after_tokens // training.batch_size),
+            device=training.device,
+        ),
+        sae,
+        # The estimate reads the same activations that training reads next.
+        itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training)),
+    )
+    start, cpu_start = time.perf_counter(), time.process_time()
+    trainer.fit()
+    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
+    return trainer, {
+        **{name: round(value, 1) for name, value in took.items()},
+        **{name: provenance[key] for key, name in _KEPT.items() if key in provenance},
+    }
+
+
+def run_cell(cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations.
+
+    Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
+    training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
+    """
+    trainer, took = train_cell(cell, training, activations)
+    sae = trainer.sae
+    found = evaluate(sae, activations=held_out, ranks=False, progress=False)
+    last_steps = round(_LAST_SHARE * training.steps)
+    silent = (found.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
+    measured = {
+        **{name: getattr(found, name) for name in _MEASURED},
+        "silent_fraction": float(silent.double().mean()),
+        "silent_tokens": found.n_tokens + last_steps * training.batch_size,
+    }
+    return sae, {**measured, **took}
+
+
+def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:
+    """Batches in one fixed order: of the first ``n`` activations, or without end."""
+    generator = torch.Generator().manual_seed(training.data_seed)
+    order = torch.randperm(len(activations), generator=generator)
+    left = order[:0]
+    for part in itertools.repeat(order) if n is None else [order[:n]]:
+        *full, left = torch.cat([left, part]).split(training.batch_size)
+        for rows in full:
+            yield activations[rows]
+    yield activations[left]
+
 
 logger = logging.getLogger(__name__)
-
-_COLUMNS = ("hook_name", "architecture", "method", "d_sae", "k", "subspace", "norm", "center", "d_init", "optimizer",
-            "aux_loss_coefficient", "lr")  # fmt: skip
 
 
 def run_sweep(
@@ -96,45 +228,6 @@ def describe(cell: Cell) -> str:
     default, own = Cell().to_dict(), cell.to_dict()
     changed = [f"{name}={value}" for name, value in own.items() if value != default[name] and value is not None]
     return " ".join(changed) or "defaults"
-
-
-def sweep_table(rows: Iterable[Row]) -> str:
-    """A Markdown table: cells that differ in the seed alone are one line, with mean and range."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in _COLUMNS), []).append(row)
-    constant = [i for i in range(len(_COLUMNS)) if len({key[i] for key in groups}) == 1 and len(groups) > 1]
-    shown = [i for i in range(len(_COLUMNS)) if i not in constant]
-    names = [_COLUMNS[i] for i in shown]
-    measures = ("normalized MSE", "dead", "L0", "seeds", "s", "CPU s")
-    lines = [
-        ", ".join(f"{_COLUMNS[i]} = {_plain(next(iter(groups))[i])}" for i in constant),
-        "",
-        f"| {' | '.join((*names, *measures))} |",
-        "|" + "---|" * len(names) + "---:|" * len(measures),
-    ]
-    for key, group in groups.items():
-        values = [_plain(key[i]) for i in shown]
-        values += [_spread(group, "nmse", "{:.4f}"), _spread(group, "dead_fraction", "{:.2%}")]
-        values += [_spread(group, "l0", "{:.1f}"), str(len(group))]
-        values += [_spread(group, "seconds", "{:.0f}"), _spread(group, "cpu_seconds", "{:.0f}")]
-        lines.append(f"| {' | '.join(values)} |")
-    return "\n".join(lines if constant else lines[2:])
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return TITLES.get(value, value)
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
-
-
-def _spread(rows: Sequence[Row], name: str, form: str) -> str:
-    values = [row[name] for row in rows]
-    mean = form.format(sum(values) / len(values))
-    low, high = form.format(min(values)), form.format(max(values))
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def write_report(out: str | Path) -> list[Path]:

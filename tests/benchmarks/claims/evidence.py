@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_asi.sweep import Cell, read_sweep
-from saelens_asi.sweep.figures import best_rates
+from saelens_asi.sweep.results import best_rates
 
 RESULTS = Path(__file__).parent.parent / "results"
 
