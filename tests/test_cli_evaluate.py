@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import saelens_asi as asi
 from saelens_asi import cli
 from saelens_asi.activations.loading import load_documents
-from saelens_asi.evaluation import plots as evaluation_plots
 from saelens_asi.evaluation import saes as sae_sources
 from saelens_asi.evaluation.saes import find_saes
+from saelens_asi.plots import evaluation as evaluation_plots
 from tests import tiny
 
 command = importlib.import_module("saelens_asi.cli.evaluate")  # the package has a function of that name too

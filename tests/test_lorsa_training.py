@@ -24,7 +24,6 @@ from saelens_asi.lorsa import (
     initialize_lorsa_,
     load_lorsa,
     lorsa_metrics,
-    plot_reading,
     read_attention,
     read_feature,
     read_history,
@@ -35,6 +34,7 @@ from saelens_asi.lorsa import (
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
 from saelens_asi.lorsa.training import batch_index, last_checkpoint
+from saelens_asi.plots import plot_reading
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from tests import tiny, tiny_attention

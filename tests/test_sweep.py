@@ -12,6 +12,7 @@ from sae_lens import SAE
 
 from saelens_asi import cli
 from saelens_asi.evaluation.run import evaluate
+from saelens_asi.plots import sweep_figures
 from saelens_asi.sweep import (
     METHODS,
     Cell,
@@ -20,12 +21,11 @@ from saelens_asi.sweep import (
     read_sweep,
     run,
     run_sweep,
-    sweep_figures,
     sweep_table,
     train_cell,
-    write_report,
 )
 from saelens_asi.sweep.cells import grid
+from saelens_asi.sweep.cli import write_report
 from saelens_asi.sweep.results import best_rates
 from saelens_asi.sweep.run import ARCHITECTURES
 from tests import tiny

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from saelens_asi import lorsa as lo
+from saelens_asi import plots
 from saelens_asi.activations.loading import load_documents, load_model
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
@@ -100,7 +101,7 @@ for context in contexts:
 # %%
 first = contexts[0]
 reading = lo.read_feature(best, held_out, feature, first.sequence, first.position)
-figure = lo.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
+figure = plots.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
 OUT.mkdir(parents=True, exist_ok=True)
 figure.savefig(OUT / "feature.png", dpi=120)
 print("written to", OUT)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import saelens_asi as asi
-from saelens_asi import plots, spectrum_plots
+from saelens_asi import plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.tokens import token_batches
 from saelens_asi.spectra.findings import table_rows
@@ -58,9 +58,7 @@ print("dimensions for 50, 90, 99, 99.9 % of the variance:", [s.intrinsic_dimensi
 print("sample:", s.sample_size_warning() or "large enough for its width")
 
 # %%
-figure = spectrum_plots.relative_singular_values(
-    {kind: spectra[name] for kind, name in hooks.items()}, f"Layer {layer}"
-)
+figure = plots.relative_singular_values({kind: spectra[name] for kind, name in hooks.items()}, f"Layer {layer}")
 plots.save(figure, OUT / "singular_values.png")
 figure
 
@@ -82,7 +80,7 @@ share, head = parts.head_share[0].max(dim=0)
 print(f"The first direction is written by head {int(head)} for {float(share):.0%} of its variance")
 
 # %%
-figure = spectrum_plots.attention_decomposition(parts)
+figure = plots.attention_decomposition(parts)
 plots.save(figure, OUT / "decomposition.png")
 figure
 

@@ -22,7 +22,6 @@ import saelens_asi as asi
 from saelens_asi import plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.reader import HookActivations
-from saelens_asi.dead_features.plots import autopsy_figure
 
 MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
 DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
@@ -91,7 +90,7 @@ print(found)
 # Features far from the bar, measured in their own deviations, never reach it; most of their row does nothing.
 
 # %%
-figure = autopsy_figure(found, f"{hook}, SAELens as it comes")
+figure = plots.autopsy_figure(found, f"{hook}, SAELens as it comes")
 plots.save(figure, OUT / "autopsy.png")
 figure
 

@@ -24,9 +24,9 @@ from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MO
 from saelens_asi.activations.reader import HookActivations
 from saelens_asi.dead_features.examine import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
-from saelens_asi.dead_features.plots import autopsy_figure
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
 from saelens_asi.evaluation.saes import find_saes
+from saelens_asi.plots.autopsy import autopsy_figure
 
 
 def parser() -> argparse.ArgumentParser:

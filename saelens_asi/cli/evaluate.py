@@ -21,12 +21,12 @@ from sae_lens.load_model import load_model as load_hooked_transformer
 
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
-from saelens_asi.evaluation import plots as evaluation_plots
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import _Results
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.saes import SAESource, find_saes
 from saelens_asi.history import TRAINING_HISTORY, read_history
+from saelens_asi.plots import evaluation as evaluation_plots
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HELD_OUT_SHARE = 4  # training documents for each held-out one, as load_documents cuts them

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi import plots, spectrum_plots
+from saelens_asi import plots
 from saelens_asi.activations.hooks import SHORT_NAMES, layer_hooks, parse_layers, resolve_hook_names
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
 from saelens_asi.activations.replacement import Predictions
 from saelens_asi.activations.tokens import token_batches
+from saelens_asi.plots import spectra as spectrum_plots
 from saelens_asi.spectra import findings as report
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered

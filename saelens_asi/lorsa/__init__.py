@@ -9,15 +9,7 @@ from saelens_asi.lorsa.io import load_lorsa, save_lorsa
 from saelens_asi.lorsa.llamascopium import import_llamascopium
 from saelens_asi.lorsa.metrics import lorsa_metrics
 from saelens_asi.lorsa.model import Lorsa
-from saelens_asi.lorsa.read import (
-    FeatureContext,
-    FeatureReading,
-    firing_rates,
-    plot_reading,
-    read_feature,
-    top_contexts,
-    words_of,
-)
+from saelens_asi.lorsa.read import FeatureContext, FeatureReading, firing_rates, read_feature, top_contexts, words_of
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, batches, token_windows
 from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
 
@@ -43,7 +35,6 @@ __all__ = [
     "load_lorsa",
     "lorsa_loss_recovered",
     "lorsa_metrics",
-    "plot_reading",
     "read_attention",
     "read_feature",
     "read_history",

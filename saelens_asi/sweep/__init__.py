@@ -1,9 +1,8 @@
-"""Many SAEs on one cache of activations: grids of settings, kept cell by cell, and the paper's figures from them."""
+"""Many SAEs on one cache of activations: grids of settings, kept cell by cell, a table and power laws from them."""
 
 from saelens_asi.sweep.cells import METHODS, Cell, grid, read_sweep
-from saelens_asi.sweep.figures import sweep_figures
 from saelens_asi.sweep.results import PowerLaw, fit_power_law, sweep_table
-from saelens_asi.sweep.run import SweepTraining, run_sweep, train_cell, write_report
+from saelens_asi.sweep.run import SweepTraining, run_sweep, train_cell
 
 __all__ = [
     "METHODS",
@@ -14,8 +13,6 @@ __all__ = [
     "grid",
     "read_sweep",
     "run_sweep",
-    "sweep_figures",
     "sweep_table",
     "train_cell",
-    "write_report",
 ]

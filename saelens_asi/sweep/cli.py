@@ -21,12 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
+from saelens_asi import plots
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import SHORT_NAMES, layer_hooks, parse_layers
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
-from saelens_asi.sweep.cells import METHODS, Cell, grid
+from saelens_asi.plots import sweep_figures
+from saelens_asi.sweep.cells import METHODS, Cell, grid, read_sweep
 from saelens_asi.sweep.results import sweep_table
-from saelens_asi.sweep.run import ARCHITECTURES, SweepTraining, run_sweep, write_report
+from saelens_asi.sweep.run import ARCHITECTURES, SweepTraining, run_sweep
 
 
 def _number_or_word(text: str) -> int | float | str:
@@ -120,6 +122,19 @@ def _activations(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
         how = {"context_size": args.context_size}
         splits.append(cache_activations(path, model, lambda i=i: texts()[i], names, n_tokens, **how))
     return {name: (splits[0][name], splits[1][name]) for name in splits[0]}
+
+
+def write_report(out: str | Path) -> list[Path]:
+    """Table and figures of all finished cells in ``out``; returns what was written."""
+    out = Path(out)
+    rows = read_sweep(out)
+    if not rows:
+        return []
+    figures = [plots.save(figure, out / name) for name, figure in sweep_figures(rows).items()]
+    images = "".join(f"\n![{path.stem}]({path.name})\n" for path in figures)
+    table = out / "results.md"
+    table.write_text(f"{sweep_table(rows)}\n{images}")
+    return [out / "cells.jsonl", table, *figures]
 
 
 def main(args: Sequence[str]) -> None:

@@ -17,14 +17,11 @@ from sae_lens.registry import get_sae_training_class
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi import plots
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
-from saelens_asi.sweep.cells import Cell, Row, SweepStore, read_sweep
-from saelens_asi.sweep.figures import sweep_figures
-from saelens_asi.sweep.results import sweep_table
+from saelens_asi.sweep.cells import Cell, Row, SweepStore
 
 ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 
@@ -228,16 +225,3 @@ def describe(cell: Cell) -> str:
     default, own = Cell().to_dict(), cell.to_dict()
     changed = [f"{name}={value}" for name, value in own.items() if value != default[name] and value is not None]
     return " ".join(changed) or "defaults"
-
-
-def write_report(out: str | Path) -> list[Path]:
-    """Table and figures of all finished cells in ``out``; returns what was written."""
-    out = Path(out)
-    rows = read_sweep(out)
-    if not rows:
-        return []
-    figures = [plots.save(figure, out / name) for name, figure in sweep_figures(rows).items()]
-    images = "".join(f"\n![{path.stem}]({path.name})\n" for path in figures)
-    table = out / "results.md"
-    table.write_text(f"{sweep_table(rows)}\n{images}")
-    return [out / "cells.jsonl", table, *figures]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saelens_asi import plots
-from saelens_asi.sweep import sweep_figures
+from saelens_asi.plots import sweep_figures
 from tests.benchmarks.claims import of_activations, of_lorsa, of_training
 from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, mean
 

@@ -17,7 +17,7 @@ from sae_lens import SAE
 
 from saelens_asi import evaluate, plots
 from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.evaluation.plots import dead_against_rank
+from saelens_asi.plots.evaluation import dead_against_rank
 from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.run import sae_folder
 from tests.benchmarks.claims.evidence import RESULTS, Row, chosen_rates

@@ -1,18 +1,21 @@
-"""Figures and tables of evaluations. Every function takes records by name; figures touch no global state."""
+"""Figures of evaluations and of training histories."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from torch import Tensor
 
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import evaluation_rows, rank_correlation
-from saelens_asi.plots import axes as make_axes
-from saelens_asi.spectrum_plots import kind_color
+from saelens_asi.plots.spectra import kind_color
+from saelens_asi.plots.style import COLORS, axes
+from saelens_asi.plots.style import axes as make_axes
 
 _MARKERS = ("o", "^", "s", "D", "v")
 _AXES = ("effective_rank_percent", "dead_percent")
@@ -87,4 +90,91 @@ def firing_rate_map(results: Mapping[str, SAEEvaluation]) -> Figure:
     right.set_xlabel("share of tokens on which a feature fires")
     figure.colorbar(image, ax=right, label="share of features", format=PercentFormatter(1.0, decimals=0))
     figure.suptitle("Dead and live features", fontsize=11)
+    return figure
+
+
+def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
+    """How often features fire on tokens, one histogram a run; features that never fire stand apart.
+
+    Args:
+        rates: from a run's name to (d_sae,) shares of tokens on which each feature fires.
+        n_tokens: tokens behind the shares.
+    """
+    figure, (axis,) = axes(7.2, 3.8)
+    low = -5.0
+    n_bins = 40
+    bar = 0.42
+    for i, (name, rate) in enumerate(rates.items()):
+        color = COLORS[i % len(COLORS)]
+        dead = float((rate == 0).float().mean())
+        alive = rate[rate > 0].log10().clamp(min=low)
+        axis.hist(
+            alive.numpy(),
+            bins=[low + j * (0 - low) / n_bins for j in range(n_bins + 1)],
+            weights=[1 / len(rate)] * len(alive),
+            color=color,
+            alpha=0.65,
+            label=f"{name}: {dead:.1%} dead",
+        )
+        position = low - 0.48 - (len(rates) - 1 - i) * bar
+        axis.bar(position, dead, width=bar, color=color)
+        axis.annotate(f"{dead:.1%}", (position, dead), ha="center", va="bottom", fontsize=8, color=color)
+    axis.axvline(low - 0.15, color="black", linewidth=0.6, alpha=0.4)
+    ticks = list(range(int(low), 1))
+    middle = low - 0.48 - (len(rates) - 1) * bar / 2
+    axis.set_xticks([middle, *ticks], ["never", *[f"$10^{{{tick}}}$" for tick in ticks]])
+    axis.set_xlabel(f"share of {n_tokens:,} tokens on which a feature fires")
+    axis.set_ylabel("share of features")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.legend(frameon=False)
+    axis.set_title("Dead and live features")
+    return figure
+
+
+def training_history(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Error, dead features and L0 over the tokens of one or more runs.
+
+    Dead are those silent for SAELens's ``dead_feature_window``; dashed, those that have not fired since the run began.
+
+    Args:
+        histories: from a run's name to its records, as ``saelens_asi.read_history`` gives them.
+    """
+    panels = {"nmse": "normalized MSE of the batch", "dead_fraction": "dead features (dashed: never fired)", "l0": "L0"}
+    figure, row = axes(11, 3.4, columns=len(panels))
+    for i, (name, records) in enumerate(histories.items()):
+        color = COLORS[(i + 1) % len(COLORS)]
+        for axis, key in zip(row, panels, strict=True):
+            points = [(record["n_tokens"], record[key]) for record in records if record.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=name)
+        never = [(one["n_tokens"], one["never_fired"] / one["d_sae"]) for one in records if "never_fired" in one]
+        if never:
+            row[1].plot(*zip(*never, strict=True), "--", color=color, linewidth=1)
+    for axis, title in zip(row, panels.values(), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens trained on")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    row[0].set_yscale("log")
+    row[1].set_ylim(-0.02, 1.02)
+    row[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    row[2].set_ylim(bottom=0)
+    row[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def comparison_bars(rows: Mapping[str, Mapping[str, float]], panels: Mapping[str, str]) -> Figure:
+    """One small bar chart a measure.
+
+    Args:
+        rows: from a run's name to its measures.
+        panels: from a measure to its title.
+    """
+    figure, row = axes(2.7 * len(panels), 3.0, columns=len(panels))
+    for axis, (key, title) in zip(row, panels.items(), strict=True):
+        values = [row[key] for row in rows.values()]
+        bars = axis.bar(list(rows), values, color=COLORS[: len(rows)], width=0.6)
+        axis.bar_label(bars, fmt="%.3g", fontsize=9, padding=2)
+        axis.set_title(title, fontsize=10)
+        axis.margins(y=0.15)
+        axis.grid(visible=False)
     return figure

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from saelens_asi.dead_features.record import TITLES, VERDICTS, Autopsy
-from saelens_asi.plots import axes as make_axes
+from saelens_asi.plots.style import axes as make_axes
 
 LIVE = "#2e9e6b"
 VERDICT_COLORS = {

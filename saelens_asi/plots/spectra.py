@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
 
-from saelens_asi.plots import axes as make_axes
+from saelens_asi.plots.style import COLORS, axes
+from saelens_asi.plots.style import axes as make_axes
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
 from saelens_asi.spectra.spectrum import Spectrum
@@ -149,4 +151,40 @@ def attention_decomposition(parts: AttentionDecomposition) -> Figure:
         axis.set_xlabel("principal directions of O")
         axis.set_xlim(1, d)
     figure.suptitle(f"Layer {parts.layer}: Var(O e) = Var(Z v/|v|) |v|², v = W_O e", fontsize=11)
+    return figure
+
+
+def subspace_energy(spectrum: Spectrum, decoders: Mapping[str, Tensor], d_init: int) -> Figure:
+    """The activations' singular values, and how much of each decoder lies along each principal direction.
+
+    Args:
+        spectrum: of the activations.
+        decoders: from a run's name to its W_dec (d_sae, d_in).
+        d_init: dimension of the subspace that decoder rows started in.
+    """
+    figure, (left, right) = axes(10.5, 3.8, columns=2)
+    s = spectrum.singular_values
+    index = range(1, spectrum.d + 1)
+    left.semilogy(index, (s / s[0]).numpy(), color="black")
+    left.axhline(0.05, color="black", linestyle=":", linewidth=0.8)
+    left.annotate("5 %", (spectrum.d, 0.05), ha="right", va="bottom", fontsize=8)
+    left.set_ylabel("singular value / largest")
+    left.set_title(f"Effective rank {spectrum.effective_rank:.0f} of {spectrum.d}")
+    basis = spectrum.principal_directions(spectrum.d).float()
+    for i, (name, decoder) in enumerate(decoders.items()):
+        rows = decoder.detach().float()
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        energy = (rows @ basis).square().mean(dim=0)
+        right.plot(index, energy.cumsum(0).numpy(), color=COLORS[i % len(COLORS)], label=name)
+    variance = spectrum.variances.cumsum(0) / spectrum.variances.sum()
+    right.plot(index, variance.numpy(), color="black", linestyle="--", linewidth=1, label="activations")
+    right.set_ylabel("share of squared norm")
+    right.set_title("What lies inside the top directions")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.set_ylim(0, 1.02)
+    for axis in (left, right):
+        axis.axvspan(0, d_init, color=COLORS[1], alpha=0.08, linewidth=0)
+        axis.set_xlabel("principal directions of the activations")
+        axis.set_xlim(0, spectrum.d)
+    right.legend(frameon=False, loc="lower right")
     return figure

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from saelens_asi.plots import axes
+from saelens_asi.plots.style import axes
 from saelens_asi.sweep.cells import METHODS, TITLES
 from saelens_asi.sweep.results import Row, _grouped, _mean, best_rates, fit_power_law
 
