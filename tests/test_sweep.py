@@ -11,6 +11,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_asi import cli
+from saelens_asi.cli.sweep import write_report
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.plots import sweep_figures
 from saelens_asi.sweep import (
@@ -25,7 +26,6 @@ from saelens_asi.sweep import (
     train_cell,
 )
 from saelens_asi.sweep.cells import grid
-from saelens_asi.sweep.cli import write_report
 from saelens_asi.sweep.results import best_rates
 from saelens_asi.sweep.run import ARCHITECTURES
 from tests import tiny

@@ -42,7 +42,7 @@ def train(args: Sequence[str]) -> None:
 
 
 def demo(args: Sequence[str]) -> None:
-    from saelens_asi.demo import main as run
+    from saelens_asi.cli.demo import main as run
 
     run(args)
 
@@ -66,13 +66,13 @@ def autopsy(args: Sequence[str]) -> None:
 
 
 def sweep(args: Sequence[str]) -> None:
-    from saelens_asi.sweep.cli import main as run
+    from saelens_asi.cli.sweep import main as run
 
     run(args)
 
 
 def lorsa(args: Sequence[str]) -> None:
-    from saelens_asi.lorsa.cli import main as run
+    from saelens_asi.cli.lorsa import main as run
 
     run(args)
 
