@@ -45,7 +45,7 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="session")
 def model():
     """A tiny randomly initialised HookedTransformer."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.hooked_transformer()
 
@@ -53,7 +53,7 @@ def model():
 @pytest.fixture(scope="session")
 def dataset():
     """256 tokenized sequences of 16."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.tokens()
 
@@ -61,7 +61,7 @@ def dataset():
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama saved as transformers saves models."""
-    from tests import tiny
+    from tests.helpers import tiny
 
     return tiny.save_llama(tmp_path_factory.mktemp("llama"))
 

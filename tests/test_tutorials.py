@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
 _SPEC = importlib.util.spec_from_file_location("notebooks", FOLDER / "notebooks.py")

@@ -1,0 +1,176 @@
+"""A Lorsa in place of a layer: the same computation, in every way a model is run, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saelens_asi.lorsa import Lorsa, LorsaConfig, attached, lorsa_loss_recovered, read_attention, replaced
+from tests.helpers import tiny_attention
+
+MODELS = ("hooked", "hooked, rotary", "bridge", "bridge, gpt2")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name] = {
+                "hooked": lambda: tiny_attention.hooked("learned"),
+                "hooked, rotary": lambda: tiny_attention.hooked("grouped queries"),
+                "bridge": lambda: tiny_attention.bridged("llama", tmp_path_factory.mktemp("llama")),
+                "bridge, gpt2": lambda: tiny_attention.bridged("gpt2", tmp_path_factory.mktemp("gpt2")),
+            }[name]()
+        return made[name]
+
+    return get
+
+
+def small(model: Any, layer: int = 1, **settings: Any) -> Lorsa:
+    lorsa = Lorsa.from_attention(model, layer, n_ov_heads=32, k=3, **settings)
+    with torch.no_grad():
+        lorsa.b_D += 0.5
+    return lorsa
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, return_type="logits")
+
+
+def attn_out(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    name = "blocks.1.hook_attn_out"
+    with torch.no_grad():
+        return model.run_with_cache(tokens, names_filter=[name])[1][name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_layer_itself_as_a_lorsa_changes_nothing(name: str, build: Callable[[str], Any]) -> None:
+    model, tokens = build(name), tiny_attention.tokens()
+    expected = logits(model, tokens)
+    with attached(Lorsa.exact(read_attention(model, 1)), model, 1):
+        torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_run_with_cache_shows_the_lorsas_output(name: str, build: Callable[[str], Any]) -> None:
+    model, tokens = build(name), tiny_attention.tokens()
+    lorsa, own = small(model), attn_out(model, tokens)
+    read: dict[str, torch.Tensor] = {}
+
+    def note(x: torch.Tensor, y: torch.Tensor, allowed: Any) -> torch.Tensor:
+        read["x"] = x
+        return y
+
+    with replaced(model, 1, note):
+        torch.testing.assert_close(attn_out(model, tokens), own, rtol=0, atol=0)
+    with attached(lorsa, model, 1):
+        seen = attn_out(model, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[:, 1:], lorsa(read["x"])[:, 1:])
+    assert torch.equal(seen[:, 0], own[:, 0])  # the first position is left as it is
+    assert not torch.allclose(seen[:, 1:], own[:, 1:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("error", [False, True], ids=["exit", "error"])
+def test_detached_the_model_is_bit_identical(name: str, error: bool, build: Callable[[str], Any]) -> None:
+    model, tokens = build(name), tiny_attention.tokens()
+    before = logits(model, tokens)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    if error:
+        with pytest.raises(IndexError), attached(small(model), model, 1):
+            logits(model, tokens + tiny_attention.tiny.N_WORDS)  # no such tokens
+    else:
+        with attached(small(model), model, 1):
+            assert not torch.equal(logits(model, tokens), before)
+    assert torch.equal(logits(model, tokens), before)
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_with_a_key_value_cache_equals_generation_without(name: str, build: Callable[[str], Any]) -> None:
+    model, tokens = build(name), tiny_attention.tokens(1, 6)
+    settings = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    settings["return_type"] = "tokens"
+    plain = model.generate(tokens, **settings)
+    with attached(small(model, 1), model, 1):
+        cached = model.generate(tokens, use_past_kv_cache=True, **settings)
+        step = tokens
+        for _ in range(8):
+            step = torch.cat([step, logits(model, step)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, step)
+    assert cached.shape == plain.shape == (1, 14)
+    assert torch.equal(model.generate(tokens, **settings), plain)
+
+
+def test_a_cache_filled_before_is_refused(build: Callable[[str], Any]) -> None:
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    model, tokens = build("hooked"), tiny_attention.tokens(1, 8)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+    model(tokens[:, :5], past_kv_cache=cache)
+    with attached(small(model), model, 1), pytest.raises(ValueError, match="5 positions from before"):
+        model(tokens[:, 5:], past_kv_cache=cache)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_padding_on_the_left_does_not_matter(skip: int, build: Callable[[str], Any]) -> None:
+    for name in ("hooked, rotary", "bridge"):
+        model, tokens = build(name), tiny_attention.tokens(1, 9)
+        padded = torch.cat([torch.full((1, 3), 2), tokens], dim=1)
+        mask = torch.tensor([[0, 0, 0] + [1] * 9])
+        lorsa = small(model, skip_positions=skip)
+        with attached(lorsa, model, 1), torch.no_grad():
+            alone = model(tokens, return_type="logits")
+            together = model(padded, attention_mask=mask, return_type="logits")[:, 3:]
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_the_lorsa_fire_while_it_is_attached(build: Callable[[str], Any]) -> None:
+    model, tokens = build("bridge"), tiny_attention.tokens()
+    lorsa, seen = small(model), {}
+    with attached(lorsa, model, 1), lorsa.hooks(features=lambda z: seen.__setitem__("z", z)):
+        with_hook = logits(model, tokens)
+    with attached(lorsa, model, 1):
+        torch.testing.assert_close(logits(model, tokens), with_hook)
+    assert seen["z"].shape == (3, tiny_attention.N_CTX, 32)
+    assert ((seen["z"] != 0).sum(-1) <= 3).all()
+
+
+def test_loss_recovered_is_all_for_the_layer_itself_and_none_for_zeros(build: Callable[[str], Any]) -> None:
+    for name in ("hooked", "bridge"):
+        model = build(name)
+        exact = Lorsa.exact(read_attention(model, 1)).with_config(skip_positions=1)
+        loss = lorsa_loss_recovered(model, exact, 1, tiny_attention.tokens(), batch_size=2)
+        assert loss.n_tokens == 3 * (tiny_attention.N_CTX - 1)
+        assert loss.kl_recovered == pytest.approx(1, abs=1e-4)
+        assert loss.kl_zero > 0.01
+        with torch.no_grad():
+            exact.W_O.zero_()
+            exact.b_D.zero_()
+        nothing = lorsa_loss_recovered(model, exact, 1, tiny_attention.tokens(), batch_size=2)
+        assert nothing.reconstructed == pytest.approx(nothing.zero)
+        assert nothing.clean == pytest.approx(loss.clean)
+
+
+def test_bad_input_is_refused_with_a_reason(build: Callable[[str], Any], tmp_path: Path) -> None:
+    model = build("hooked")
+    narrow = Lorsa(LorsaConfig(d_model=8, n_qk_heads=2, n_ov_heads=4, d_qk=4, k=1, n_ctx=64))
+    with pytest.raises(ValueError, match="d_model=8, but the model has 16"), attached(narrow, model, 1):
+        pass
+    with pytest.raises(ValueError, match="layers 0 to 1"), attached(small(model), model, 5):
+        pass
+    short = small(model, n_ctx=8)
+    with attached(short, model, 1), pytest.raises(ValueError, match="24 positions exceeds n_ctx=8"):
+        logits(model, tiny_attention.tokens())
+    with pytest.raises(ValueError, match="must be \\(batch, n_positions, d_model=16\\)"):
+        small(model)(torch.zeros(1, 4, 8))

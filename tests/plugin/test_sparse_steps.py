@@ -1,0 +1,301 @@
+"""Training steps on the sparse path against SAELens's own: losses, gradients, statistics, files, fallbacks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saelens_asi import ActiveSubspaceInit
+from saelens_asi.plugin import topk_pass as sparse_topk
+from saelens_asi.plugin.sparse_steps import SparseTrainer
+from saelens_asi.plugin.topk_pass import dense_path_reason, sparse_pass
+from saelens_asi.sparse.rows import Workspace, row_norms
+from tests.helpers import tiny
+
+D_SAE, BATCH = 300, 24
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk": ("topk", {}),
+    "abstopk": ("abstopk", {}),
+    "batchtopk": ("batchtopk", {}),
+    "matryoshka": ("matryoshka_batchtopk", {"matryoshka_widths": [20, 90, D_SAE]}),
+    "matryoshka with its own auxiliary loss": (
+        "matryoshka_batchtopk",
+        {"matryoshka_widths": [20, 90, D_SAE], "use_matryoshka_aux_loss": True},
+    ),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def _sae(variant: str, dtype: str = "float64", **changes: Any) -> Any:
+    architecture, options = VARIANTS[variant]
+    torch.manual_seed(1)
+    sae = tiny.training_sae(architecture, **{"d_sae": D_SAE, "k": 6, "dtype": dtype, **options, **changes})
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)
+        sae.b_dec.normal_()
+        sae.W_dec.mul_(torch.rand(D_SAE, 1, dtype=sae.dtype) + 0.5)
+    return sae
+
+
+def _input(n_dead: int, dtype: torch.dtype) -> TrainStepInput:
+    torch.manual_seed(2)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[torch.randperm(D_SAE)[:n_dead]] = True
+    batch = torch.randn(BATCH, tiny.D_MODEL, dtype=dtype)
+    return TrainStepInput(
+        sae_in=batch, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
+    )
+
+
+def _sparse(sae: Any, step_input: TrainStepInput) -> tuple[Any, dict[str, Tensor], Tensor]:
+    norms = row_norms(sae.W_dec.detach()) if sae.cfg.rescale_acts_by_decoder_norm else None
+    done = sparse_pass(sae, step_input, norms, Workspace())
+    gradients = done.gradients
+    whole = {"W_enc": gradients.W_enc.to_dense(D_SAE, 1), "b_dec": gradients.b_dec}
+    whole |= {"b_enc": gradients.b_enc.to_dense(D_SAE), "W_dec": gradients.W_dec.to_dense(D_SAE)}
+    return done.output, whole, done.firings
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.usefixtures("both_ways")
+@variants
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("n_dead", [0, 3, 200])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_losses_and_gradients_are_those_of_saelens(variant, rescale, n_dead, apply_b_dec, dtype, tolerance):
+    options = {"rescale_acts_by_decoder_norm": rescale, "apply_b_dec_to_input": apply_b_dec}
+    sae, twin = _sae(variant, dtype, **options), _sae(variant, dtype, **options)
+    step_input = _input(n_dead, sae.dtype)
+    output, gradients, firings = _sparse(sae, step_input)
+    expected = twin.training_forward_pass(step_input)
+    expected.loss.backward()
+    for name, param in twin.named_parameters():
+        assert _relative_error(gradients[name], param.grad) < tolerance, name
+    assert output.losses.keys() == expected.losses.keys()
+    for name, loss in expected.losses.items():
+        assert _relative_error(output.losses[name], loss.detach()) < tolerance, name
+    assert (expected.losses["auxiliary_reconstruction_loss"] > 0) == (n_dead > 0)
+    assert _relative_error(output.loss, expected.loss.detach()) < tolerance
+    assert _relative_error(output.sae_out, expected.sae_out) < tolerance
+    assert _relative_error(output.feature_acts.to_dense(), expected.feature_acts) < tolerance
+    assert torch.equal(firings, (expected.feature_acts != 0).sum(dim=0))
+    assert output.metrics.keys() == expected.metrics.keys()
+    if "topk_threshold" in expected.metrics:
+        assert _relative_error(sae.topk_threshold, twin.topk_threshold) < tolerance
+
+
+@variants
+def test_a_coefficient_of_zero_leaves_dead_features_alone(variant):
+    sae = _sae(variant, aux_loss_coefficient=0.0)
+    step_input = _input(200, sae.dtype)
+    output, gradients, firings = _sparse(sae, step_input)
+    assert output.losses["auxiliary_reconstruction_loss"] == 0
+    assert not gradients["W_dec"][firings == 0].any()
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+def test_normalized_activations(variant, normalize):
+    sae, twin = (_sae(variant, normalize_activations=normalize) for _ in range(2))
+    step_input = _input(0, sae.dtype)
+    output, gradients, _ = _sparse(sae, step_input)
+    expected = twin.training_forward_pass(step_input)
+    expected.loss.backward()
+    assert _relative_error(output.loss, expected.loss.detach()) < 1e-10
+    for name, param in twin.named_parameters():
+        assert _relative_error(gradients[name], param.grad) < 1e-10, name
+
+
+@variants
+def test_bfloat16_is_at_least_as_close_to_float64_as_saelens(variant):
+    exact, sae, twin = _sae(variant), _sae(variant, "bfloat16"), _sae(variant, "bfloat16")
+    exact.load_state_dict({name: value.double() for name, value in sae.state_dict().items()})
+    step_input, wide = _input(0, torch.bfloat16), _input(0, torch.bfloat16)
+    wide.sae_in = wide.sae_in.double()
+    _, gradients, _ = _sparse(sae, step_input)
+    for other, given in ((twin, step_input), (exact, wide)):
+        other.training_forward_pass(given).loss.backward()
+    for name, param in exact.named_parameters():
+        own = _relative_error(gradients[name].double(), param.grad)
+        stock = _relative_error(twin.get_parameter(name).grad.double(), param.grad)
+        assert own < max(1.1 * stock, 0.02), name
+
+
+@variants
+def test_autocast_selects_what_saelens_selects(variant):
+    sae, twin = _sae(variant, "float32"), _sae(variant, "float32")
+    step_input = _input(0, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, gradients, _ = _sparse(sae, step_input)
+        expected = twin.training_forward_pass(step_input)
+    expected.loss.backward()
+    assert torch.equal(output.feature_acts.to_dense() != 0, expected.feature_acts != 0)
+    for name, param in twin.named_parameters():
+        assert _relative_error(gradients[name], param.grad) < 0.02, name
+
+
+def _run(variant: str, sparse: bool, monkeypatch: Any, n_steps: int = 12, **changes: Any) -> Any:
+    architecture, options = VARIANTS[variant]
+    torch.manual_seed(3)
+    settings = {"d_sae": D_SAE, "k": 6, "optimizer": "sparse_adam", "dead_feature_window": 3, "n_steps": n_steps}
+    trainer = tiny.trainer(architecture, **{**settings, **options, **changes})
+    with monkeypatch.context() as patch:
+        if not sparse:
+            patch.setattr(SparseTrainer, "_dense_path_reason", lambda *_: "asked for")
+        trainer.fit()
+    return trainer
+
+
+@pytest.mark.usefixtures("both_ways")
+@variants
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in", "covariance_whitening"])
+@pytest.mark.parametrize("optimizer", ["sparse_adam", "adam"])
+def test_a_whole_run_ends_where_saelens_steps_end(variant, normalize, optimizer, monkeypatch):
+    start = ActiveSubspaceInit(d_init=5, n_tokens=128)
+    changes = {"initializer": start, "normalize_activations": normalize, "optimizer": optimizer}
+    sparse, dense = (_run(variant, flag, monkeypatch, dtype="float64", **changes) for flag in (True, False))
+    for name, param in dense.sae.named_parameters():
+        torch.testing.assert_close(sparse.sae.get_parameter(name), param, rtol=1e-6, atol=1e-8)
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(sparse, name), getattr(dense, name)), name
+    assert sparse.n_frac_active_samples == dense.n_frac_active_samples
+    assert sparse.dead_neurons.any()
+
+
+def test_weights_in_files_are_contiguous_and_memory_is_put_back(monkeypatch, tmp_path):
+    trainer = _run("topk", True, monkeypatch, n_steps=4)
+    assert trainer.sae.W_enc.is_contiguous()
+    assert not trainer.sae._state_dict_hooks
+    for _ in range(2):
+        trainer.step(next(tiny.batches()))
+    assert not trainer.sae.W_enc.is_contiguous()
+    path, _ = trainer.sae.save_model(str(tmp_path))
+    assert torch.equal(load_file(path)["W_enc"], trainer.sae.W_enc)
+    inference, _ = trainer.sae.save_inference_model(str(tmp_path / "inference"))
+    assert load_file(inference)["W_enc"].shape == trainer.sae.W_enc.shape
+    again = copy.deepcopy(trainer.sae)
+    assert torch.equal(again.state_dict()["W_enc"], trainer.sae.W_enc)
+
+
+def test_a_decoder_written_to_from_outside_is_noticed():
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    trainer.step(next(tiny.batches()))
+    trainer.sae.W_dec.data *= 2
+    norms = trainer._current_decoder_norms(trainer.sae)
+    torch.testing.assert_close(norms, trainer.sae.W_dec.detach().norm(dim=1))
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_norms_follow_the_decoder_from_step_to_step():
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    trainer.step(next(tiny.batches()))
+    torch.testing.assert_close(trainer._decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_a_loss_of_the_callers_own_is_kept():
+    sae, twin = _sae("topk"), _sae("topk")
+    sae.mse_loss_fn = twin.mse_loss_fn = lambda predicted, target: (predicted - target).pow(4)
+    step_input = _input(0, sae.dtype)
+    output, gradients, _ = _sparse(sae, step_input)
+    expected = twin.training_forward_pass(step_input)
+    expected.loss.backward()
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    torch.testing.assert_close(gradients["W_dec"], twin.W_dec.grad)
+
+
+def test_no_gradient_of_full_size_is_ever_made(monkeypatch):
+    trainer = tiny.trainer(d_sae=D_SAE, k=2, optimizer="sparse_adam")
+    seen = []
+    stock_step = trainer.optimizer.step
+
+    def step(*args: Any) -> Any:
+        grads = {name: param.grad for name, param in trainer.sae.named_parameters()}
+        seen.append([name for name, grad in grads.items() if grad is not None])
+        assert all(len(gradient.rows) < D_SAE for gradient in trainer.optimizer.row_gradients.values())
+        return stock_step(*args)
+
+    trainer.optimizer.step = step
+    trainer.step(next(tiny.batches()))
+    assert seen == [["b_dec"]]
+    assert not trainer.optimizer.row_gradients  # forgotten, as gradients are
+
+
+class _OwnStep(SAETrainer):
+    def _train_step(self, sae: Any, sae_in: Tensor) -> Any:
+        self.own_steps = getattr(self, "own_steps", 0) + 1
+        return super()._train_step(sae, sae_in)
+
+
+def test_a_trainer_with_a_step_of_its_own_keeps_it(caplog):
+    trainer = tiny.trainer(optimizer="sparse_adam", trainer_class=_OwnStep)
+    trainer.step(next(tiny.batches()))
+    assert trainer.own_steps == 1
+    assert "_train_step of its own" in caplog.text
+
+
+def _hook(sae: Any) -> None:
+    sae.hook_sae_acts_post.register_forward_hook(lambda *_: None)
+
+
+def _compiled(sae: Any) -> None:
+    sae.training_forward_pass = sae.training_forward_pass
+
+
+def _frozen(sae: Any) -> None:
+    sae.b_enc.requires_grad_(False)
+
+
+def _watched(sae: Any) -> None:
+    sae.W_dec.register_hook(lambda grad: grad)
+
+
+@pytest.mark.parametrize("change", [_hook, _compiled, _frozen, _watched])
+def test_what_needs_the_dense_path_gets_it_and_is_told_once(change, caplog):
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    change(trainer.sae)
+    with caplog.at_level(logging.WARNING):
+        outputs = [trainer.step(next(tiny.batches())) for _ in range(3)]
+    assert not outputs[0].feature_acts.is_sparse
+    assert caplog.text.count("dense path") == 1
+
+
+def test_a_class_patched_by_someone_else_is_left_to_them(monkeypatch):
+    sae = _sae("topk")
+    assert dense_path_reason(sae, torch.zeros(2, tiny.D_MODEL)) is None
+    monkeypatch.setattr(type(sae), "decode", lambda self, acts: acts)
+    assert "decode" in dense_path_reason(sae, torch.zeros(2, tiny.D_MODEL))
+
+
+def test_a_subclass_is_left_to_its_author():
+    class Own(sparse_topk.TopKTrainingSAE):
+        pass
+
+    sae = _sae("topk")
+    sae.__class__ = Own
+    assert "Own" in dense_path_reason(sae, torch.zeros(2, tiny.D_MODEL))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@variants
+@pytest.mark.parametrize("n_dead", [0, 200])
+def test_a_gpu_finds_the_gradients_of_the_cpu(variant, n_dead):
+    sae = _sae(variant)
+    step_input = _input(n_dead, sae.dtype)
+    output, gradients, _ = _sparse(sae, step_input)
+    step_input.sae_in, step_input.dead_neuron_mask = step_input.sae_in.cuda(), step_input.dead_neuron_mask.cuda()
+    on_gpu, gradients_on_gpu, _ = _sparse(_sae(variant).to("cuda"), step_input)
+    assert _relative_error(on_gpu.loss.cpu(), output.loss) < 1e-10
+    for name, gradient in gradients.items():
+        assert _relative_error(gradients_on_gpu[name].cpu(), gradient) < 1e-10, name

@@ -1,0 +1,439 @@
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from saelens_asi.sparse_adam import SparseAdam
+from tests.helpers.reference import gaussian, maths, row_adam
+
+BIAS_CORRECTIONS = ("per_row", "global")
+both_corrections = pytest.mark.parametrize("bias_correction", BIAS_CORRECTIONS)
+BETAS = (0.9, 0.999)
+
+
+def parameter(*shape, seed=0, dtype=torch.float64):
+    return nn.Parameter(gaussian(seed, *shape).to(dtype))
+
+
+def take_steps(optimizer, param, grads):
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+
+
+def order_one(seed, *shape):
+    """Gradients of either sign and size 0.5 to 1.5."""
+    x = gaussian(seed, *shape)
+    return x.sign() * (0.5 + (x.abs() % 1))
+
+
+def rows_active(seed, n_steps, *shape, share=0.5):
+    """Gradients of which each row is zero in about half of the steps."""
+    active = torch.rand(n_steps, shape[0], 1, generator=torch.Generator().manual_seed(seed)) < share
+    return order_one(seed, n_steps, *shape) * active
+
+
+def as_sparse(grad):
+    """The rows with gradient, as a sparse tensor."""
+    rows = grad.flatten(1).any(dim=1).nonzero().squeeze(1)
+    return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, check_invariants=True)
+
+
+def bits(optimizer, param):
+    return [param.detach(), *(optimizer.state[param][key] for key in sorted(optimizer.state[param]))]
+
+
+def assert_same_bits(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@both_corrections
+@pytest.mark.parametrize("row_dim", [None, 0, 1])
+@pytest.mark.parametrize("betas", [BETAS, (0.0, 0.99), (0.5, 0.0)])
+def test_equals_adam_when_every_row_is_active(bias_correction, row_dim, betas):
+    ours, theirs = parameter(5, 3), parameter(5, 3)
+    optimizer = SparseAdam([ours], lr=0.01, betas=betas, bias_correction=bias_correction, row_dim=row_dim)
+    reference = torch.optim.Adam([theirs], lr=0.01, betas=betas)
+    grads = gaussian(1, 50, 5, 3)
+    take_steps(optimizer, ours, grads)
+    take_steps(reference, theirs, grads)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(optimizer.state[ours][key], reference.state[theirs][key], rtol=1e-12, atol=1e-15)
+
+
+@both_corrections
+def test_equals_adam_in_float32_from_the_first_step(bias_correction):
+    """The bias corrections of the first steps lose no digits: the step is right to 1e-6 of itself."""
+    ours, theirs = nn.Parameter(torch.zeros(5, 3)), nn.Parameter(torch.zeros(5, 3))
+    optimizer = SparseAdam([ours], lr=1.0, bias_correction=bias_correction, row_dim=0)
+    reference = torch.optim.Adam([theirs], lr=1.0)
+    for grad in gaussian(1, 5, 5, 3).float():
+        take_steps(optimizer, ours, [grad])
+        take_steps(reference, theirs, [grad])
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_equals_torch_sparse_adam_on_the_same_sparse_gradients():
+    """torch adds eps to the root before its bias correction, sqrt(1 - beta2^t) >= 0.03, and we after it.
+
+    With gradients of at least 0.5 the root is at least 0.5 * 0.03, a step hence differs by a share of at most
+    eps / 0.015 = 7e-7 of at most 3.2 lr: over 30 steps of lr = 0.01, less than 1e-6. Nothing else may differ.
+    """
+    ours, theirs = parameter(20, 3), parameter(20, 3)
+    optimizer = SparseAdam([ours], lr=0.01, bias_correction="global")
+    reference = torch.optim.SparseAdam([theirs], lr=0.01)
+    grads = [as_sparse(grad) for grad in rows_active(1, 30, 20, 3)]
+    take_steps(optimizer, ours, grads)
+    take_steps(reference, theirs, grads)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(optimizer.state[ours][key], reference.state[theirs][key], rtol=1e-12, atol=1e-15)
+
+
+@maths
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.sampled_from([0.2, 0.6, 1.0]),
+    st.sampled_from(BIAS_CORRECTIONS),
+    st.sampled_from([0, 1]),
+)
+def test_equals_the_update_written_out_number_by_number(seed, n_rows, width, n_steps, share, correction, row_dim):
+    start, grads = gaussian(seed, n_rows, width), rows_active(seed, n_steps, n_rows, width, share=share)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": correction}
+    expected = row_adam(start, list(grads), **options)
+    param = nn.Parameter(start.movedim(0, row_dim).clone())
+    optimizer = SparseAdam([param], row_dim=row_dim, **options)
+    take_steps(optimizer, param, grads.movedim(1, 1 + row_dim))
+    state = optimizer.state[param]
+    for ours, theirs in zip((param, state["exp_avg"], state["exp_avg_sq"]), expected, strict=True):
+        torch.testing.assert_close(ours.detach().movedim(row_dim, 0), theirs, rtol=1e-11, atol=1e-13)
+
+
+@both_corrections
+def test_a_dense_gradient_with_zero_rows_is_a_sparse_gradient(bias_correction):
+    dense, sparse = parameter(20, 3), parameter(20, 3)
+    dense_optimizer = SparseAdam([dense], bias_correction=bias_correction, row_dim=0)
+    sparse_optimizer = SparseAdam([sparse], bias_correction=bias_correction)
+    for grad in rows_active(1, 30, 20, 3):
+        take_steps(dense_optimizer, dense, [grad])
+        take_steps(sparse_optimizer, sparse, [as_sparse(grad)])
+        assert_same_bits(bits(dense_optimizer, dense), bits(sparse_optimizer, sparse))
+
+
+@both_corrections
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_without_gradient_keep_parameter_and_moments_bit_for_bit(bias_correction, row_dim, dtype):
+    param = nn.Parameter(gaussian(0, 6, 3).movedim(0, row_dim).contiguous().to(dtype))
+    optimizer = SparseAdam([param], lr=0.1, bias_correction=bias_correction, row_dim=row_dim)
+    grads = rows_active(1, 20, 6, 3).movedim(1, 1 + row_dim).to(dtype)
+    take_steps(optimizer, param, grads[:10])
+    for grad in grads[10:]:
+        before = [x.detach().clone() for x in (param, *(optimizer.state[param][k] for k in ("exp_avg", "exp_avg_sq")))]
+        take_steps(optimizer, param, [grad])
+        after = (param.detach(), optimizer.state[param]["exp_avg"], optimizer.state[param]["exp_avg_sq"])
+        active = (grad != 0).any(dim=1 - row_dim)
+        for old, new in zip(before, after, strict=True):
+            same = (old == new).all(dim=1 - row_dim)
+            assert same[~active].all()
+            assert not same[active].any()
+
+
+def test_without_row_dim_a_dense_gradient_moves_every_entry_as_adam_does():
+    ours, theirs = parameter(6, 3), parameter(6, 3)
+    grads = rows_active(1, 20, 6, 3)
+    take_steps(SparseAdam([ours], lr=0.01), ours, grads)
+    take_steps(torch.optim.Adam([theirs], lr=0.01), theirs, grads)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def first_step_of_a_row_that_fires_at_step_1001(bias_correction):
+    param = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    optimizer = SparseAdam([param], lr=1.0, bias_correction=bias_correction, row_dim=0)
+    first, second = torch.tensor([[1.0, 1, 1], [0, 0, 0]]).double(), torch.tensor([[0.0, 0, 0], [1, 1, 1]]).double()
+    take_steps(optimizer, param, [first] * 1000 + [second])
+    return param.detach()[1].abs()
+
+
+def test_a_row_that_first_fires_late_takes_an_ordinary_first_step_per_row():
+    step = first_step_of_a_row_that_fires_at_step_1001("per_row")
+    torch.testing.assert_close(step, torch.ones_like(step), rtol=1e-6, atol=0)
+
+
+def test_a_row_that_first_fires_late_moves_two_and_a_half_learning_rates_with_global_correction():
+    step = first_step_of_a_row_that_fires_at_step_1001("global")
+    expected = 0.1 / (1 - 0.9**1001) / (0.001 / (1 - 0.999**1001)) ** 0.5
+    assert expected > 2.4
+    torch.testing.assert_close(step, torch.full_like(step, expected), rtol=1e-6, atol=0)
+
+
+@both_corrections
+def test_repeated_indices_are_summed_before_the_update(bias_correction):
+    repeated, summed = parameter(4, 2), parameter(4, 2)
+    values = order_one(1, 3, 2)
+    uncoalesced = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), values, (4, 2), check_invariants=True)
+    once = torch.sparse_coo_tensor(
+        torch.tensor([[0, 2]]), torch.stack([values[1], values[0] + values[2]]), (4, 2), check_invariants=True
+    )
+    assert not uncoalesced.is_coalesced()
+    one = SparseAdam([repeated], bias_correction=bias_correction)
+    other = SparseAdam([summed], bias_correction=bias_correction)
+    for _ in range(3):
+        repeated.grad, summed.grad = uncoalesced, once
+        one.step()
+        other.step()
+    assert_same_bits(bits(one, repeated), bits(other, summed))
+
+
+@both_corrections
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_gradient_without_any_row_changes_no_row(bias_correction, sparse):
+    param = parameter(4, 2)
+    optimizer = SparseAdam([param], bias_correction=bias_correction, row_dim=0)
+    take_steps(optimizer, param, order_one(1, 3, 4, 2))
+    empty = as_sparse(torch.zeros(4, 2, dtype=torch.float64)) if sparse else torch.zeros(4, 2, dtype=torch.float64)
+    before = {key: value.clone() for key, value in optimizer.state[param].items() if key != "step"}
+    value = param.detach().clone()
+    take_steps(optimizer, param, [empty])
+    assert torch.equal(param, value)
+    assert all(torch.equal(optimizer.state[param][key], old) for key, old in before.items())
+
+
+def test_a_gradient_sparse_along_more_than_rows_is_refused():
+    param = parameter(4, 2)
+    param.grad = gaussian(1, 4, 2).to_sparse()
+    with pytest.raises(ValueError, match="sparse_dim=2"):
+        SparseAdam([param]).step()
+
+
+@both_corrections
+def test_entries_of_a_vector_are_rows(bias_correction):
+    """A vector and the column that holds it are updated alike."""
+    vector = parameter(7)
+    column = nn.Parameter(vector.detach().clone()[:, None])
+    grads = rows_active(1, 20, 7, 1)
+    take_steps(SparseAdam([vector], bias_correction=bias_correction, row_dim=0), vector, grads.squeeze(2))
+    take_steps(SparseAdam([column], bias_correction=bias_correction, row_dim=0), column, grads)
+    assert torch.equal(vector, column.squeeze(1))
+
+
+def test_rows_of_a_tensor_with_three_dimensions():
+    """The middle dimension of (2, 5, 3) against the same numbers as a (5, 6) matrix."""
+    cube = parameter(2, 5, 3)
+    matrix = nn.Parameter(cube.detach().movedim(1, 0).reshape(5, 6).clone())
+    grads = rows_active(1, 20, 5, 6)
+    take_steps(SparseAdam([matrix], row_dim=0), matrix, grads)
+    take_steps(SparseAdam([cube], row_dim=1), cube, grads.reshape(20, 5, 2, 3).movedim(1, 2))
+    assert torch.equal(cube.detach().movedim(1, 0).reshape(5, 6), matrix)
+
+
+def test_a_scalar_parameter_is_updated():
+    ours, theirs = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    take_steps(SparseAdam([ours]), ours, [torch.tensor(0.3)])
+    take_steps(torch.optim.Adam([theirs]), theirs, [torch.tensor(0.3)])
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    with_grad, without = parameter(3, 2), parameter(3, 2)
+    before = without.detach().clone()
+    optimizer = SparseAdam([with_grad, without], row_dim=0)
+    take_steps(optimizer, with_grad, order_one(1, 2, 3, 2))
+    assert torch.equal(without, before)
+    assert without not in optimizer.state
+
+
+def test_the_closure_is_called_and_its_loss_returned():
+    param = parameter(3, 2)
+    optimizer = SparseAdam([param], row_dim=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    before = param.detach().clone()
+    assert optimizer.step(closure).item() == pytest.approx(float(before.square().sum()))
+    assert not torch.equal(param, before)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@both_corrections
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resuming_from_a_saved_state_is_bit_exact(bias_correction, dtype):
+    groups = lambda w, b: [{"params": [w], "row_dim": 1}, {"params": [b], "row_dim": 0}, {"params": []}]  # noqa: E731
+    weight, bias = parameter(3, 6, dtype=dtype), parameter(6, seed=1, dtype=dtype)
+    optimizer = SparseAdam(groups(weight, bias), lr=0.02, bias_correction=bias_correction)
+    grads = rows_active(1, 20, 6, 3).to(dtype)
+
+    def run(optimizer, weight, bias, grads):
+        for grad in grads:
+            weight.grad, bias.grad = grad.T.clone(), grad[:, 0].clone()
+            optimizer.step()
+
+    run(optimizer, weight, bias, grads[:10])
+    resumed_weight, resumed_bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    resumed = SparseAdam(groups(resumed_weight, resumed_bias))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    run(optimizer, weight, bias, grads[10:])
+    run(resumed, resumed_weight, resumed_bias, grads[10:])
+    assert_same_bits(bits(resumed, resumed_weight), bits(optimizer, weight))
+    assert_same_bits(bits(resumed, resumed_bias), bits(optimizer, bias))
+
+
+def test_a_loaded_state_shares_no_memory_with_the_saved_one():
+    param = parameter(3, 2)
+    optimizer = SparseAdam([param], row_dim=0)
+    take_steps(optimizer, param, order_one(1, 2, 3, 2))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved["state"][0])
+    resumed_param = nn.Parameter(param.detach().clone())
+    resumed = SparseAdam([resumed_param], row_dim=0)
+    resumed.load_state_dict(saved)
+    take_steps(resumed, resumed_param, order_one(2, 2, 3, 2))
+    assert all(torch.equal(saved["state"][0][key], value) for key, value in kept.items())
+
+
+def test_the_state_of_another_optimizer_is_refused_with_what_to_do():
+    param = parameter(3, 2)
+    adam = torch.optim.Adam([param])
+    take_steps(adam, param, order_one(1, 2, 3, 2))
+    optimizer = SparseAdam([param], row_dim=0)
+    with pytest.raises(ValueError, match=r"not written by saelens_asi\.SparseAdam .*bias_correction.*optimizer='adam'"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert not optimizer.state
+
+
+def test_learning_rate_schedulers_work():
+    """A first step, and every later one with the same gradient, moves the learning rate of that step."""
+    param = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = SparseAdam([param], lr=0.1, row_dim=0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1, 0.5, 0, 0.25][step])
+    moved = []
+    for _ in range(4):
+        before = param.detach().clone()
+        take_steps(optimizer, param, [torch.ones(2, 2, dtype=torch.float64)])
+        moved.append(float((before - param.detach()).max()))
+        if len(moved) < 4:
+            scheduler.step()
+    assert moved == pytest.approx([0.1, 0.05, 0, 0.025], abs=1e-8)
+
+
+def test_groups_have_their_own_options():
+    fast, slow = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    optimizer = SparseAdam([{"params": [fast], "lr": 0.5}, {"params": [slow], "row_dim": 0}], lr=0.1)
+    grad = torch.tensor([[1.0, 0], [0, 0]])
+    fast.grad, slow.grad = grad.clone(), grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(fast.detach(), -0.5 * grad)
+    torch.testing.assert_close(slow.detach(), -0.1 * grad)
+
+
+@both_corrections
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_low_precision_parameters_are_float32_also_after_loading(bias_correction, dtype):
+    param = parameter(3, 2, dtype=dtype)
+    optimizer = SparseAdam([param], bias_correction=bias_correction, row_dim=0)
+    take_steps(optimizer, param, order_one(1, 2, 3, 2).to(dtype))
+    other = SparseAdam([nn.Parameter(param.detach().clone())], row_dim=0)
+    other.load_state_dict(optimizer.state_dict())
+    for one in (optimizer, other):
+        (state,) = one.state.values()
+        assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.float32, torch.float32)
+        assert state["step"] == 2
+        assert bias_correction == "global" or (state["row_step"].dtype, state["row_step"].tolist()) == (
+            torch.int32,
+            [2, 2, 2],
+        )
+    assert param.dtype == dtype
+
+
+def test_small_moments_of_bfloat16_parameters_are_not_rounded_away():
+    """beta2 = 0.999 moves the second moment by 1/1000 of a step, below bfloat16's resolution of 1/256."""
+    param = parameter(1, 1, dtype=torch.bfloat16)
+    optimizer = SparseAdam([param], row_dim=0)
+    take_steps(optimizer, param, [torch.ones(1, 1, dtype=torch.bfloat16)] * 2000)
+    assert float(optimizer.state[param]["exp_avg_sq"]) == pytest.approx(1 - 0.999**2000, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lr", -0.1, r"lr=-0\.1"),
+        ("lr", float("nan"), "lr=nan"),
+        ("eps", -1e-8, "eps=-1e-08"),
+        ("eps", float("nan"), "eps=nan"),
+        ("betas", (0.9, 1.0), r"betas=\(0\.9, 1\.0\)"),
+        ("betas", (-0.1, 0.9), r"betas=\(-0\.1, 0\.9\)"),
+        ("betas", (0.9,), r"betas=\(0\.9,\)"),
+        ("bias_correction", "local", "bias_correction='local'"),
+        ("row_dim", 2, r"row_dim=2 .*\(3, 2\)"),
+        ("row_dim", -1, r"row_dim=-1 .*\(3, 2\)"),
+    ],
+)
+def test_a_bad_option_is_refused_also_in_a_group(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        SparseAdam([parameter(3, 2)], **{option: value})
+    with pytest.raises(ValueError, match=message):
+        SparseAdam([{"params": [parameter(3, 2)], option: value}])
+
+
+def test_switching_to_per_row_mid_run_counts_rows_from_there():
+    """Rows that had fired go on past their first step; a row that had not takes an ordinary first step."""
+    param = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+    optimizer = SparseAdam([param], lr=1.0, bias_correction="global", row_dim=0)
+    one = torch.ones(2, dtype=torch.float64)
+    take_steps(optimizer, param, [torch.stack([one, 0 * one, 0 * one])] * 100)
+    optimizer.param_groups[0]["bias_correction"] = "per_row"
+    before = param.detach().clone()
+    take_steps(optimizer, param, [torch.stack([one, one, 0 * one])])
+    moved = (before - param.detach())[:, 0]
+    torch.testing.assert_close(moved, torch.tensor([1.0, 1.0, 0.0]).double(), rtol=1e-6, atol=0)
+    assert optimizer.state[param]["row_step"].tolist() == [101, 1, 0]
+
+
+def test_switching_to_global_mid_run_takes_effect():
+    param = nn.Parameter(torch.zeros(2, 1, dtype=torch.float64))
+    optimizer = SparseAdam([param], lr=1.0, bias_correction="per_row", row_dim=0)
+    take_steps(optimizer, param, [torch.tensor([[1.0], [0.0]]).double()] * 1000)
+    optimizer.param_groups[0]["bias_correction"] = "global"
+    take_steps(optimizer, param, [torch.tensor([[0.0], [1.0]]).double()])
+    assert param[1].abs().item() == pytest.approx(2.5, abs=0.1)
+
+
+@both_corrections
+def test_works_with_a_sparse_embedding(bias_correction):
+    embedding, dense = nn.Embedding(8, 3, sparse=True).double(), nn.Embedding(8, 3).double()
+    with torch.no_grad():
+        embedding.weight.copy_(gaussian(0, 8, 3))
+        dense.weight.copy_(gaussian(0, 8, 3))
+    start = embedding.weight.detach().clone()
+    optimizer = SparseAdam(embedding.parameters(), lr=0.1, bias_correction=bias_correction)
+    dense_optimizer = SparseAdam(dense.parameters(), lr=0.1, bias_correction=bias_correction, row_dim=0)
+    for tokens in ([1, 4, 1], [4, 6], [1]):
+        for layer, one in ((embedding, optimizer), (dense, dense_optimizer)):
+            one.zero_grad()
+            layer(torch.tensor(tokens)).square().sum().backward()
+            one.step()
+    assert embedding.weight.grad.is_sparse
+    changed = (embedding.weight.detach() != start).any(dim=1)
+    assert changed.nonzero().squeeze(1).tolist() == [1, 4, 6]
+    torch.testing.assert_close(embedding.weight, dense.weight, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,281 @@
+"""Sweeps: grids, cells that are kept, interruption, the rows' truth, and the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from saelens_asi import cli
+from saelens_asi.cli.sweep import write_report
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.plots import sweep_figures
+from saelens_asi.sweep import (
+    METHODS,
+    Cell,
+    SweepTraining,
+    fit_power_law,
+    read_sweep,
+    run,
+    run_sweep,
+    sweep_table,
+    train_cell,
+)
+from saelens_asi.sweep.cells import grid
+from saelens_asi.sweep.results import best_rates
+from saelens_asi.sweep.run import ARCHITECTURES
+from tests.helpers import tiny
+
+TRAINING = SweepTraining(training_tokens=320, batch_size=32, dead_after_tokens=64)
+SIZES: dict[str, Any] = {"d_sae": 48, "k": 4}
+
+
+HOOK = "blocks.0.hook_attn_out"
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    x = tiny.activations(600) + 1
+    return {HOOK: (x[:400], x[400:])}
+
+
+@pytest.fixture(scope="module")
+def train(data) -> torch.Tensor:
+    return data[HOOK][0]
+
+
+def test_a_grid_holds_every_combination_once():
+    cells = grid({"d_sae": [32, 64], "k": [2, 4], "seed": [0, 1]}, ["topk", "asi"])
+    assert len(cells) == len(set(cells)) == 16
+    assert {cell.method for cell in cells} == {"topk", "asi"}
+
+
+def test_settings_without_effect_make_no_cells_of_their_own():
+    assert len(grid({"d_init": [8, 16, 32]}, ["stock", "topk", "asi"])) == 1 + 1 + 3
+    assert Cell(initializer="default", subspace="random", d_init=9) == Cell(initializer="default")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_knows_its_method_at_any_size(method):
+    (cell,) = grid({"d_sae": [99], "k": [7], "seed": [3], "lr": [0.5]}, [method])
+    assert cell.method == method
+
+
+def test_a_cell_of_no_method_is_other():
+    assert Cell(subspace="random").method == Cell(d_init=17).method == "other"
+
+
+@pytest.mark.parametrize(
+    ("axes", "methods", "message"),
+    [
+        ({"depth": [1]}, [], "no setting"),
+        ({}, ["best"], "method 'best' must be one of"),
+        ({"k": []}, [], "axis 'k' has no values"),
+        ({"k": [0]}, [], "k=0 must be"),
+        ({"optimizer": ["sgd"]}, [], "optimizer='sgd'"),
+        ({"initializer": ["kaiming"]}, [], "initializer='kaiming'"),
+        ({"subspace": ["dead"]}, [], "subspace='dead'"),
+        ({"d_init": [0]}, [], "d_init=0"),
+    ],
+)
+def test_bad_axes_are_named(axes, methods, message):
+    with pytest.raises(ValueError, match=message):
+        grid(axes, methods)
+
+
+def test_an_architecture_without_k_is_refused(train):
+    with pytest.raises(ValueError, match="architecture='jumprelu' must be one of"):
+        train_cell(Cell(architecture="jumprelu"), TRAINING, train)
+
+
+def test_training_must_fill_a_batch():
+    with pytest.raises(ValueError, match="must fill one batch"):
+        SweepTraining(training_tokens=10, batch_size=11)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains(architecture, train):
+    trainer, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, train)
+    assert trainer.sae.cfg.architecture() == architecture
+    assert took["d_init_used"] >= 1
+    assert took["seconds"] >= 0
+
+
+def test_rows_tell_what_was_measured(data, tmp_path):
+    cells = grid({"d_sae": [48], "k": [4], "seed": [0, 1]}, ["stock", "auxk", "asi_sparse_adam"])
+    rows = run_sweep(cells, TRAINING, data, tmp_path, save_saes=True)
+    assert rows == read_sweep(tmp_path)
+    for cell, row in zip(cells, rows, strict=True):
+        folder = run.sae_folder(tmp_path, cell, HOOK)
+        again = evaluate(SAE.load_from_disk(folder), activations=data[HOOK][1].split(50), progress=False)
+        assert row["nmse"] == pytest.approx(again.nmse, rel=1e-5)
+        assert (row["dead_fraction"], row["l0"]) == (again.dead_fraction, again.l0)
+        assert row["method"] == cell.method
+        assert row["silent_fraction"] <= row["dead_fraction"]
+        assert row["silent_tokens"] == 200 + 4 * 32
+        assert (row["n_tokens"], row["hook_name"], row["d_in"]) == (200, HOOK, tiny.D_MODEL)
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["asi_sparse_adam"]["nmse"] < by_method["stock"]["nmse"]
+
+
+def test_an_sae_that_is_asked_for_later_is_trained_again_and_its_row_stays(data, tmp_path):
+    cells = grid({"d_sae": [48], "k": [4]})
+    rows = run_sweep(cells, TRAINING, data, tmp_path)
+    folder = run.sae_folder(tmp_path, cells[0], HOOK)
+    assert not folder.exists()
+    assert run_sweep(cells, TRAINING, data, tmp_path, save_saes=True) == rows == read_sweep(tmp_path)
+    again = evaluate(SAE.load_from_disk(folder), activations=data[HOOK][1], progress=False)
+    assert again.nmse == pytest.approx(rows[0]["nmse"], rel=1e-5)
+
+
+def test_cells_see_the_same_data_and_repeat(train):
+    first, second = (train_cell(Cell(**SIZES, optimizer="adam"), TRAINING, train)[0].sae for _ in range(2))
+    assert torch.equal(first.W_dec, second.W_dec)
+
+
+def test_data_comes_round_again_where_it_ends(train):
+    training = SweepTraining(training_tokens=1000, batch_size=300)
+    trainer, _ = train_cell(Cell(initializer="default", optimizer="adam", **SIZES), training, train[:250])
+    assert torch.isfinite(trainer.sae.W_dec).all()
+
+
+def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(data, tmp_path, monkeypatch):
+    cells = grid({"seed": [0, 1, 2], "d_sae": [48], "k": [4]})
+    stock, trained = run.run_cell, []
+
+    def interrupted(cell: Cell, *rest: Any) -> Any:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(cell)
+        return stock(cell, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_cell", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(cells, TRAINING, data, tmp_path)
+    before = read_sweep(tmp_path)
+    assert [row["seed"] for row in before] == [0, 1]
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"d_sae": 48, "see')  # as a crash leaves it
+    rows = run_sweep(cells, TRAINING, data, tmp_path)
+    assert rows[:2] == before
+    assert [json.loads(line)["seed"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_kept(data, tmp_path):
+    cells = grid({"d_init": [4, 1000], "d_sae": [48], "k": [4]})
+    with pytest.raises(ValueError, match=r"1 cells failed.*\n.*d_init=1000 exceeds d_in=16"):
+        run_sweep(cells, TRAINING, data, tmp_path)
+    assert [row["d_init"] for row in read_sweep(tmp_path)] == [4]
+
+
+def test_hooks_have_cells_of_their_own(data, tmp_path):
+    twice = {**data, "blocks.1.hook_mlp_out": data[HOOK]}
+    cells = grid({"d_sae": [48], "k": [4]})
+    run_sweep(cells, TRAINING, data, tmp_path)
+    rows = run_sweep(cells, TRAINING, twice, tmp_path)
+    assert [row["hook_name"] for row in rows] == list(twice)
+    assert rows[0]["nmse"] == rows[1]["nmse"]
+    assert rows[0]["effective_rank"] == rows[1]["effective_rank"] < tiny.D_MODEL
+
+
+def test_a_folder_of_another_sweep_is_refused(data, tmp_path):
+    cells = grid({"d_sae": [48], "k": [4]})
+    run_sweep(cells, TRAINING, data, tmp_path, source={"model": "a"})
+    with pytest.raises(ValueError, match="model was 'a' and is 'b'"):
+        run_sweep(cells, TRAINING, data, tmp_path, source={"model": "b"})
+
+
+def _row(**changes: Any) -> dict[str, Any]:
+    cell = Cell(**{name: value for name, value in changes.items() if name in Cell.__dataclass_fields__})
+    measured = {"nmse": 0.5, "dead_fraction": 0.1, "l0": float(cell.k), "seconds": 1.0, "cpu_seconds": 2.0}
+    return {**cell.to_dict(), "hook_name": HOOK, "method": cell.method, **measured, "d_init_used": 8, **changes}
+
+
+def test_figures_show_what_the_rows_vary_in():
+    sizes = [_row(d_sae=size, nmse=size**-0.2) for size in (100, 200, 400)]
+    assert sweep_figures(sizes).keys() == {"scaling.png"}
+    levels = [_row(k=k, nmse=1 / k) for k in (8, 16)]
+    assert sweep_figures(levels).keys() == {"frontier.png"}
+    dims = [_row(d_init=d, d_init_used=d, subspace=s) for d in (8, 16) for s in ("active", "random")]
+    figures = sweep_figures(dims)
+    assert figures.keys() == {"d_init.png"}
+    assert [line.get_label() for line in figures["d_init.png"].axes[0].lines] == ["active subspace", "random subspace"]
+    assert sweep_figures([_row()]) == {}
+
+
+def test_a_rate_is_chosen_for_each_setting_by_its_mean_error():
+    rows = [
+        _row(lr=lr, seed=seed, nmse=nmse) for lr, seed, nmse in ((1, 0, 0.1), (1, 1, 0.9), (2, 0, 0.4), (2, 1, 0.4))
+    ]
+    assert best_rates(rows) == rows[2:]
+
+
+def test_the_table_joins_seeds():
+    rows = [_row(seed=0, nmse=0.2), _row(seed=1, nmse=0.4), _row(d_sae=64, k=32, nmse=0.1)]
+    lines = sweep_table(rows).splitlines()
+    assert "0.3000 (0.2000 to 0.4000)" in lines[-2]
+    assert "| 2 |" in lines[-2]
+    assert "| 64 |" in lines[-1]
+    assert "lr = 0.001" in lines[0]
+
+
+def test_a_power_law_is_found_again():
+    law = fit_power_law([1, 2, 4, 8], [3 * x**-0.25 for x in (1, 2, 4, 8)])
+    assert (law.scale, law.exponent) == (pytest.approx(3), pytest.approx(-0.25))
+    assert law.residual == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="two different"):
+        fit_power_law([1, 1], [2, 3])
+
+
+def _command(llama_folder: Path, text_folder: Path, out: Path, *flags: str) -> None:
+    sizes = (
+        "--context-size 16 --cached-tokens 400 --held-out-tokens 100 --training-tokens 320 --batch-size 32 --layers 1"
+    )
+    cli.main(["sweep", "--model", str(llama_folder), "--dataset", str(text_folder), "--out", str(out),
+              *sizes.split(), *flags])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_text(tmp_path_factory.mktemp("dataset"), 60, 100)
+
+
+def test_the_command_writes_cells_table_and_figures_and_continues(llama_folder, text_folder, tmp_path, capsys):
+    flags = ["--methods", "topk", "asi_sparse_adam", "--k", "4", "--d-sae"]
+    _command(llama_folder, text_folder, tmp_path, *flags, "32", "64")
+    assert [(row["method"], row["d_sae"]) for row in read_sweep(tmp_path)] == [
+        (method, size) for size in (32, 64) for method in ("topk", "asi_sparse_adam")
+    ]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "| TopK | 32 |" in (tmp_path / "results.md").read_text()
+    assert {row["hook_name"] for row in read_sweep(tmp_path)} == {"blocks.1.hook_attn_out"}
+    assert json.loads((tmp_path / "sweep.json").read_text())["held_out_tokens"] == 100
+    before = (tmp_path / "cells.jsonl").read_text()
+    _command(llama_folder, text_folder, tmp_path, *flags, "32", "64", "96")
+    assert (tmp_path / "cells.jsonl").read_text().startswith(before)
+    assert len(read_sweep(tmp_path)) == 6
+    assert str(tmp_path / "results.md") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", "0"], "k=0 must be"),
+        (["--hooks", "attention"], "hook 'attention' must be one of"),
+        (["--hooks", "blocks.9.hook_attn_out", "--k", "4"], "blocks.9.hook_attn_out"),
+        (["--d-init", "900", "--k", "4", "--d-sae", "32"], "d_init=900 exceeds d_in=16"),
+    ],
+)
+def test_bad_flags_end_in_one_message(flags, message, llama_folder, text_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _command(llama_folder, text_folder, tmp_path, *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_there_are_no_cells(tmp_path):
+    assert write_report(tmp_path) == []
