@@ -27,29 +27,29 @@ demo: install
 	$(BIN)/saelens-asi demo
 
 ablation: install
-	for grid in factors d_init bias n_tokens; do $(BIN)/python -m tests.benchmarks.ablation $$grid || exit 1; done
-	$(BIN)/python -m tests.benchmarks.ablation_report
+	for grid in factors d_init bias n_tokens; do $(BIN)/python -m benchmarks.ablation $$grid || exit 1; done
+	$(BIN)/python -m benchmarks.ablation_report
 
 train_step: install
 	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
-	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2
-	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2 --no-kernels --sides floor ours
-	$(BIN)/python -m tests.benchmarks.train_step --activations smollm2 --d-sae 131072 --sides floor ours
-	$(BIN)/python -m tests.benchmarks.training_run
-	$(BIN)/python -m tests.benchmarks.training_run --d-sae 131072 --steps 100
-	$(BIN)/python -m tests.benchmarks.optimizers
+	$(BIN)/python -m benchmarks.train_step --activations smollm2
+	$(BIN)/python -m benchmarks.train_step --activations smollm2 --no-kernels --sides floor ours
+	$(BIN)/python -m benchmarks.train_step --activations smollm2 --d-sae 131072 --sides floor ours
+	$(BIN)/python -m benchmarks.training_run
+	$(BIN)/python -m benchmarks.training_run --d-sae 131072 --steps 100
+	$(BIN)/python -m benchmarks.optimizers
 
 spectra: install
 	$(BIN)/saelens-asi spectrum --n-tokens 100000 --loss-tokens 2048 --out smollm2
-	$(BIN)/python -m tests.benchmarks.spectra --out tests/benchmarks/results/spectra_cost.json
+	$(BIN)/python -m benchmarks.spectra --out benchmarks/results/spectra_cost.json
 
 lorsa: install
-	$(BIN)/python -m tests.benchmarks.lorsa cells
-	$(BIN)/python -m tests.benchmarks.lorsa step
-	$(BIN)/python -m tests.benchmarks.lorsa report
+	$(BIN)/python -m benchmarks.lorsa cells
+	$(BIN)/python -m benchmarks.lorsa step
+	$(BIN)/python -m benchmarks.lorsa report
 
 SWEEP = $(BIN)/saelens-asi sweep --cache sweep_activations --hooks blocks.15.hook_attn_out
-CLAIMS = tests/benchmarks/results/claims
+CLAIMS = benchmarks/results/claims
 SIZES = $(SWEEP) --out $(CLAIMS)/d_sae
 METHODS = --methods asi_sparse_adam topk auxk
 HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,blocks.$(layer).hook_$(kind)))
@@ -89,9 +89,9 @@ claims: install
 		--dead-after-tokens 150000 --seed 0 1
 	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
 		--held-out-tokens 40000 --save-saes --seed 0 1
-	$(BIN)/python -m tests.benchmarks.claims.steps
-	$(BIN)/python -m tests.benchmarks.claims.saes
-	$(BIN)/python -m tests.benchmarks.claims.page
+	$(BIN)/python -m benchmarks.claims.steps
+	$(BIN)/python -m benchmarks.claims.saes
+	$(BIN)/python -m benchmarks.claims.page
 
 format: install
 	$(BIN)/ruff check --fix .

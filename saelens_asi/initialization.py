@@ -35,7 +35,7 @@ class ActiveSubspaceInit:
     activations, all of one norm; the encoder starts as the decoder's transpose (arXiv 2508.16929). Three things are
     set apart, since each has its own effect: the subspace, the norm, and the centre.
 
-    The defaults are those that measured best on a real model (tests/benchmarks/results/ablation.md);
+    The defaults are those that measured best on a real model (benchmarks/results/ablation.md);
     ``ActiveSubspaceInit.paper()`` is the paper's own recipe.
 
     Attributes:

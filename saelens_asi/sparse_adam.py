@@ -205,7 +205,7 @@ class SparseAdam(Optimizer):
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         bias_correction: ``"global"`` (the default: lower error in every pair of runs that were compared on a real
-            model, tests/benchmarks/results/ablation.md) or ``"per_row"``.
+            model, benchmarks/results/ablation.md) or ``"per_row"``.
         row_dim: see above.
     """
 

@@ -28,7 +28,7 @@ NORM_SAMPLE = 2048
 class LorsaInit:
     """Settings of a Lorsa's initialization. Frozen and inert.
 
-    The defaults are those that measured best on a real model (tests/benchmarks/results/lorsa.md).
+    The defaults are those that measured best on a real model (benchmarks/results/lorsa.md).
 
     Attributes:
         method: ``"random"``: W_O and W_V in random directions. ``"active"``: W_O in random directions of the active

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.benchmarks.claims.evidence import Claim, Evidence, Row, verdict
+from benchmarks.claims.evidence import Claim, Evidence, Row, verdict
 
 
 def change(before: Row, after: Row) -> str:

@@ -1,8 +1,8 @@
 """What a training step costs, against its floor, stock SAELens and EleutherAI's sparsify.
 
-    python -m tests.benchmarks.train_step                          # random activations, the sizes of the README
-    python -m tests.benchmarks.train_step --activations smollm2    # a real model's attention output (the committed run)
-    python -m tests.benchmarks.train_step --d-sae 131072 --sides floor ours
+    python -m benchmarks.train_step                          # random activations, the sizes of the README
+    python -m benchmarks.train_step --activations smollm2    # a real model's attention output (the committed run)
+    python -m benchmarks.train_step --d-sae 131072 --sides floor ours
 
 The floor is one encoder product with bias (``addmm``) and one ``topk`` of its result. All sides start from the same
 weights and see the same batches, their repetitions interleave, medians are compared. Memory is measured in a process
@@ -35,6 +35,7 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
+from benchmarks.ablation import activations
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
 from saelens_asi.plugin import topk_pass as sparse_topk
 from saelens_asi.sparse import kernels
@@ -42,7 +43,6 @@ from saelens_asi.sparse import screens as screening
 from saelens_asi.sparse.gradients import TopKGradients
 from saelens_asi.sparse.rows import Activations
 from saelens_asi.sparse.screens import AdaptiveScreen
-from tests.benchmarks.ablation import activations
 
 RESULTS = Path(__file__).parent / "results"
 LR = 3e-4
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 products, as SAELens's autocast has them")
     parser.add_argument("--no-kernels", action="store_true", help="torch's operations alone, as without numba")
-    parser.add_argument("--out", type=Path, help="where to write the result (default: tests/benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="where to write the result (default: benchmarks/results)")
     parser.add_argument("--memory-of-one-side", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("sparsify") is None:
@@ -288,7 +288,7 @@ def main() -> None:
 
 
 def _memory_in_a_process_of_its_own(side: str) -> int:
-    command = [sys.executable, "-m", "tests.benchmarks.train_step", *sys.argv[1:], "--sides", side]
+    command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--sides", side]
     done = subprocess.run([*command, "--memory-of-one-side"], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 

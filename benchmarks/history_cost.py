@@ -1,4 +1,4 @@
-"""What a line of the training history costs: ``python -m tests.benchmarks.history_cost [--d-sae 32768]``."""
+"""What a line of the training history costs: ``python -m benchmarks.history_cost [--d-sae 32768]``."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.claims.evidence import Claim, Evidence, mean, verdict
 from saelens_asi.evaluation.results import rank_correlation
-from tests.benchmarks.claims.evidence import Claim, Evidence, mean, verdict
 
 SPECTRA = "make spectra"
 

@@ -1,4 +1,4 @@
-"""The results that the claims rest on: files of tests/benchmarks/results as tables, and what is said of them."""
+"""The results that the claims rest on: files of benchmarks/results as tables, and what is said of them."""
 
 from __future__ import annotations
 

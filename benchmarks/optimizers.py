@@ -1,6 +1,6 @@
 """SparseAdam by itself against torch.optim.SparseAdam, and a training step of every architecture against stock Adam.
 
-    python -m tests.benchmarks.optimizers
+    python -m benchmarks.optimizers
 
 The first table is an embedding of 500,000 rows of 128 numbers with COO gradients (``nn.Embedding(sparse=True)``), read
 16,384 times a step with the frequencies of words. The second is SAELens's own trainer with ``optimizer="adam"`` and
@@ -23,8 +23,8 @@ from sae_lens import SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 
+from benchmarks.train_step import RESULTS, machine
 from saelens_asi import SparseAdam
-from tests.benchmarks.train_step import RESULTS, machine
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {"k": 32},

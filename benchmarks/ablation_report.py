@@ -1,6 +1,6 @@
 """The committed page about the ablation: tables from the result files, and a figure of error against d_init.
 
-python -m tests.benchmarks.ablation_report
+python -m benchmarks.ablation_report
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tests.benchmarks.ablation import BASE, HOOK_NAME, RESULTS, grids
+from benchmarks.ablation import BASE, HOOK_NAME, RESULTS, grids
 
 Row = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """What needs the model itself: predictions with SAEs of the sweeps in place, dead features by more tokens, and by rank.
 
-    python -m tests.benchmarks.claims.saes [--sweeps FOLDER]
+    python -m benchmarks.claims.saes [--sweeps FOLDER]
 
 Reads the SAEs that `make claims` saved; writes results/claims/evaluations.json and the figure of ranks.
 """
@@ -15,13 +15,13 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from sae_lens import SAE
 
+from benchmarks.claims.evidence import RESULTS, Row, chosen_rates
+from benchmarks.claims.page import FIGURES
 from saelens_asi import evaluate, plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.plots.evaluation import dead_against_rank
 from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.run import sae_folder
-from tests.benchmarks.claims.evidence import RESULTS, Row, chosen_rates
-from tests.benchmarks.claims.page import FIGURES
 
 HOOK = "blocks.15.hook_attn_out"
 CONTEXT, LOSS_TOKENS = 128, 8192

@@ -1,7 +1,7 @@
 """Every claim of the paper beside what was measured here: writes tutorials/claims.md and its figures.
 
     make claims                              # the sweeps behind it (hours on two cores), then the page
-    python -m tests.benchmarks.claims.page   # the page alone, from the results in tests/benchmarks/results
+    python -m benchmarks.claims.page   # the page alone, from the results in benchmarks/results
 
 Numbers and verdicts come from the result files; nothing on the page is written by hand but the paper's own figures.
 """
@@ -12,12 +12,12 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.claims import of_activations, of_lorsa, of_training
+from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, mean
 from saelens_asi import plots
 from saelens_asi.plots import sweep_figures
-from tests.benchmarks.claims import of_activations, of_lorsa, of_training
-from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, mean
 
-ROOT = Path(__file__).parent.parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "tutorials" / "claims.md"
 FIGURES = ROOT / "docs" / "claims"
 
@@ -29,7 +29,7 @@ INTRODUCTION = """# The paper's claims, measured again
 [arXiv 2508.16929](https://arxiv.org/abs/2508.16929) made its measurements on Llama-3.1-8B and others, with up to 2.5
 billion tokens a dictionary. Here is what one finds on SmolLM2-135M (d = 576, 30 layers) and the World English Bible on
 two CPU cores: the same questions at a thousandth of the scale. This page is generated (`make claims`); numbers and
-verdicts come from [result files](../tests/benchmarks/results).
+verdicts come from [result files](../benchmarks/results).
 
 Unless a line says otherwise: attention output of layer 15, TopK with k = 32, {steps} steps of {batch:,} activations,
 errors and dead features on {held_out:,} held-out tokens (dead: fires on none of them; the paper counts over 10

@@ -1,6 +1,6 @@
 """What a pass over a model's activations costs, and how exact its eigenvalues are.
 
-    python -m tests.benchmarks.spectra [--out FILE] [--repeats 5]
+    python -m benchmarks.spectra [--out FILE] [--repeats 5]
 
 SmolLM2-135M, all 30 layers x 4 hooks in one pass, against the model's own forward pass over the same tokens, the two in
 turn; and the accumulation alone against its matrix products alone: the same panels, on chunks that are already centred

@@ -1,9 +1,9 @@
 """Which part of the method does what: SAEs on a real model's attention output, one factor at a time.
 
-    python -m tests.benchmarks.ablation factors      # subspace x norm x centre x optimizer, 24 cells
-    python -m tests.benchmarks.ablation d_init       # dimension of the subspace
-    python -m tests.benchmarks.ablation n_tokens     # activations behind the estimate
-    python -m tests.benchmarks.ablation bias         # bias correction of SparseAdam
+    python -m benchmarks.ablation factors      # subspace x norm x centre x optimizer, 24 cells
+    python -m benchmarks.ablation d_init       # dimension of the subspace
+    python -m benchmarks.ablation n_tokens     # activations behind the estimate
+    python -m benchmarks.ablation bias         # bias correction of SparseAdam
 
 Every cell is one line of a JSON-lines file, written when it is done; a run that was interrupted continues. All cells
 share one activation cache, see the same batches in the same order, and are evaluated on the same held-out tokens.

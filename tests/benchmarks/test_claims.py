@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.claims import of_training, page
-from tests.benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, verdict
+from benchmarks.claims import of_training, page
+from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, verdict
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def evidence() -> Evidence:
 
 
 def test_the_page_is_what_the_results_make(evidence):
-    """Where this fails: python -m tests.benchmarks.claims.page."""
+    """Where this fails: python -m benchmarks.claims.page."""
     assert page.PAGE.read_text() == page.page(evidence)
 
 

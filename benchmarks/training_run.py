@@ -1,7 +1,7 @@
 """A training run on a real model's attention output: what its steps cost against the dense floor, all the way.
 
-    python -m tests.benchmarks.training_run                              # d_sae = 32,768, 300 steps of 4,096 tokens
-    python -m tests.benchmarks.training_run --d-sae 131072 --steps 100
+    python -m benchmarks.training_run                              # d_sae = 32,768, 300 steps of 4,096 tokens
+    python -m benchmarks.training_run --d-sae 131072 --steps 100
 
 Active Subspace Initialization and SparseAdam, through SAELens's trainer. Every tenth step the floor (one ``addmm`` and
 one ``topk``, see train_step.py) is timed beside it, and the features that the step selected are compared with those
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.benchmarks.ablation import activations
-from tests.benchmarks.train_step import LR, RESULTS, machine, make_trainer
+from benchmarks.ablation import activations
+from benchmarks.train_step import LR, RESULTS, machine, make_trainer
 
 
 def dense_selection(sae: Any, x: Tensor, k: int) -> tuple[Tensor, float]:

@@ -1,8 +1,8 @@
 """Lorsas of a real model's attention layer: initialization x optimizer, and what a training step costs.
 
-    python -m tests.benchmarks.lorsa cells       # one line a cell in results/lorsa.jsonl; goes on where it stopped
-    python -m tests.benchmarks.lorsa step        # the training step against its floor
-    python -m tests.benchmarks.lorsa report      # the table in results/lorsa.md from the two
+    python -m benchmarks.lorsa cells       # one line a cell in results/lorsa.jsonl; goes on where it stopped
+    python -m benchmarks.lorsa step        # the training step against its floor
+    python -m benchmarks.lorsa report      # the table in results/lorsa.md from the two
 
 All cells read the same cached activations of SmolLM2-135M's layer 15 on the World English Bible, in the same order, and
 are evaluated on the same held-out tokens. ``--seconds`` ends a call after the cell in which they are over.

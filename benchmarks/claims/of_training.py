@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.claims.evidence import Claim, Evidence, Row, mean, spread, verdict
 from saelens_asi.sweep import fit_power_law
 from saelens_asi.sweep.cells import TITLES
 from saelens_asi.sweep.results import best_rates
-from tests.benchmarks.claims.evidence import Claim, Evidence, Row, mean, spread, verdict
 
 OURS = "asi_sparse_adam"
 SWEEPS = "make claims"

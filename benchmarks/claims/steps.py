@@ -1,6 +1,6 @@
 """What a step costs at the sizes of the claims: SAELens's TopK and AuxK at d_sae and twice that, against ours at d_sae.
 
-    python -m tests.benchmarks.claims.steps [--d-sae 65536] [--rounds 5]
+    python -m benchmarks.claims.steps [--d-sae 65536] [--rounds 5]
 
 Every contender does one step in turn; medians go to results/claims/steps.json. For AuxK half of the features are dead.
 """
@@ -18,8 +18,8 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from tqdm.auto import tqdm
 
+from benchmarks.claims.evidence import RESULTS
 from saelens_asi import ActiveSubspaceInit
-from tests.benchmarks.claims.evidence import RESULTS
 
 D_IN, K, BATCH = 576, 32, 1024
 
