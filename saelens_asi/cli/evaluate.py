@@ -22,7 +22,7 @@ from sae_lens.load_model import load_model as load_hooked_transformer
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
 from saelens_asi.evaluation.metrics import SAEEvaluation
-from saelens_asi.evaluation.results import _Results
+from saelens_asi.evaluation.results import _Results, evaluation_rows, markdown_table
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.saes import SAESource, find_saes
 from saelens_asi.history import TRAINING_HISTORY, read_history
@@ -162,10 +162,10 @@ def _documents(how: Mapping[str, Any]) -> Any:
 
 def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource]) -> list[Path]:
     """Table and figures of these results."""
-    rows = evaluation_plots.evaluation_rows(results)
+    rows = evaluation_rows(results)
     n_tokens = {result.n_tokens for result in results.values()}
     lines = [
-        evaluation_plots.markdown_table(rows),
+        markdown_table(rows),
         "",
         f"Dead: fires on none of the {' / '.join(f'{n:,}' for n in sorted(n_tokens))} tokens. Explained variance: 1 - "
         "normalized MSE. CE and KL recovered: 0 is the hook set to zero, 100 the model as it is; CE can pass 100, or "

@@ -20,6 +20,7 @@ import saelens_asi as asi
 from saelens_asi import cli
 from saelens_asi.activations.loading import load_documents
 from saelens_asi.evaluation import saes as sae_sources
+from saelens_asi.evaluation.results import rank_correlation
 from saelens_asi.evaluation.saes import find_saes
 from saelens_asi.plots import evaluation as evaluation_plots
 from tests.helpers import tiny
@@ -276,7 +277,7 @@ def test_groups_have_correlations_of_their_own() -> None:
 
 
 def test_rank_correlation_is_spearmans() -> None:
-    correlation = evaluation_plots.rank_correlation
+    correlation = rank_correlation
     assert correlation([1, 2, 3], [10, 1000, 1e6]) == pytest.approx(1)
     assert correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # With ties, by hand: ranks (1, 2.5, 2.5, 4) and (1, 3, 2, 4).
