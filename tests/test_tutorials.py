@@ -47,7 +47,7 @@ def test_there_are_tutorials() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_notebook_is_made_from_the_script(script: Path) -> None:
     """Where this fails: python tutorials/notebooks.py."""
-    assert script.with_suffix(".ipynb").read_text() == notebooks.notebook(script.read_text())
+    assert script.with_suffix(".ipynb").read_text() == notebooks.notebook(script)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
