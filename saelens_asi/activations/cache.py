@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from saelens_asi.activations.hooks import as_vectors, hook_points, keep_mask, read_activations, special_token_ids
-from saelens_asi.activations.tokens import token_batches
-
-logger = logging.getLogger(__name__)
+from saelens_asi.activations.hooks import HookedModel, hook_points
+from saelens_asi.activations.reader import TextPass
+from saelens_asi.activations.tokens import TokenData
+from saelens_asi.resume import differences, write_json
 
 _STATE = "cache.json"
 _SAVE_SECONDS = 30
@@ -25,8 +24,8 @@ _SAVE_SECONDS = 30
 
 def cache_activations(
     folder: str | Path,
-    model: Any,
-    data: Any,
+    model: HookedModel | Callable[[], HookedModel],
+    data: TokenData | Callable[[], TokenData],
     hook_names: str | Iterable[str],
     n_tokens: int,
     *,
@@ -56,95 +55,89 @@ def cache_activations(
             tokens that count.
     """
     folder = Path(folder)
-    asked = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+    names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     settings = {
-        "hook_names": asked,
+        "hook_names": names,
         "n_tokens": n_tokens,
         "batch_size": batch_size,
         "context_size": context_size,
         "exclude_special_tokens": exclude_special_tokens,
     }
     state = _read_state(folder, settings)
-    if not state["complete"]:
-        model = model() if not hasattr(model, "hook_dict") and callable(model) else model
-        data = data() if callable(data) else data
-        batches = token_batches(model, data, batch_size, context_size)
-        _fill(folder, state, model, batches, asked, settings, progress)
-    rows = state["n_kept"]
+    if not state.complete:
+        loaded: Any = model if hasattr(model, "hook_dict") or not callable(model) else model()
+        text = TextPass(
+            loaded,
+            data() if callable(data) else data,
+            hook_points(loaded, names),
+            n_tokens,
+            batch_size=batch_size,
+            context_size=context_size,
+            exclude_special_tokens=exclude_special_tokens,
+        )
+        _Files(folder, state, n_tokens).fill(text, progress)
     return {
-        name: torch.from_numpy(np.load(folder / file, mmap_mode="c")[:rows]) for name, file in state["files"].items()
+        name: torch.from_numpy(np.load(folder / file, mmap_mode="c")[: state.n_kept])
+        for name, file in state.files.items()
     }
 
 
-def _read_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+@dataclass
+class _State:
+    """What ``cache.json`` holds."""
+
+    settings: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+    n_batches: int = 0
+    n_kept: int = 0
+    complete: bool = False
+
+
+def _read_state(folder: Path, settings: dict[str, Any]) -> _State:
     path = folder / _STATE
     if not path.exists():
-        return {"settings": settings, "files": {}, "n_batches": 0, "n_kept": 0, "complete": False}
-    state = json.loads(path.read_text())
-    saved, now = state["settings"], json.loads(json.dumps(settings))
-    other = [name for name in now if saved.get(name) != now[name]]
-    if other:
-        differences = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in other)
-        raise ValueError(f"{folder} holds other activations ({differences}): use those settings, or another folder")
+        return _State(settings)
+    state = _State(**json.loads(path.read_text()))
+    changed = differences({name: state.settings.get(name) for name in settings}, settings)
+    if changed:
+        raise ValueError(f"{folder} holds other activations ({changed}): use those settings, or another folder")
     return state
 
 
-def _fill(
-    folder: Path,
-    state: dict[str, Any],
-    model: Any,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    asked: list[str],
-    settings: dict[str, Any],
-    progress: bool,
-) -> None:
-    points = hook_points(model, asked)
-    special_ids = special_token_ids(model, settings["exclude_special_tokens"])
-    device = getattr(model.cfg, "device", None) or "cpu"
-    n_tokens = settings["n_tokens"]
-    files = {name: np.load(folder / file, mmap_mode="r+") for name, file in state["files"].items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    saved_at, start = time.monotonic(), state["n_batches"]
-    with tqdm(
-        total=n_tokens, initial=state["n_kept"], desc="Caching activations", unit="token", disable=not progress
-    ) as bar:
-        for i, (tokens, is_text) in enumerate(batches):
-            if state["n_kept"] >= n_tokens:
-                break
-            if i < start:
-                continue
-            keep = (keep_mask(tokens, special_ids) & is_text).flatten().nonzero().squeeze(1)
-            rows = keep[: n_tokens - state["n_kept"]]
-            first = state["n_kept"]
+class _Files:
+    """The files of a cache, which grow with a pass."""
 
-            def write(name: str, activations: Tensor, tokens: Tensor = tokens, rows: Tensor = rows) -> None:
-                vectors = as_vectors(activations, tokens.shape, name).index_select(0, rows.to(activations.device))
-                if name not in files:
-                    state["files"][name] = f"{name}.npy"
-                    files[name] = np.lib.format.open_memmap(
-                        folder / state["files"][name], "w+", np.float32, (n_tokens, vectors.shape[1])
-                    )
-                files[name][first : first + len(rows)] = vectors.float().cpu().numpy()  # noqa: B023 - read at once
+    def __init__(self, folder: Path, state: _State, n_rows: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.state, self.n_rows = folder, state, n_rows
+        self.arrays = {name: np.load(folder / file, mmap_mode="r+") for name, file in state.files.items()}
 
-            readers = {name: lambda x, name=name, write=write: write(name, x) for name in points}
-            read_activations(model, tokens.to(device), points, readers, is_text.to(device))
-            state["n_kept"] += len(rows)
-            state["n_batches"] += 1
-            bar.update(len(rows))
+    def fill(self, text: TextPass, progress: bool) -> None:
+        text.skip(self.state.n_batches, self.state.n_kept)
+        saved_at = time.monotonic()
+        readers = {name: self._writer(name, text) for name in text.points}
+        for _ in text.read(readers, description="Caching activations", progress=progress):
+            self.state.n_kept, self.state.n_batches = text.n_read, text.n_batches
             if time.monotonic() - saved_at > _SAVE_SECONDS:
-                _save(folder, state, files)
+                self._save()
                 saved_at = time.monotonic()
-    if not state["n_kept"]:
-        raise ValueError("the data holds no tokens that count: check the data and exclude_special_tokens")
-    if state["n_kept"] < n_tokens:
-        logger.warning("the data ended after %d of n_tokens=%d tokens", state["n_kept"], n_tokens)
-    state["complete"] = True
-    _save(folder, state, files)
+        text.check_length()
+        self.state.complete = True
+        self._save()
 
+    def _writer(self, name: str, text: TextPass) -> Callable[[Tensor], None]:
+        def write(vectors: Tensor) -> None:
+            if name not in self.arrays:
+                self.state.files[name] = f"{name}.npy"
+                self.arrays[name] = np.lib.format.open_memmap(
+                    self.folder / self.state.files[name], "w+", np.float32, (self.n_rows, vectors.shape[1])
+                )
+            self.arrays[name][text.n_read : text.n_read + len(vectors)] = vectors.float().cpu().numpy()
 
-def _save(folder: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
-    for file in files.values():
-        file.flush()
-    unfinished = folder / f"{_STATE}.tmp"
-    unfinished.write_text(json.dumps(state, indent=1) + "\n")
-    unfinished.replace(folder / _STATE)
+        return write
+
+    def _save(self) -> None:
+        """The activations first: what the state counts must be there."""
+        for array in self.arrays.values():
+            array.flush()
+        write_json(self.folder / _STATE, asdict(self.state), indent=1)

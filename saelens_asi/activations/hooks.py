@@ -6,14 +6,30 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sae_lens.util import get_special_token_ids
-from torch import Tensor
+from torch import Tensor, nn
 
 Reader = Callable[[Tensor], None]
 Writer = Callable[[Tensor], Tensor]
+
+
+class HookedModel(Protocol):
+    """What is used of a HookedTransformer and of a TransformerBridge alike: neither's type fits both."""
+
+    @property
+    def cfg(self) -> Any: ...
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+
+    @property
+    def blocks(self) -> Any: ...
+
+    def __call__(self, tokens: Tensor, **options: Any) -> Any: ...
+
 
 # Names that need no layer: what `--hooks` and `layer_hooks` take.
 SHORT_NAMES = {
@@ -69,7 +85,7 @@ def resolve_hook_names(names: str | Iterable[str], known: Iterable[str]) -> list
         ValueError: for a name or pattern that matches nothing, with the nearest names.
     """
     known = list(known)
-    found: dict[str, None] = {}
+    resolved: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
         if "*" in name:
             expression = re.compile(r"[^.]*".join(map(re.escape, name.split("*"))))
@@ -80,17 +96,17 @@ def resolve_hook_names(names: str | Iterable[str], known: Iterable[str]) -> list
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ": see model.hook_dict for its names"
             raise ValueError(f"no hook of this model is called {name!r}{hint}")
-        found |= dict.fromkeys(matches)
-    if not found:
+        resolved |= dict.fromkeys(matches)
+    if not resolved:
         raise ValueError("hook_names is empty: name at least one hook")
-    return list(found)
+    return list(resolved)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def hook_points(model: Any, names: str | Iterable[str]) -> dict[str, Any]:
+def hook_points(model: HookedModel, names: str | Iterable[str]) -> dict[str, nn.Module]:
     """From each resolved name to the model's hook point; aliases of one point lead to the same object."""
     known = getattr(model, "hook_dict", None)
     if known is None:
@@ -111,7 +127,12 @@ _MODULE_OUTPUTS = {
 }
 
 
-def hook_of_module(model: Any, name: str) -> str:
+def device_of(model: HookedModel) -> torch.device | str:
+    """Where a model's tokens go."""
+    return getattr(model.cfg, "device", None) or "cpu"
+
+
+def hook_of_module(model: HookedModel, name: str) -> str:
     """The hook that holds the output of a transformers module, such as ``model.layers.15.self_attn.o_proj``.
 
     Names of hooks, and any other, are returned as they are.
@@ -119,26 +140,27 @@ def hook_of_module(model: Any, name: str) -> str:
     known = getattr(model, "hook_dict", {})
     if name in known:
         return name
-    if hasattr(model, "original_model"):  # a TransformerBridge: the module itself knows its hook
+    original = getattr(model, "original_model", None)
+    if original is not None:  # a TransformerBridge: the module itself knows its hook
         try:
-            module = model.original_model.get_submodule(name)
+            module = original.get_submodule(name)
         except AttributeError:
             return name
         return getattr(getattr(module, "hook_out", None), "name", None) or name
     if getattr(model.cfg, "use_normalization_before_and_after", False):
         return name  # a norm stands between the module and the hook
     for pattern, hook in _MODULE_OUTPUTS.items():
-        found = re.fullmatch(pattern, name)
-        if found and f"blocks.{found[1]}.{hook}" in known:
-            return f"blocks.{found[1]}.{hook}"
+        layer = re.fullmatch(pattern, name)
+        if layer and f"blocks.{layer[1]}.{hook}" in known:
+            return f"blocks.{layer[1]}.{hook}"
     return name
 
 
 @torch.no_grad()
 def read_activations(
-    model: Any,
+    model: HookedModel,
     tokens: Tensor,
-    points: Mapping[str, Any],
+    points: Mapping[str, nn.Module],
     readers: Mapping[str, Reader],
     is_text: Tensor | None = None,
 ) -> None:
@@ -178,16 +200,18 @@ def _reading(name: str, reader: Reader, waiting: set[str]) -> Callable[..., None
 
 
 @torch.no_grad()
-def logits_with(model: Any, tokens: Tensor, point: Any = None, write: Writer | None = None) -> Tensor:
+def logits_with(
+    model: HookedModel, tokens: Tensor, point: nn.Module | None = None, write: Writer | None = None
+) -> Tensor:
     """(n_windows, n_positions, d_vocab) logits, with the activations at a hook point replaced by ``write`` of them."""
-    if write is None:
+    if point is None or write is None:
         return model(tokens, return_type="logits")
     with _attached([(point, lambda activations, hook: write(activations))]):
         return model(tokens, return_type="logits")
 
 
 @contextmanager
-def _attached(hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+def _attached(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Hooks on hook points or modules for as long as the block runs. Takes away what it added, and nothing else."""
     with ExitStack() as stack:
         for point, function in hooks:
@@ -212,12 +236,13 @@ def _attach(stack: ExitStack, point: Any, function: Callable[..., Any]) -> None:
     stack.callback(remove)
 
 
-def attention_output(model: Any, layer: int) -> Any:
+def attention_output(model: HookedModel, layer: int) -> nn.Module:
     """Where the attention's own output can be read: before any norm that stands between it and ``hook_attn_out``."""
-    return model.hook_dict.get(f"blocks.{layer}.attn.hook_out", model.blocks[layer].attn)
+    own: nn.Module = model.hook_dict.get(f"blocks.{layer}.attn.hook_out", model.blocks[layer].attn)
+    return own
 
 
-def attention_output_weights(model: Any, layer: int) -> tuple[Tensor, Tensor]:
+def attention_output_weights(model: HookedModel, layer: int) -> tuple[Tensor, Tensor]:
     """W_O (n_heads * d_head, d_model) and b_O (d_model,) of a layer; b_O is 0 where there is none."""
     attention = model.blocks[layer].attn
     weight = attention.W_O.detach()
@@ -239,7 +264,7 @@ def as_vectors(activations: Tensor, shape: Sequence[int], name: str) -> Tensor:
     return activations.reshape(shape[0] * shape[1], -1)
 
 
-def special_token_ids(model: Any, exclude_special_tokens: bool | Sequence[int]) -> Tensor:
+def special_token_ids(model: HookedModel, exclude_special_tokens: bool | Sequence[int]) -> Tensor:
     """Ids of BOS, EOS, padding and the like as SAELens's ``exclude_special_tokens`` takes them: True, False or ids."""
     if exclude_special_tokens is False:
         return torch.tensor([], dtype=torch.long)

@@ -1,18 +1,156 @@
-"""Activations of one hook, to be iterated any number of times."""
+"""One pass over text: windows of tokens, which of them count, and their activations, hook by hook."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from saelens_asi.activations.hooks import as_vectors, hook_points, keep_mask, read_activations, special_token_ids
-from saelens_asi.activations.tokens import token_batches
+from saelens_asi.activations.hooks import (
+    HookedModel,
+    as_vectors,
+    device_of,
+    hook_points,
+    keep_mask,
+    read_activations,
+    special_token_ids,
+)
+from saelens_asi.activations.tokens import TokenData, token_batches
 
 logger = logging.getLogger(__name__)
+
+
+class Windows(NamedTuple):
+    """Windows that have been read.
+
+    Attributes:
+        tokens: (n_windows, n_positions) ids.
+        keep: (n_windows, n_positions) bool, which of them count: no special token, padding or excluded position.
+        n_read: activations of them that the readers got; fewer than count where the pass was to end.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    n_read: int
+
+
+class TextPass:
+    """Forward passes over text that hand the activations of each hook to a reader, and stop at the last hook.
+
+    One hook's activations exist at a time, as far as the model allows: readers are called from inside the forward pass.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        data: token ids or rows of a dataset, as ``token_batches`` reads them.
+        points: of ``hook_points``, or modules of the model.
+        n_tokens: activations of each hook; None for all of the data.
+        batch_size: windows in one forward pass.
+        context_size: length of the windows that text is packed into; longer tokenized rows are cut.
+        exclude_special_tokens: leave out BOS, EOS, padding and the like, as in SAELens: True, False or token ids.
+        exclude_positions: positions of every window that are left out too; negative ones count from its end.
+
+    Attributes:
+        n_read: activations that each reader has got.
+        n_batches: batches of windows behind them.
+        digest: of all tokens of these.
+        special_ids: ids that are left out.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        data: TokenData,
+        points: Mapping[str, nn.Module],
+        n_tokens: int | None = None,
+        *,
+        batch_size: int,
+        context_size: int,
+        exclude_special_tokens: bool | Sequence[int] = True,
+        exclude_positions: Sequence[int] = (),
+    ) -> None:
+        self.model, self.points, self.n_tokens = model, points, n_tokens
+        self.special_ids = special_token_ids(model, exclude_special_tokens)
+        self.exclude_positions = exclude_positions
+        self.n_read = self.n_batches = 0
+        self.digest = hashlib.sha256()
+        self._batches = iter(token_batches(model, data, batch_size, context_size))
+
+    @property
+    def n_missing(self) -> int | None:
+        """Activations that are still to be read; None for all there are."""
+        return None if self.n_tokens is None else self.n_tokens - self.n_read
+
+    def skip(self, n_batches: int, n_read: int) -> None:
+        """Go past what an earlier pass has read, without the model."""
+        for _ in range(n_batches):
+            tokens, _ = next(self._batches, (None, None))
+            if tokens is None:
+                break
+            self.digest.update(tokens.cpu().numpy().tobytes())
+        self.n_batches, self.n_read = n_batches, n_read
+
+    def read(
+        self,
+        readers: Mapping[str, Callable[[Tensor], None]],
+        *,
+        description: str,
+        progress: bool = True,
+        until: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Windows]:
+        """Read batch by batch; what is yielded after each is the place for checkpoints.
+
+        Args:
+            readers: what to call with the (n, width) activations that count, for names in ``points``. Heads of
+                ``hook_z`` are laid side by side.
+            description: of the progress bar.
+            progress: show it.
+            until: windows go on to come when there are activations enough, without forward passes, until this holds.
+
+        Raises:
+            ValueError: for a hook that is not reached or holds no vectors.
+        """
+        with tqdm(
+            total=self.n_tokens, initial=self.n_read, desc=description, unit="token", disable=not progress
+        ) as bar:
+            while self.n_missing != 0 or not until():
+                tokens, is_text = next(self._batches, (None, None))
+                if tokens is None or is_text is None:
+                    return
+                keep = keep_mask(tokens, self.special_ids, self.exclude_positions) & is_text
+                rows = keep.flatten().nonzero().squeeze(1)[: self.n_missing]
+                if len(rows):
+                    device = device_of(self.model)
+                    inside = {name: _at_rows(name, tokens, rows, reader) for name, reader in readers.items()}
+                    read_activations(self.model, tokens.to(device), self.points, inside, is_text.to(device))
+                self.n_read += len(rows)
+                self.n_batches += 1
+                self.digest.update(tokens.cpu().numpy().tobytes())
+                bar.update(len(rows))
+                yield Windows(tokens, keep, len(rows))
+
+    def check_length(self, at_least: int = 1) -> None:
+        """Warn where the data ended early. Raises ValueError for fewer than ``at_least`` activations."""
+        if self.n_read < at_least:
+            what = f"{self.n_read} tokens that count, and {at_least} are needed"
+            raise ValueError(
+                f"the data holds {what if at_least > 1 else 'no token that counts'}: check the data, "
+                "exclude_special_tokens and exclude_positions"
+            )
+        if self.n_tokens is not None and self.n_read < self.n_tokens:
+            logger.warning("the data ended after %d of n_tokens=%d tokens", self.n_read, self.n_tokens)
+
+
+def _at_rows(name: str, tokens: Tensor, rows: Tensor, reader: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def read(activations: Tensor) -> None:
+        vectors = as_vectors(activations, tokens.shape, name)
+        # Where all tokens count, a copy would be the costliest part of the pass.
+        reader(vectors if len(rows) == len(vectors) else vectors.index_select(0, rows.to(vectors.device)))
+
+    return read
 
 
 class HookActivations:
@@ -38,8 +176,8 @@ class HookActivations:
 
     def __init__(
         self,
-        model: Any,
-        data: Any,
+        model: HookedModel,
+        data: TokenData,
         hook_name: str,
         n_tokens: int | None = None,
         *,
@@ -60,7 +198,8 @@ class HookActivations:
             raise ValueError(f"hook_name={hook_name!r} stands for {len(self.points)} hooks: name one")
         self.model, self.data, self.n_tokens = model, data, n_tokens
         self.batch_size, self.context_size = batch_size, context_size
-        self.special_ids = special_token_ids(model, exclude_special_tokens)
+        self.exclude_special_tokens = exclude_special_tokens
+        special_token_ids(model, exclude_special_tokens)  # here rather than in the first iteration
         self.cache, self.progress = cache, progress
         self._kept: list[Tensor] | None = None
 
@@ -81,23 +220,18 @@ class HookActivations:
             self._kept = kept
 
     def _read(self) -> Iterator[Tensor]:
-        n_read, device = 0, getattr(self.model.cfg, "device", None) or "cpu"
-        with tqdm(total=self.n_tokens, desc=self.hook_name, unit="token", disable=not self.progress) as bar:
-            for tokens, is_text in token_batches(self.model, self.data, self.batch_size, self.context_size):
-                keep = keep_mask(tokens, self.special_ids) & is_text
-                rows = keep.flatten().nonzero().squeeze(1)[: None if self.n_tokens is None else self.n_tokens - n_read]
-                if not len(rows):
-                    continue
-                found: list[Tensor] = []
-                readers = {self.hook_name: found.append}
-                read_activations(self.model, tokens.to(device), self.points, readers, is_text.to(device))
-                vectors = as_vectors(found[0], tokens.shape, self.hook_name)
-                n_read += len(rows)
-                bar.update(len(rows))
-                yield vectors.index_select(0, rows.to(vectors.device))
-                if n_read == self.n_tokens:
-                    return
-        if not n_read:
-            raise ValueError("the data holds no token that counts: check the data and exclude_special_tokens")
-        if self.n_tokens is not None:
-            logger.warning("the data ended after %d of n_tokens=%d tokens", n_read, self.n_tokens)
+        text = TextPass(
+            self.model,
+            self.data,
+            self.points,
+            self.n_tokens,
+            batch_size=self.batch_size,
+            context_size=self.context_size,
+            exclude_special_tokens=self.exclude_special_tokens,
+        )
+        batch: list[Tensor] = []
+        readers = {self.hook_name: batch.append}
+        for windows in text.read(readers, description=self.hook_name, progress=self.progress):
+            if windows.n_read:
+                yield batch.pop()
+        text.check_length()

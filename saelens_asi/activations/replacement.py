@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
-from saelens_asi.activations.hooks import Writer, hook_points, logits_with
+from saelens_asi.activations.hooks import HookedModel, Writer, device_of, hook_points, logits_with
 
 Logits = Callable[[Tensor, slice], Tensor]
 
@@ -28,7 +28,7 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def replacement_losses(
-    model: Any,
+    model: HookedModel,
     tokens: Tensor,
     hook_name: str,
     replacements: Mapping[str, Writer],
@@ -53,7 +53,7 @@ def replacement_losses(
 
 
 def replacements_at(
-    model: Any, hook_name: str, replacements: Mapping[str, Writer], replaced: Tensor
+    model: HookedModel, hook_name: str, replacements: Mapping[str, Writer], replaced: Tensor
 ) -> dict[str, Logits]:
     """Replacements as in ``replacement_losses``, as ``prediction_losses`` takes them."""
     (point,) = hook_points(model, [hook_name]).values()
@@ -66,7 +66,7 @@ def replacements_at(
 
 @torch.no_grad()
 def prediction_losses(
-    model: Any,
+    model: HookedModel,
     tokens: Tensor,
     changed: Mapping[str, Logits],
     *,
@@ -86,7 +86,7 @@ def prediction_losses(
     n_predicted = int(predicted.sum())
     if not n_predicted:
         raise ValueError("no next token is left to predict: give longer windows, or leave out fewer tokens")
-    device = getattr(model.cfg, "device", None) or "cpu"
+    device = device_of(model)
     sums = {name: [0.0, 0.0] for name in ("clean", *changed)}
     for start in range(0, len(tokens), batch_size):
         place = slice(start, start + batch_size)
@@ -95,9 +95,9 @@ def prediction_losses(
         clean = _log_probabilities(logits_with(model, batch), counted)
         sums["clean"][0] += float(nll_loss(clean, targets, reduction="sum"))
         for name, logits in changed.items():
-            found = _log_probabilities(logits(batch, place), counted)
-            sums[name][0] += float(nll_loss(found, targets, reduction="sum"))
-            sums[name][1] += float(kl_div(found, clean, log_target=True, reduction="sum"))
+            changed_ones = _log_probabilities(logits(batch, place), counted)
+            sums[name][0] += float(nll_loss(changed_ones, targets, reduction="sum"))
+            sums[name][1] += float(kl_div(changed_ones, clean, log_target=True, reduction="sum"))
     return {name: Predictions(loss / n_predicted, kl / n_predicted) for name, (loss, kl) in sums.items()}
 
 

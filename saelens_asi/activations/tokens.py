@@ -10,13 +10,18 @@ import torch
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
+from saelens_asi.activations.hooks import HookedModel
+
 _ID_COLUMNS = ("tokens", "input_ids")
 
 # Token ids and whether each is a token of the text (not padding), both (n_windows, n_positions).
 TokenBatch = tuple[Tensor, Tensor]
 
+# What they are made of: (n_windows, n_positions) ids, or rows of a dataset.
+TokenData = Tensor | Iterable[Mapping[str, Any]]
 
-def token_batches(model: Any, data: Any, batch_size: int, context_size: int) -> Iterator[TokenBatch]:
+
+def token_batches(model: HookedModel, data: TokenData, batch_size: int, context_size: int) -> Iterator[TokenBatch]:
     """Batches of at most ``batch_size`` windows of one length, in the order of the data.
 
     Args:
@@ -40,7 +45,7 @@ def token_batches(model: Any, data: Any, batch_size: int, context_size: int) -> 
     return _stack(_windows_of_rows(model, data, context_size), batch_size)
 
 
-def _windows_of_rows(model: Any, rows: Iterable[Mapping[str, Any]], context_size: int) -> Iterator[TokenBatch]:
+def _windows_of_rows(model: HookedModel, rows: Iterable[Mapping[str, Any]], context_size: int) -> Iterator[TokenBatch]:
     iterator = iter(rows)
     try:
         first = next(iterator)
@@ -63,7 +68,7 @@ def _windows_of_rows(model: Any, rows: Iterable[Mapping[str, Any]], context_size
         )
 
 
-def _packed_text(model: Any, texts: Iterable[str], context_size: int) -> Iterator[Tensor]:
+def _packed_text(model: HookedModel, texts: Iterable[str], context_size: int) -> Iterator[Tensor]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError("a dataset of text needs a model with a tokenizer: give token ids instead")

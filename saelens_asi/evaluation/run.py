@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.activations.hooks import (
-    as_vectors,
-    hook_of_module,
-    hook_points,
-    keep_mask,
-    read_activations,
-    special_token_ids,
-)
-from saelens_asi.activations.tokens import token_batches
+from saelens_asi.activations.hooks import HookedModel, hook_of_module, hook_points
+from saelens_asi.activations.reader import TextPass, Windows
+from saelens_asi.activations.tokens import TokenData
 from saelens_asi.evaluation.loss import Place, sae_losses_recovered
 from saelens_asi.evaluation.metrics import RunningReconstruction, SAEEvaluation, SAELossRecovered
 from saelens_asi.evaluation.saes import check_sae, inference_form, measure_, on_flat_vectors, warn_of_other_windows
@@ -31,13 +27,53 @@ logger = logging.getLogger(__name__)
 
 # Windows in a forward pass of the loss: all logits of each are held, for two models at a time.
 _LOSS_BATCH = 4
+
+# Given activations that are looked at together.
 _ROWS = 4096
 
 
+@overload
 def evaluate(
-    sae: Any,
-    model: Any = None,
-    data: Any = None,
+    sae: Mapping[str, SAE[Any]],
+    model: HookedModel | None = ...,
+    data: TokenData | None = ...,
+    *,
+    activations: Tensor | Iterable[Tensor] | None = ...,
+    hook_name: str | None = ...,
+    n_tokens: int | None = ...,
+    loss_tokens: int = ...,
+    ranks: bool = ...,
+    batch_size: int = ...,
+    context_size: int = ...,
+    exclude_special_tokens: bool | Sequence[int] = ...,
+    exclude_positions: Sequence[int] = ...,
+    progress: bool = ...,
+) -> dict[str, SAEEvaluation]: ...
+
+
+@overload
+def evaluate(
+    sae: SAE[Any],
+    model: HookedModel | None = ...,
+    data: TokenData | None = ...,
+    *,
+    activations: Tensor | Iterable[Tensor] | None = ...,
+    hook_name: str | None = ...,
+    n_tokens: int | None = ...,
+    loss_tokens: int = ...,
+    ranks: bool = ...,
+    batch_size: int = ...,
+    context_size: int = ...,
+    exclude_special_tokens: bool | Sequence[int] = ...,
+    exclude_positions: Sequence[int] = ...,
+    progress: bool = ...,
+) -> SAEEvaluation: ...
+
+
+def evaluate(
+    sae: SAE[Any] | Mapping[str, SAE[Any]],
+    model: HookedModel | None = None,
+    data: TokenData | None = None,
     *,
     activations: Tensor | Iterable[Tensor] | None = None,
     hook_name: str | None = None,
@@ -49,7 +85,7 @@ def evaluate(
     exclude_special_tokens: bool | Sequence[int] = True,
     exclude_positions: Sequence[int] = (),
     progress: bool = True,
-) -> Any:
+) -> SAEEvaluation | dict[str, SAEEvaluation]:
     """Evaluate one SAE, or several in a single pass, on activations or on a model and text.
 
     Any SAE that SAELens loads, with or without this package behind it, is used as SAELens uses it in inference: with
@@ -86,34 +122,44 @@ def evaluate(
         raise ValueError("give either activations=..., or a model and data (token ids or a dataset)")
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"n_tokens={n_tokens} must be at least 2")
-    several = isinstance(sae, Mapping)
-    saes: dict[str, Any] = {name: inference_form(one) for name, one in (sae.items() if several else [("", sae)])}
-    if not saes:
-        raise ValueError("no SAE is given: name at least one")
-    for name, one in saes.items():
-        check_sae(one, name)
+    saes = _inference_forms(sae if isinstance(sae, Mapping) else {"": sae})
     with ExitStack() as stack:
         for one in saes.values():
             stack.enter_context(on_flat_vectors(one))
-        losses: Mapping[str, SAELossRecovered] = {}
-        if activations is not None:
-            state = _Pass(saes, dict.fromkeys(saes), ranks)
-            _read_given(state, activations, n_tokens, progress)
+        if activations is not None or model is None or data is None:
+            running = _RunningEvaluations(saes, dict.fromkeys(saes), ranks)
+            _read_given(running, activations if activations is not None else (), n_tokens, progress)
+            losses: Mapping[str, SAELossRecovered] = {}
         else:
             for name, one in saes.items():
                 warn_of_other_windows(one, name, data, exclude_positions)
-            exclude = (special_token_ids(model, exclude_special_tokens), exclude_positions)
-            state = _Pass(saes, {name: _place(one, name, model, hook_name) for name, one in saes.items()}, ranks)
-            batches = token_batches(model, data, batch_size, context_size)
-            windows = _LossWindows(loss_tokens)
-            _read_model(state, model, batches, exclude, n_tokens, windows, progress)
-            if loss_tokens:
-                losses = windows.losses(model, state)
-    results = {name: state.result(name, losses.get(name)) for name in saes}
-    return results if several else results[""]
+            places = {name: _place(one, name, model, hook_name) for name, one in saes.items()}
+            running = _RunningEvaluations(saes, places, ranks)
+            text = TextPass(
+                model,
+                data,
+                hook_points(model, running.by_hook),
+                n_tokens,
+                batch_size=batch_size,
+                context_size=context_size,
+                exclude_special_tokens=exclude_special_tokens,
+                exclude_positions=exclude_positions,
+            )
+            losses = _read_text(running, text, loss_tokens, progress)
+    results = {name: running.result(name, losses.get(name)) for name in saes}
+    return results if isinstance(sae, Mapping) else results[""]
 
 
-def _place(sae: Any, name: str, model: Any, hook_name: str | None) -> Place:
+def _inference_forms(saes: Mapping[str, SAE[Any]]) -> dict[str, SAE[Any]]:
+    if not saes:
+        raise ValueError("no SAE is given: name at least one")
+    forms = {name: inference_form(sae) for name, sae in saes.items()}
+    for name, sae in forms.items():
+        check_sae(sae, name)
+    return forms
+
+
+def _place(sae: SAE[Any], name: str, model: HookedModel, hook_name: str | None) -> Place:
     metadata = sae.cfg.metadata
     hook_name = hook_name or metadata.hook_name
     if not hook_name:
@@ -122,41 +168,49 @@ def _place(sae: Any, name: str, model: Any, hook_name: str | None) -> Place:
     return Place(hook_of_module(model, hook_name), metadata.hook_head_index)
 
 
-class _Pass:
-    """Sums of several SAEs, and moments of the places that they read."""
+class _RunningEvaluations:
+    """Sums of several SAEs, and moments of the places that they read.
 
-    def __init__(self, saes: Mapping[str, Any], places: Mapping[str, Place | None], ranks: bool) -> None:
+    Attributes:
+        by_hook: from a hook's name to those of the SAEs on it.
+        n_read: activations so far, where they were given.
+    """
+
+    def __init__(self, saes: Mapping[str, SAE[Any]], places: Mapping[str, Place | None], ranks: bool) -> None:
         self.saes, self.places, self.ranks = saes, places, ranks
-        self.running: dict[str, RunningReconstruction] = {}
-        self.moments: dict[Any, RunningMoments] = {}
-        self.n_kept = 0
+        self.n_read = 0
+        self.by_hook: dict[str, list[str]] = {}
+        for name, place in places.items():
+            self.by_hook.setdefault(place.hook_name if place else "", []).append(name)
+        self._running: dict[str, RunningReconstruction] = {}
+        self._moments: dict[tuple[Place | None, int], RunningMoments] = {}
 
     def add(self, names: Iterable[str], vectors: Tensor) -> None:
         """Vectors (n, width) of one hook, for the SAEs on it."""
-        seen = set()
+        measured = set()
         for name in names:
             sae, place = self.saes[name], self.places[name]
             try:
                 x = vectors[:, (place or Place("activations")).columns(sae.cfg.d_in, vectors.shape[1])]
                 key = (place, sae.cfg.d_in)
-                if self.ranks and key not in seen:
-                    seen.add(key)
-                    moments = self.moments.get(key) or RunningMoments.zeros(sae.cfg.d_in)
-                    self.moments[key] = moments.to(x.device).update_(x)
-                running = self.running.get(name) or RunningReconstruction.zeros(sae.cfg.d_sae, sae.cfg.d_in)
-                self.running[name] = measure_(running, sae, x)
+                if self.ranks and key not in measured:
+                    measured.add(key)
+                    moments = self._moments.get(key) or RunningMoments.zeros(sae.cfg.d_in)
+                    self._moments[key] = moments.to(x.device).update_(x)
+                running = self._running.get(name) or RunningReconstruction.zeros(sae.cfg.d_sae, sae.cfg.d_in)
+                self._running[name] = measure_(running, sae, x)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
 
     def result(self, name: str, loss: SAELossRecovered | None) -> SAEEvaluation:
-        sae, place, running = self.saes[name], self.places[name], self.running[name]
+        sae, place, running = self.saes[name], self.places[name], self._running[name]
         try:
             metrics = running.metrics()
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name else str(error)) from None
         spectrum = None
         if self.ranks:
-            spectrum = Spectrum.from_moments(self.moments[place, sae.cfg.d_in])
+            spectrum = Spectrum.from_moments(self._moments[place, sae.cfg.d_in])
         return SAEEvaluation(
             **asdict(metrics),
             firing_counts=running.firing_counts.cpu(),
@@ -168,64 +222,38 @@ class _Pass:
         )
 
 
-def _read_given(state: _Pass, activations: Tensor | Iterable[Tensor], n_tokens: int | None, progress: bool) -> None:
+def _read_given(
+    running: _RunningEvaluations, activations: Tensor | Iterable[Tensor], n_tokens: int | None, progress: bool
+) -> None:
     batches = [activations] if isinstance(activations, Tensor) else activations
     with tqdm(total=n_tokens, desc="Evaluation", unit="token", disable=not progress) as bar:
         for batch in batches:
             for vectors in batch.reshape(-1, batch.shape[-1]).split(_ROWS):
-                vectors = vectors if n_tokens is None else vectors[: n_tokens - state.n_kept]
+                vectors = vectors if n_tokens is None else vectors[: n_tokens - running.n_read]
                 if len(vectors):
-                    state.add(state.saes, vectors)
-                state.n_kept += len(vectors)
+                    running.add(running.saes, vectors)
+                running.n_read += len(vectors)
                 bar.update(len(vectors))
-            if n_tokens is not None and state.n_kept >= n_tokens:
+            if n_tokens is not None and running.n_read >= n_tokens:
                 return
-    _check_length(state, n_tokens)
+    if not running.n_read:
+        raise ValueError("activations holds no vectors: give a tensor (n, d_in), or batches of such")
+    if n_tokens is not None:
+        logger.warning("the activations ended after %d of n_tokens=%d", running.n_read, n_tokens)
 
 
-def _read_model(
-    state: _Pass,
-    model: Any,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    exclude: tuple[Tensor, Sequence[int]],
-    n_tokens: int | None,
-    windows: _LossWindows,
-    progress: bool,
-) -> None:
-    by_hook: dict[str, list[str]] = {}
-    for name, place in state.places.items():
-        by_hook.setdefault(place.hook_name if place else "", []).append(name)
-    points = hook_points(model, by_hook)
-    device = getattr(model.cfg, "device", None) or "cpu"
-    with tqdm(total=n_tokens, desc="Evaluation", unit="token", disable=not progress) as bar:
-        for tokens, is_text in batches:
-            n_missing = None if n_tokens is None else n_tokens - state.n_kept
-            if n_missing == 0 and windows.complete:
-                return
-            keep = keep_mask(tokens, *exclude) & is_text
-            windows.add(tokens, keep)
-            rows = keep.flatten().nonzero().squeeze(1)[:n_missing]
-            if not len(rows):
-                continue
-
-            def reader(hook: str, tokens: Tensor = tokens, rows: Tensor = rows) -> Any:
-                return lambda x: state.add(by_hook[hook], as_vectors(x, tokens.shape, hook)[rows.to(x.device)])
-
-            read_activations(
-                model, tokens.to(device), points, {hook: reader(hook) for hook in points}, is_text.to(device)
-            )
-            state.n_kept += len(rows)
-            bar.update(len(rows))
-    _check_length(state, n_tokens)
-
-
-def _check_length(state: _Pass, n_tokens: int | None) -> None:
-    if not state.n_kept:
-        raise ValueError(
-            "the data holds no token that counts: check the data, exclude_special_tokens and exclude_positions"
-        )
-    if n_tokens is not None and state.n_kept < n_tokens:
-        logger.warning("the data ended after %d of n_tokens=%d tokens", state.n_kept, n_tokens)
+def _read_text(
+    running: _RunningEvaluations, text: TextPass, loss_tokens: int, progress: bool
+) -> Mapping[str, SAELossRecovered]:
+    """Measure on the text's activations, and on its first windows what reconstructions do to the predictions."""
+    windows = _LossWindows(loss_tokens)
+    readers: dict[str, Callable[[Tensor], None]] = {
+        hook: partial(running.add, names) for hook, names in running.by_hook.items()
+    }
+    for read in text.read(readers, description="Evaluation", progress=progress, until=windows.complete):
+        windows.add(read)
+    text.check_length()
+    return windows.losses(text.model, running) if loss_tokens else {}
 
 
 class _LossWindows:
@@ -233,22 +261,21 @@ class _LossWindows:
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
-        self.windows: list[tuple[Tensor, Tensor]] = []
+        self._windows: list[tuple[Tensor, Tensor]] = []
 
-    @property
     def complete(self) -> bool:
-        return sum(tokens.numel() for tokens, _ in self.windows) >= self.n_tokens
+        return sum(tokens.numel() for tokens, _ in self._windows) >= self.n_tokens
 
-    def add(self, tokens: Tensor, keep: Tensor) -> None:
-        for window, kept in zip(tokens, keep, strict=True):
-            if not self.complete and (not self.windows or window.shape == self.windows[0][0].shape):
-                self.windows.append((window.cpu(), kept.cpu()))
+    def add(self, windows: Windows) -> None:
+        for tokens, keep in zip(windows.tokens, windows.keep, strict=True):
+            if not self.complete() and (not self._windows or tokens.shape == self._windows[0][0].shape):
+                self._windows.append((tokens.cpu(), keep.cpu()))
 
-    def losses(self, model: Any, state: _Pass) -> dict[str, SAELossRecovered]:
-        if not self.windows:
+    def losses(self, model: HookedModel, running: _RunningEvaluations) -> dict[str, SAELossRecovered]:
+        if not self._windows:
             raise ValueError("the data fills no window to compare predictions on: give more text, or loss_tokens=0")
-        tokens, keep = (torch.stack(parts) for parts in zip(*self.windows, strict=True))
-        saes = {name: (state.saes[name], place) for name, place in state.places.items() if place is not None}
+        tokens, keep = (torch.stack(parts) for parts in zip(*self._windows, strict=True))
+        saes = {name: (running.saes[name], place) for name, place in running.places.items() if place is not None}
         return sae_losses_recovered(
             model, saes, tokens, replaced=keep, predicted=keep[:, :-1] & keep[:, 1:], batch_size=_LOSS_BATCH
         )

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from saelens_asi.activations.hooks import (
-    Reader,
-    as_vectors,
-    attention_output,
-    attention_output_weights,
-    hook_points,
-    keep_mask,
-    read_activations,
-    special_token_ids,
-)
-from saelens_asi.activations.tokens import token_batches
+from saelens_asi.activations.hooks import HookedModel, attention_output, attention_output_weights, hook_points
+from saelens_asi.activations.reader import TextPass
+from saelens_asi.activations.tokens import TokenData
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -41,16 +35,16 @@ class VarianceDecomposition:
         head_w_norm_squared: (k, n_heads) |v_h|^2 of each head's rows of W_O; sums to ``w_norm_squared``.
     """
 
-    directions: Tensor
-    variance: Tensor
-    z_variance: Tensor
-    w_norm_squared: Tensor
-    head_share: Tensor
-    head_variance: Tensor
-    head_w_norm_squared: Tensor
+    directions: Float64[Tensor, "d_model k"]
+    variance: Float64[Tensor, " k"]
+    z_variance: Float64[Tensor, " k"]
+    w_norm_squared: Float64[Tensor, " k"]
+    head_share: Float64[Tensor, "k n_heads"]
+    head_variance: Float64[Tensor, "k n_heads"]
+    head_w_norm_squared: Float64[Tensor, "k n_heads"]
 
     @property
-    def head_z_variance(self) -> Tensor:
+    def head_z_variance(self) -> Float64[Tensor, "k n_heads"]:
         """(k, n_heads) Var(Z_h v_h/|v_h|); 0 where a head has no weight in the direction."""
         return self.head_variance / self.head_w_norm_squared.clamp(min=torch.finfo(torch.float64).tiny)
 
@@ -74,7 +68,12 @@ class AttentionDecomposition(VarianceDecomposition):
     note: str
 
 
-def decompose_variance(z_covariance: Tensor, weight: Tensor, n_heads: int, directions: Tensor) -> VarianceDecomposition:
+def decompose_variance(
+    z_covariance: Float[Tensor, "z_width z_width"],
+    weight: Float[Tensor, "z_width d_model"],
+    n_heads: int,
+    directions: Float[Tensor, "d_model k"],
+) -> VarianceDecomposition:
     """The decomposition from the covariance of Z, in float64.
 
     Args:
@@ -103,8 +102,8 @@ def decompose_variance(z_covariance: Tensor, weight: Tensor, n_heads: int, direc
 
 
 def decompose_attention_output(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: TokenData,
     layer: int,
     n_tokens: int | None = None,
     *,
@@ -134,36 +133,23 @@ def decompose_attention_output(
     if not -n_layers <= layer < n_layers:
         raise ValueError(f"layer={layer} must lie between 0 and {n_layers - 1}")
     layer %= n_layers
-    z_name, out_name = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out"
-    own_name = f"blocks.{layer}.attn"
-    points = {**hook_points(model, [z_name, out_name]), own_name: attention_output(model, layer)}
-    if points[own_name] is points[out_name]:
-        del points[own_name]
+    names = _Names(f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.attn")
+    points = {**hook_points(model, names[:2]), names.own_out: attention_output(model, layer)}
+    if points[names.own_out] is points[names.hook_out]:
+        del points[names.own_out]
+    text = TextPass(
+        model,
+        data,
+        points,
+        n_tokens,
+        batch_size=batch_size,
+        context_size=context_size,
+        exclude_special_tokens=exclude_special_tokens,
+        exclude_positions=exclude_positions,
+    )
     weight, bias = attention_output_weights(model, layer)
-    z_moments = RunningMoments.zeros(weight.shape[0], weight.device)
-    checks = {name: _Check(weight.shape[1], weight.device) for name in points if name != z_name}
-    special_ids = special_token_ids(model, exclude_special_tokens)
-    device = getattr(model.cfg, "device", None) or "cpu"
-    for tokens, is_text in token_batches(model, data, batch_size, context_size):
-        missing = None if n_tokens is None else n_tokens - z_moments.n_tokens
-        if missing == 0:
-            break
-        keep = keep_mask(tokens, special_ids, exclude_positions) & is_text
-        rows = keep.flatten().nonzero().squeeze(1)[:missing]
-        read: dict[str, Tensor] = {}
-        readers = {name: _keep_in(read, name, tokens.shape, rows) for name in points}
-        read_activations(model, tokens.to(device), points, readers, is_text.to(device))
-        z_moments.update_(read[z_name])
-        expected = read[z_name].float() @ weight.float() + bias.float()
-        for name, check in checks.items():
-            check.add(read[name], expected)
+    z_moments, checks = _read_outputs(text, names, weight, bias)
     output = _output_that_is_z_w_o(checks, layer, torch.finfo(weight.dtype).eps ** 0.5)
-    note = ""
-    if output == own_name:
-        note = (
-            f"{out_name} is not Z W_O + b_O (relative error {checks[out_name].error:.2g}): something stands between, "
-            "such as Gemma-2's norm after attention. The attention module's own output is decomposed instead"
-        )
     spectrum = Spectrum.from_moments(checks[output].moments)
     directions = spectrum.principal_directions(k or spectrum.d)
     parts = decompose_variance(z_moments.covariance(), weight, model.cfg.n_heads, directions)
@@ -173,12 +159,44 @@ def decompose_attention_output(
         n_tokens=z_moments.n_tokens,
         output=output,
         identity_error=checks[output].error,
-        note=note,
+        note=_note_on(names.hook_out, checks[names.hook_out].error) if output == names.own_out else "",
+    )
+
+
+class _Names(NamedTuple):
+    """Of what Z is, and of what O can be: the hook, or the attention module's own output."""
+
+    z: str
+    hook_out: str
+    own_out: str
+
+
+def _read_outputs(
+    text: TextPass, names: _Names, weight: Tensor, bias: Tensor
+) -> tuple[RunningMoments, dict[str, _Check]]:
+    """Moments of Z, and of all that O can be, with how far each is from Z W_O + b_O."""
+    z_moments = RunningMoments.zeros(weight.shape[0], weight.device)
+    checks = {name: _Check(weight.shape[1], weight.device) for name in text.points if name != names.z}
+    vectors: dict[str, Tensor] = {}
+    readers = {name: partial(vectors.__setitem__, name) for name in text.points}
+    for windows in text.read(readers, description="Attention output", progress=False):
+        if windows.n_read:
+            z_moments.update_(vectors[names.z])
+            expected = vectors[names.z].float() @ weight.float() + bias.float()
+            for name, check in checks.items():
+                check.add(vectors[name], expected)
+    return z_moments, checks
+
+
+def _note_on(hook_name: str, error: float) -> str:
+    return (
+        f"{hook_name} is not Z W_O + b_O (relative error {error:.2g}): something stands between, such as Gemma-2's "
+        "norm after attention. The attention module's own output is decomposed instead"
     )
 
 
 class _Check:
-    """How far O is from Z W_O + b_O, over the data; and the moments of O."""
+    """How far one output is from Z W_O + b_O, over the data; and its moments."""
 
     def __init__(self, d_model: int, device: torch.device) -> None:
         self.moments = RunningMoments.zeros(d_model, device)
@@ -192,13 +210,6 @@ class _Check:
     def error(self) -> float:
         spread = float(self.moments.scatter.trace())
         return (self.square / spread) ** 0.5 if spread else float("inf")
-
-
-def _keep_in(read: dict[str, Tensor], name: str, shape: torch.Size, rows: Tensor) -> Reader:
-    def reader(activations: Tensor) -> None:
-        read[name] = as_vectors(activations, shape, name)[rows.to(activations.device)]
-
-    return reader
 
 
 def _output_that_is_z_w_o(checks: Mapping[str, _Check], layer: int, tolerance: float) -> str:

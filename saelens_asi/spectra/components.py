@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from saelens_asi.activations.hooks import Writer, keep_mask, special_token_ids
+from saelens_asi.activations.hooks import HookedModel, Writer, keep_mask, special_token_ids
 from saelens_asi.activations.replacement import Predictions, ratio, replacement_losses
 from saelens_asi.spectra.hook_spectra import activation_spectra
 from saelens_asi.spectra.spectrum import Spectrum
@@ -59,12 +59,12 @@ class ComponentLosses:
         recovered = {"kl": self.kl_recovered, "cross_entropy": self.recovered}.get(measure)
         if recovered is None:
             raise ValueError(f"measure={measure!r} must be 'kl' or 'cross_entropy'")
-        found = None
+        smallest = None
         for k in sorted(self.components, reverse=True):
             if not recovered(k, baseline) >= share:
                 break
-            found = k
-        return found
+            smallest = k
+        return smallest
 
     def baseline(self, name: str) -> Predictions:
         """Predictions with the hook zero-ablated (``"zero"``) or mean-ablated (``"mean"``)."""
@@ -85,8 +85,8 @@ class ComponentLosses:
 
 
 def loss_recovered(
-    model: Any,
-    tokens: Tensor,
+    model: HookedModel,
+    tokens: Int[Tensor, "n_windows n_positions"],
     hook_name: str,
     n_components: Iterable[int],
     *,
@@ -110,13 +110,16 @@ def loss_recovered(
         exclude_special_tokens: as in ``activation_spectra``.
         exclude_positions: as in ``activation_spectra``.
     """
-    exclude: dict[str, Any] = {
-        "exclude_special_tokens": exclude_special_tokens,
-        "exclude_positions": exclude_positions,
-    }
     if spectrum is None:
-        spectra = activation_spectra(model, tokens, [hook_name], batch_size=batch_size, progress=False, **exclude)
-        (spectrum,) = spectra.values()
+        (spectrum,) = activation_spectra(
+            model,
+            tokens,
+            [hook_name],
+            batch_size=batch_size,
+            exclude_special_tokens=exclude_special_tokens,
+            exclude_positions=exclude_positions,
+            progress=False,
+        ).values()
     numbers = sorted(set(n_components))
     outside = [k for k in numbers if not 1 <= k <= spectrum.d]
     if outside or not numbers:

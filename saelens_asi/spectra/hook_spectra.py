@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm.auto import tqdm
+from jaxtyping import Bool
+from torch import Tensor, nn
 
-from saelens_asi.activations.hooks import (
-    as_vectors,
-    hook_points,
-    keep_mask,
-    read_activations,
-    resolve_hook_names,
-    special_token_ids,
-)
-from saelens_asi.activations.tokens import token_batches
+from saelens_asi.activations.hooks import HookedModel, as_vectors, hook_points, resolve_hook_names
+from saelens_asi.activations.reader import TextPass
+from saelens_asi.activations.tokens import TokenData
+from saelens_asi.resume import differences, load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
+
+PASS_FORMAT = "saelens_asi.pass.v1"
 
 # A checkpoint is not written again before this many times the time that the last one took.
 _CHECKPOINT_PAUSE = 20
 
 
 def activation_spectra(
-    model: Any,
-    data: Any,
+    model: HookedModel,
+    data: TokenData,
     hook_names: str | Iterable[str],
     n_tokens: int | None = None,
     *,
@@ -80,114 +72,136 @@ def activation_spectra(
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"n_tokens={n_tokens} must be at least 2")
     points = hook_points(model, hook_names)
-    special_ids = special_token_ids(model, exclude_special_tokens)
+    text = TextPass(
+        model,
+        data,
+        points,
+        n_tokens,
+        batch_size=batch_size,
+        context_size=context_size,
+        exclude_special_tokens=exclude_special_tokens,
+        exclude_positions=exclude_positions,
+    )
     settings = {
         "model": str(getattr(model.cfg, "model_name", "")),
         "hooks": list(points),
         "n_tokens": n_tokens,
         "batch_size": batch_size,
         "context_size": context_size,
-        "excluded_ids": sorted(special_ids.tolist()),
+        "excluded_ids": sorted(text.special_ids.tolist()),
         "exclude_positions": list(exclude_positions),
     }
-    state = _Pass(points, settings, None if checkpoint is None else Path(checkpoint), checkpoint_seconds)
-    batches = token_batches(model, data, batch_size, context_size)
-    state.skip_what_was_read(batches)
-    device = getattr(model.cfg, "device", None) or "cpu"
-    with tqdm(
-        total=n_tokens, initial=state.n_kept, desc="Activation spectra", unit="token", disable=not progress
-    ) as bar:
-        for tokens, is_text in batches:
-            if n_tokens is not None and state.n_kept >= n_tokens:
-                break
-            keep = keep_mask(tokens, special_ids, exclude_positions) & is_text
-            rows = keep.flatten().nonzero().squeeze(1)[: None if n_tokens is None else n_tokens - state.n_kept]
-            if len(rows):
-                read_activations(model, tokens.to(device), points, state.readers(tokens, rows), is_text.to(device))
-            state.finish_batch(tokens, len(rows))
-            bar.update(len(rows))
-    state.save()
-    if state.n_kept < 2:
-        raise ValueError(
-            f"the data holds {state.n_kept} tokens that count: a spectrum needs at least 2. Check the data, "
-            "exclude_special_tokens and exclude_positions"
-        )
-    if n_tokens is not None and state.n_kept < n_tokens:
-        logger.warning("the data ended after %d of n_tokens=%d tokens", state.n_kept, n_tokens)
-    spectra = {name: Spectrum.from_moments(state.moments[first]).to("cpu") for name, first in state.first_names.items()}
+    running = _RunningSpectra(points)
+    saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings, checkpoint_seconds)
+    if saved is not None:
+        saved.restore(running, text)
+    for _ in text.read(running.readers(), description="Activation spectra", progress=progress):
+        if saved is not None and saved.is_due():
+            saved.write(running, text)
+    if saved is not None:
+        saved.write(running, text)
+    text.check_length(at_least=2)
+    spectra = running.spectra()
     warn_of_small_samples(spectra)
     return spectra
 
 
-class _Pass:
-    """Moments by hook and the place in the data; both are saved together, between batches."""
+class _RunningSpectra:
+    """Moments of each hook; those of aliases of one hook point are the same."""
 
-    def __init__(self, points: Mapping[str, Any], settings: dict[str, Any], path: Path | None, seconds: float) -> None:
-        self.settings = settings
-        self.path = path
-        self.seconds = seconds
+    def __init__(self, points: Mapping[str, nn.Module]) -> None:
         self.moments: dict[str, RunningMoments] = {}
-        self.n_batches = self.n_kept = 0
-        self.digest = hashlib.sha256()
         first_name: dict[int, str] = {}
-        self.first_names = {name: first_name.setdefault(id(point), name) for name, point in points.items()}
-        self.saved_at = time.monotonic()
+        self._first_names = {name: first_name.setdefault(id(point), name) for name, point in points.items()}
 
-    def readers(self, tokens: Tensor, rows: Tensor) -> dict[str, Any]:
-        return {name: self._reader(name, tokens, rows) for name in dict.fromkeys(self.first_names.values())}
+    def readers(self) -> dict[str, Callable[[Tensor], None]]:
+        return {name: self._reader(name) for name in dict.fromkeys(self._first_names.values())}
 
-    def _reader(self, name: str, tokens: Tensor, rows: Tensor) -> Any:
-        def read(activations: Tensor) -> None:
-            vectors = as_vectors(activations, tokens.shape, name)
+    def _reader(self, name: str) -> Callable[[Tensor], None]:
+        def read(vectors: Tensor) -> None:
             moments = self.moments.get(name)
             if moments is None:
                 moments = RunningMoments.zeros(vectors.shape[1])
             self.moments[name] = moments.to(vectors.device)
-            _update_(self.moments[name], vectors, rows, name)
+            _update_(self.moments[name], vectors, name)
 
         return read
 
-    def finish_batch(self, tokens: Tensor, n_kept: int) -> None:
-        self.n_batches += 1
-        self.n_kept += n_kept
-        self.digest.update(tokens.cpu().numpy().tobytes())
-        if self.path is not None and time.monotonic() - self.saved_at >= self.seconds:
-            start = time.monotonic()
-            self.save()
-            self.saved_at = time.monotonic()
-            self.seconds = max(self.seconds, _CHECKPOINT_PAUSE * (self.saved_at - start))
-
-    def save(self) -> None:
-        if self.path is not None:
-            place = {"n_batches": self.n_batches, "n_kept": self.n_kept, "digest": self.digest.hexdigest()}
-            save_pass(self.path, self.moments, self.settings, place)
-
-    def skip_what_was_read(self, batches: Iterable[Any]) -> None:
-        if self.path is None or not self.path.exists():
-            return
-        self.moments, place = load_pass(self.path, self.settings)
-        iterator = iter(batches)
-        for _ in range(place["n_batches"]):
-            tokens, _ = next(iterator, (None, None))
-            if tokens is None:
-                break
-            self.digest.update(tokens.cpu().numpy().tobytes())
-        if self.digest.hexdigest() != place["digest"]:
-            raise ValueError(f"{self.path} was written while reading other data: give that data, or delete the file")
-        self.n_batches, self.n_kept = place["n_batches"], place["n_kept"]
-        logger.info("continuing after %d tokens", self.n_kept)
+    def spectra(self) -> dict[str, Spectrum]:
+        return {name: Spectrum.from_moments(self.moments[own]).to("cpu") for name, own in self._first_names.items()}
 
 
-def _update_(moments: RunningMoments, vectors: Tensor, rows: Tensor, name: str) -> None:
-    if len(rows) < len(vectors):
-        vectors = vectors.index_select(0, rows.to(vectors.device))
+def _update_(moments: RunningMoments, vectors: Tensor, name: str) -> None:
     try:
         moments.update_(vectors)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def spectra_from_cache(cache: Any, hook_names: str | Iterable[str], mask: Tensor | None = None) -> dict[str, Spectrum]:
+class _Checkpoint:
+    """Moments and the place in the text, saved together between batches, in one file that is replaced as a whole."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], seconds: float) -> None:
+        self.path, self.settings, self.seconds = path, settings, seconds
+        self._saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.seconds
+
+    def write(self, running: _RunningSpectra, text: TextPass) -> None:
+        start = time.monotonic()
+        place = {"n_batches": text.n_batches, "n_kept": text.n_read, "digest": text.digest.hexdigest()}
+        save_pass(self.path, running.moments, self.settings, place)
+        self._saved_at = time.monotonic()
+        self.seconds = max(self.seconds, _CHECKPOINT_PAUSE * (self._saved_at - start))
+
+    def restore(self, running: _RunningSpectra, text: TextPass) -> None:
+        """Go on from the file, where there is one. Raises ValueError for that of another pass."""
+        if not self.path.exists():
+            return
+        running.moments, place = load_pass(self.path, self.settings)
+        text.skip(place["n_batches"], place["n_kept"])
+        if text.digest.hexdigest() != place["digest"]:
+            raise ValueError(f"{self.path} was written while reading other data: give that data, or delete the file")
+        logger.info("continuing after %d tokens", text.n_read)
+
+
+def save_pass(
+    path: Path, moments: Mapping[str, RunningMoments], settings: Mapping[str, Any], place: Mapping[str, Any]
+) -> None:
+    """Write moments, settings and place (plain values); a reader sees the old file or the new one, never a part."""
+    tensors = {}
+    for name, running in moments.items():
+        tensors[f"{name}/mean"] = running.mean
+        tensors[f"{name}/scatter"] = running.scatter
+    counts = {name: running.n_tokens for name, running in moments.items()}
+    state = json.dumps({"settings": settings, "place": place, "n_tokens": counts})
+    save_tensors(path, tensors, {"format": PASS_FORMAT, "state": state})
+
+
+def load_pass(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, RunningMoments], dict[str, Any]]:
+    """Moments and place of a pass with these settings.
+
+    Raises:
+        ValueError: for a file of something else, or of a pass with other settings.
+    """
+    metadata = tensor_metadata(path)
+    if metadata.get("format") != PASS_FORMAT:
+        raise ValueError(f"{path} is not the checkpoint of a pass over activations: give another path")
+    state = json.loads(metadata["state"])
+    changed = differences(state["settings"], settings)
+    if changed:
+        raise ValueError(f"{path} belongs to a pass with other settings ({changed}): use those, or delete it")
+    tensors = load_tensors(path)
+    return {
+        name: RunningMoments(n, tensors[f"{name}/mean"], tensors[f"{name}/scatter"])
+        for name, n in state["n_tokens"].items()
+    }, state["place"]
+
+
+def spectra_from_cache(
+    cache: Any, hook_names: str | Iterable[str], mask: Bool[Tensor, ...] | None = None
+) -> dict[str, Spectrum]:
     """Spectra of activations that are at hand: an ActivationCache of either kind of model, or a plain dict.
 
     Args:
@@ -217,9 +231,10 @@ def spectra_from_cache(cache: Any, hook_names: str | Iterable[str], mask: Tensor
             raise ValueError(
                 f"the mask is {tuple(mask.shape)}, but {name!r} holds {shape[0]} windows of {shape[1]} tokens"
             )
-        rows = torch.arange(len(vectors)) if mask is None else mask.flatten().nonzero().squeeze(1)
+        if mask is not None:
+            vectors = vectors.index_select(0, mask.flatten().nonzero().squeeze(1).to(vectors.device))
         moments = RunningMoments.zeros(vectors.shape[1], vectors.device)
-        _update_(moments, vectors, rows, name)
+        _update_(moments, vectors, name)
         spectra[name] = Spectrum.from_moments(moments).to("cpu")
     warn_of_small_samples(spectra)
     return spectra
@@ -232,47 +247,3 @@ def warn_of_small_samples(spectra: Mapping[str, Spectrum]) -> None:
         name = max(small, key=lambda name: spectra[name].d)
         others = f" (and {len(small) - 1} more hooks)" if len(small) > 1 else ""
         warnings.warn(f"{name}{others}: {spectra[name].sample_size_warning()}", stacklevel=3)
-
-
-FILE_FORMAT = "saelens_asi.pass.v1"
-
-
-def save_pass(path: Path, moments: Mapping[str, RunningMoments], settings: Mapping[str, Any], place: Any) -> None:
-    """Write moments, settings and place (plain values); a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, running in moments.items():
-        tensors[f"{name}/mean"] = running.mean.cpu().contiguous()
-        tensors[f"{name}/scatter"] = running.scatter.cpu().contiguous()
-    counts = {name: running.n_tokens for name, running in moments.items()}
-    state = json.dumps({"settings": settings, "place": place, "n_tokens": counts})
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, unfinished, metadata={"format": FILE_FORMAT, "state": state})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load_pass(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, RunningMoments], Any]:
-    """Moments and place of a pass with these settings.
-
-    Raises:
-        ValueError: for a file of something else, or of a pass with other settings.
-    """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FILE_FORMAT:
-            raise ValueError(f"{path} is not the checkpoint of a pass over activations: give another path")
-        state = json.loads(metadata["state"])
-        saved = state["settings"]
-        now = json.loads(json.dumps(settings))
-        other = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-        if other:
-            differences = "; ".join(f"{key} was {saved.get(key)!r} and is {now.get(key)!r}" for key in other)
-            raise ValueError(f"{path} belongs to a pass with other settings ({differences}): use those, or delete it")
-        # A file's memory is not aligned as torch's is: what is added to it differs in the last bit on some processors.
-        return {
-            name: RunningMoments(n, file.get_tensor(f"{name}/mean").clone(), file.get_tensor(f"{name}/scatter").clone())
-            for name, n in state["n_tokens"].items()
-        }, state["place"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 # Rows centred and multiplied at a time: large enough for the matrix product, small enough to stay in the cache.
@@ -33,8 +34,8 @@ class RunningMoments:
     """
 
     n_tokens: int
-    mean: Tensor
-    scatter: Tensor
+    mean: Float64[Tensor, " d"]
+    scatter: Float64[Tensor, "d d"]
 
     @classmethod
     def zeros(cls, d: int, device: torch.device | str = "cpu") -> RunningMoments:
@@ -50,7 +51,7 @@ class RunningMoments:
         device = "cpu" if torch.device(device).type == "mps" else device
         return RunningMoments(self.n_tokens, self.mean.to(device), self.scatter.to(device))
 
-    def update_(self, x: Tensor) -> RunningMoments:
+    def update_(self, x: Float[Tensor, "... width"]) -> RunningMoments:
         """Add a batch of shape (..., d). Raises ValueError on another width or on values that are not finite."""
         if x.shape[-1] != self.d:
             raise ValueError(f"activations have width {x.shape[-1]}, but these moments were made for width {self.d}")
@@ -92,7 +93,7 @@ class RunningMoments:
             self.n_tokens = n_tokens
         return self
 
-    def covariance(self) -> Tensor:
+    def covariance(self) -> Float64[Tensor, "d d"]:
         """Bessel-corrected covariance, (d, d) float64, activation units squared."""
         if self.n_tokens < 2:
             raise ValueError(f"a covariance needs at least 2 tokens, got {self.n_tokens}")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float64
 from torch import Tensor
 
+from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
 
 FILE_FORMAT = "saelens_asi.spectrum.v1"
@@ -37,8 +37,8 @@ class Spectrum:
         n_tokens: number of activation vectors behind it.
     """
 
-    mean: Tensor
-    covariance: Tensor
+    mean: Float64[Tensor, " d"]
+    covariance: Float64[Tensor, "d d"]
     n_tokens: int
 
     @classmethod
@@ -50,22 +50,22 @@ class Spectrum:
         return self.mean.shape[0]
 
     @cached_property
-    def _eigh(self) -> tuple[Tensor, Tensor]:
+    def _eigh(self) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "d d"]]:
         eigenvalues, eigenvectors = torch.linalg.eigh(self.covariance)
         return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
 
     @property
-    def variances(self) -> Tensor:
+    def variances(self) -> Float64[Tensor, " d"]:
         """(d,) variances along the principal directions, largest first."""
         return self._eigh[0]
 
     @property
-    def singular_values(self) -> Tensor:
+    def singular_values(self) -> Float64[Tensor, " d"]:
         """(d,) singular values of the centred n_tokens x d activation matrix, largest first."""
         return (self.variances * (self.n_tokens - 1)).sqrt()
 
     @property
-    def relative_singular_values(self) -> Tensor:
+    def relative_singular_values(self) -> Float64[Tensor, " d"]:
         """(d,) singular values over the largest (arXiv 2508.16929 v1, section 4.2)."""
         return (self.variances / self.variances[0].clamp(min=_TINY)).sqrt()
 
@@ -129,7 +129,7 @@ class Spectrum:
         share = self.variances.cumsum(0) / self.variances.sum()
         return min(int((share < tau).sum()) + 1, self.d)
 
-    def principal_directions(self, k: int) -> Tensor:
+    def principal_directions(self, k: int) -> Float64[Tensor, "d k"]:
         """(d, k) orthonormal columns: the top ``k`` right singular vectors of the centred activations."""
         if not 1 <= k <= self.d:
             raise ValueError(f"k={k} must lie between 1 and d={self.d}")
@@ -152,27 +152,23 @@ class Spectrum:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with mean, covariance and token count; returns its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"mean": self.mean.cpu().contiguous(), "covariance": self.covariance.cpu().contiguous()}
-        save_file(tensors, path, metadata={"format": FILE_FORMAT, "spectrum": json.dumps({"n_tokens": self.n_tokens})})
-        return path
+        metadata = {"format": FILE_FORMAT, "spectrum": json.dumps({"n_tokens": self.n_tokens})}
+        save_tensors(path, {"mean": self.mean, "covariance": self.covariance}, metadata)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Spectrum:
         """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
-                )
-            n_tokens = int(json.loads(metadata["spectrum"])["n_tokens"])
-            # A file's memory is not aligned as torch's, and MKL then adds in another order: clones give the same bits.
-            return cls(file.get_tensor("mean").clone(), file.get_tensor("covariance").clone(), n_tokens)
+        metadata = tensor_metadata(path)
+        if metadata.get("format") != FILE_FORMAT:
+            raise ValueError(
+                f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
+            )
+        tensors = load_tensors(path)
+        return cls(tensors["mean"], tensors["covariance"], int(json.loads(metadata["spectrum"])["n_tokens"]))
 
 
-def principal_angles(first: Spectrum, second: Spectrum, k: int) -> Tensor:
+def principal_angles(first: Spectrum, second: Spectrum, k: int) -> Float64[Tensor, " k"]:
     """(k,) angles in radians between the top-``k`` principal subspaces of two spectra, smallest first.
 
     Small angles come from sines and large ones from cosines, each where it is accurate (Bjorck and Golub 1973).
@@ -185,13 +181,13 @@ def principal_angles(first: Spectrum, second: Spectrum, k: int) -> Tensor:
     return torch.where(cosines > math.sqrt(0.5), sines.asin(), cosines.acos())
 
 
-def _effective_rank(variances: Tensor) -> float:
+def _effective_rank(variances: Float64[Tensor, " d"]) -> float:
     s = variances.sqrt()
     p = s / s.sum().clamp(min=_TINY)
     return float(torch.exp(-torch.special.xlogy(p, p).sum())) if bool(p.any()) else 0.0
 
 
-def _wishart_factor(d: int, n: int, seed: int) -> Tensor:
+def _wishart_factor(d: int, n: int, seed: int) -> Float64[Tensor, "{d} width"]:
     """Lower (d, min(d, n)) factor L of a draw L L^T from the Wishart distribution over n (Bartlett 1933)."""
     generator = np.random.default_rng(seed)
     width = min(d, n)

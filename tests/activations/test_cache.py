@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from saelens_asi.activations import cache as activation_cache
+from saelens_asi.activations import reader
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import hook_points, read_activations
 from tests.helpers import tiny
@@ -45,7 +46,7 @@ def test_a_finished_cache_needs_neither_model_nor_data(model, dataset, tmp_path)
 def test_an_interrupted_pass_continues_to_the_same_activations(model, dataset, tmp_path, monkeypatch):
     whole = cache_activations(tmp_path / "whole", model, dataset, HOOKS, 400, **HOW)
     monkeypatch.setattr(activation_cache, "_SAVE_SECONDS", 0)
-    stock, calls = activation_cache.read_activations, []
+    stock, calls = reader.read_activations, []
 
     def interrupted(*args: Any) -> None:
         calls.append(args)
@@ -54,7 +55,7 @@ def test_an_interrupted_pass_continues_to_the_same_activations(model, dataset, t
         stock(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(activation_cache, "read_activations", interrupted)
+        patch.setattr(reader, "read_activations", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache_activations(tmp_path / "parts", model, dataset, HOOKS, 400, **HOW)
     state = json.loads((tmp_path / "parts" / "cache.json").read_text())
@@ -62,7 +63,7 @@ def test_an_interrupted_pass_continues_to_the_same_activations(model, dataset, t
     assert not state["complete"]
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(activation_cache, "read_activations", lambda *args: (calls.append(args), stock(*args)))
+        patch.setattr(reader, "read_activations", lambda *args: (calls.append(args), stock(*args)))
         parts = cache_activations(tmp_path / "parts", model, dataset, HOOKS, 400, **HOW)
     assert all(torch.equal(parts[name], whole[name]) for name in HOOKS)
     assert len(calls) == -(-400 // (4 * 16)) - 3
@@ -82,5 +83,5 @@ def test_a_folder_of_other_settings_is_refused(model, dataset, tmp_path: Path):
 
 def test_data_without_tokens_that_count_is_refused(model, dataset, tmp_path):
     bos_only = torch.full((4, 16), tiny.tokenizer().bos_token_id)
-    with pytest.raises(ValueError, match="no tokens that count"):
+    with pytest.raises(ValueError, match="no token that counts"):
         cache_activations(tmp_path, model, bos_only, HOOKS, 100, **HOW)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from saelens_asi import ActiveSubspaceInit, Spectrum, activation_spectra, cli
+from saelens_asi.activations import reader
 from saelens_asi.activations.loading import load_documents
 from saelens_asi.activations.tokens import token_batches
 from saelens_asi.spectra import hook_spectra as spectra_module
@@ -111,7 +112,7 @@ def test_interrupted_it_continues_to_the_same_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C during the pass, then during the losses; then it finishes, and what was measured is not measured again."""
-    stock_read = spectra_module.read_activations
+    stock_read = reader.read_activations
     n_read: list[int] = []
 
     def read(*args):
@@ -120,10 +121,10 @@ def test_interrupted_it_continues_to_the_same_files(
             raise KeyboardInterrupt
         return stock_read(*args)
 
-    stock_pass = spectra_module._Pass
-    monkeypatch.setattr(spectra_module, "read_activations", read)
+    stock = spectra_module._Checkpoint
+    monkeypatch.setattr(reader, "read_activations", read)
     monkeypatch.setattr(spectra_module, "_CHECKPOINT_PAUSE", 0)
-    monkeypatch.setattr(spectra_module, "_Pass", lambda *args: stock_pass(*args[:3], 0))
+    monkeypatch.setattr(spectra_module, "_Checkpoint", lambda *args: stock(*args[:2], 0))
     with pytest.raises(SystemExit) as exit_info:
         spectrum(llama_folder, text_folder, tmp_path)
     assert exit_info.value.code == 130

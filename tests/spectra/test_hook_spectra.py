@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from saelens_asi import RunningMoments, Spectrum, activation_spectra, spectra_from_cache
+from saelens_asi.activations import reader
 from saelens_asi.spectra import hook_spectra as module
 from saelens_asi.spectra.hook_spectra import load_pass
 from tests.helpers import tiny
@@ -223,14 +224,14 @@ def test_an_interrupted_pass_continues_to_the_same_bits(model, tmp_path, n_read,
         spectra_of(model, interrupted_after(n_read), ALL, 900, **how)
     assert path.exists() == (n_read >= 4)
     read = []
-    stock = module.read_activations
+    stock = reader.read_activations
 
     def counting(model, tokens, *args):
         read.append(len(tokens))
         return stock(model, tokens, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "read_activations", counting)
+        patch.setattr(reader, "read_activations", counting)
         continued = spectra_of(model, rows(), ALL, 900, **how)
     assert sum(read) == 60 - 4 * (n_read // 4)  # what was read is not read again
     assert_same(continued, spectra_of(model, rows(), ALL, 900, batch_size=4), tolerance=0)
@@ -262,7 +263,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(model, tmp_path, monkeypatch)
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("saelens_asi.spectra.hook_spectra.save_file", disk_full)
+    monkeypatch.setattr("saelens_asi.resume.save_file", disk_full)
     with pytest.raises(OSError, match="disk full"):
         spectra_of(model, rows(), [HOOK], 300, checkpoint=path)
     assert path.read_bytes() == before
