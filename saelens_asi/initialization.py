@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from saelens_asi.spectra.spectrum import Spectrum
@@ -143,18 +144,26 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
     return d_init
 
 
-def subspace_basis(settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator) -> Tensor | None:
+def subspace_basis(
+    settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator
+) -> Float64[Tensor, "d_in d_init"] | None:
     """(d_in, d_init) orthonormal float64 columns that span the subspace; None for all of d_in."""
     d_init = choose_d_init(settings, spectrum)
     if settings.subspace == "full":
         return None
     if settings.subspace == "random":
         gaussian = torch.randn(spectrum.d, d_init, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(gaussian)[0]
+        basis: Tensor = torch.linalg.qr(gaussian)[0]
+        return basis
     return spectrum.principal_directions(d_init)
 
 
-def random_directions_(out: Tensor, basis: Tensor | None, generator: torch.Generator, chunk: int = 65_536) -> None:
+def random_directions_(
+    out: Float[Tensor, "n d_in"],
+    basis: Float[Tensor, "d_in d_init"] | None,
+    generator: torch.Generator,
+    chunk: int = 65_536,
+) -> None:
     """Fill ``out`` (n, d_in) with unit vectors drawn evenly from the sphere in the span of ``basis`` (d_in, d_init).
 
     Drawn in float32 on the CPU, ``chunk`` rows at a time, so that a seed gives the same directions on every device.
@@ -205,6 +214,22 @@ _MAX_DENSE_VALUES = 2**26
 _MAX_NORM_STEPS = 8
 
 
+class FreshSAE(Protocol):
+    """What is used of a SAELens training SAE, of whichever architecture."""
+
+    W_dec: Tensor
+    W_enc: Tensor
+    b_dec: Tensor
+    activation_fn: nn.Module
+
+    @property
+    def cfg(self) -> Any: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Initialization:
     """What an initialization did.
@@ -224,10 +249,10 @@ class Initialization:
 
 @torch.no_grad()
 def initialize_(
-    sae: Any,
+    sae: FreshSAE,
     settings: ActiveSubspaceInit,
     spectrum: Spectrum,
-    sample: Tensor,
+    sample: Float[Tensor, "n d_in"],
     fit_activation_fn: nn.Module | None = None,
 ) -> Initialization:
     """Initialize ``W_dec``, ``W_enc`` and the biases of a freshly made training SAE.
@@ -269,7 +294,7 @@ def initialize_(
     )
 
 
-def check_fresh(sae: Any) -> None:
+def check_fresh(sae: FreshSAE) -> None:
     """Raise ValueError for an SAE that was trained or loaded: an initialization would overwrite it."""
     if bool(sae.b_dec.any()):
         raise ValueError(
@@ -278,7 +303,7 @@ def check_fresh(sae: Any) -> None:
         )
 
 
-def _check_center(sae: Any, settings: ActiveSubspaceInit) -> None:
+def _check_center(sae: FreshSAE, settings: ActiveSubspaceInit) -> None:
     if settings.center == "mean" and not sae.cfg.apply_b_dec_to_input and not _shifted_biases(sae):
         raise ValueError(
             f"center='mean' needs apply_b_dec_to_input=True for {type(sae).__name__}, which has no encoder bias that "
@@ -286,13 +311,13 @@ def _check_center(sae: Any, settings: ActiveSubspaceInit) -> None:
         )
 
 
-def _is_tied(sae: Any) -> bool:
+def _is_tied(sae: FreshSAE) -> bool:
     return not isinstance(getattr(sae, "W_enc", None), nn.Parameter)
 
 
-def _fixed_norm(sae: Any, settings: ActiveSubspaceInit) -> float | None:
+def _fixed_norm(sae: FreshSAE, settings: ActiveSubspaceInit) -> float | None:
     """The norm where it is known beforehand; None where it is to be fitted."""
-    own_norm = sae.cfg.decoder_init_norm
+    own_norm: float | None = sae.cfg.decoder_init_norm
     if _is_tied(sae):  # matching pursuit projects on the rows themselves: only unit rows make sense
         if settings.norm not in ("least_squares", "decoder_init_norm", own_norm):
             raise ValueError(
@@ -309,12 +334,12 @@ def _fixed_norm(sae: Any, settings: ActiveSubspaceInit) -> float | None:
     return own_norm
 
 
-def _tie_encoder_(sae: Any) -> None:
+def _tie_encoder_(sae: FreshSAE) -> None:
     if not _is_tied(sae):
         sae.W_enc.data.copy_(sae.W_dec.data.T)
 
 
-def _rescale_rows_(sae: Any, factor: float) -> None:
+def _rescale_rows_(sae: FreshSAE, factor: float) -> None:
     sae.W_dec.data.mul_(factor)
     if not _is_tied(sae):
         sae.W_enc.data.mul_(factor)
@@ -322,14 +347,14 @@ def _rescale_rows_(sae: Any, factor: float) -> None:
             getattr(sae, name).data.mul_(factor)
 
 
-def _shifted_biases(sae: Any) -> list[str]:
+def _shifted_biases(sae: FreshSAE) -> list[str]:
     """Encoder biases that stand in for the centring of the input where SAELens does not subtract b_dec."""
     if sae.cfg.apply_b_dec_to_input:
         return []
     return [name for name in ("b_enc", "b_gate", "b_mag") if isinstance(getattr(sae, name, None), nn.Parameter)]
 
 
-def _set_center_(sae: Any, center: Tensor) -> None:
+def _set_center_(sae: FreshSAE, center: Tensor) -> None:
     """Put the decoder bias at ``center``, and make the encoder see activations relative to it."""
     sae.b_dec.data.copy_(center)
     if not sae.cfg.apply_b_dec_to_input and bool(center.any()):
@@ -339,7 +364,7 @@ def _set_center_(sae: Any, center: Tensor) -> None:
 
 
 @contextmanager
-def _activation_fn_replaced(sae: Any, activation_fn: nn.Module | None) -> Iterator[None]:
+def _activation_fn_replaced(sae: FreshSAE, activation_fn: nn.Module | None) -> Iterator[None]:
     if activation_fn is None:
         yield
         return
@@ -351,7 +376,7 @@ def _activation_fn_replaced(sae: Any, activation_fn: nn.Module | None) -> Iterat
         sae.activation_fn = own
 
 
-def _least_squares_norm_(sae: Any, sample: Tensor) -> float:
+def _least_squares_norm_(sae: FreshSAE, sample: Tensor) -> float:
     """Scale unit rows to the norm with the lowest reconstruction error on ``sample``; returns it.
 
     With tied rows of norm c the reconstruction is b + c^2 r, r the one at unit norm, as long as the same features
@@ -383,17 +408,17 @@ def _least_squares_norm_(sae: Any, sample: Tensor) -> float:
     return norm
 
 
-def _normalized_mse(sae: Any, sample: Tensor) -> float:
+def _normalized_mse(sae: FreshSAE, sample: Tensor) -> float:
     error, variance = 0.0, float((sample.double() - sample.double().mean(dim=0)).square().sum())
     for x, reconstruction, _ in _reconstructions(sae, sample):
         error += float((x - reconstruction).square().sum())
     return error / variance
 
 
-def _reconstructions(sae: Any, sample: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _reconstructions(sae: FreshSAE, sample: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Input, reconstruction, and what the SAE puts out when no feature fires; float32, a few rows at a time."""
     rows = max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
-    for x in sample.split(rows):
+    for x in torch.split(sample, rows):
         acts = sae.encode(x)
         acts = acts.to_dense() if acts.is_sparse else acts
         statistics = {name: vars(sae)[name] for name in ("ln_mu", "ln_std", "x_norm_coeff") if name in vars(sae)}

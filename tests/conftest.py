@@ -12,6 +12,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+from jaxtyping import install_import_hook
+
+from tests.helpers.shapes import CHECKED
+
+install_import_hook(CHECKED, "tests.helpers.shapes.typechecked")  # before anything imports the package
+
 import pytest
 import torch
 

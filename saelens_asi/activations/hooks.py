@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from sae_lens.util import get_special_token_ids
@@ -16,6 +16,7 @@ Reader = Callable[[Tensor], None]
 Writer = Callable[[Tensor], Tensor]
 
 
+@runtime_checkable
 class HookedModel(Protocol):
     """What is used of a HookedTransformer and of a TransformerBridge alike: neither's type fits both."""
 
@@ -204,10 +205,14 @@ def logits_with(
     model: HookedModel, tokens: Tensor, point: nn.Module | None = None, write: Writer | None = None
 ) -> Tensor:
     """(n_windows, n_positions, d_vocab) logits, with the activations at a hook point replaced by ``write`` of them."""
-    if point is None or write is None:
-        return model(tokens, return_type="logits")
-    with _attached([(point, lambda activations, hook: write(activations))]):
-        return model(tokens, return_type="logits")
+    replaced = [] if point is None or write is None else [(point, _writing(write))]
+    with _attached(replaced):
+        logits: Tensor = model(tokens, return_type="logits")
+    return logits
+
+
+def _writing(write: Writer) -> Callable[..., Tensor]:
+    return lambda activations, hook: write(activations)
 
 
 @contextmanager

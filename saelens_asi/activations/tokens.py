@@ -41,7 +41,7 @@ def token_batches(model: HookedModel, data: TokenData, batch_size: int, context_
         tokens = data[None] if data.ndim == 1 else data
         if tokens.ndim != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens must be (n_windows, n_positions) ids, got {tuple(data.shape)} of {data.dtype}")
-        return ((batch, torch.ones_like(batch, dtype=torch.bool)) for batch in tokens.split(batch_size))
+        return ((batch, torch.ones_like(batch, dtype=torch.bool)) for batch in torch.split(tokens, batch_size))
     return _stack(_windows_of_rows(model, data, context_size), batch_size)
 
 
@@ -75,9 +75,10 @@ def _packed_text(model: HookedModel, texts: Iterable[str], context_size: int) ->
     bos = tokenizer.bos_token_id
     encoded = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts)
     documents = (torch.tensor(ids, dtype=torch.long) for ids in encoded if ids)
-    return concat_and_batch_sequences(
+    windows: Iterator[Tensor] = concat_and_batch_sequences(
         documents, context_size, begin_batch_token_id=bos, sequence_separator_token_id=bos
     )
+    return windows
 
 
 def _stack(windows: Iterator[TokenBatch], batch_size: int) -> Iterator[TokenBatch]:

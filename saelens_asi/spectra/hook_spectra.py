@@ -102,7 +102,9 @@ def activation_spectra(
         saved.write(running, text)
     text.check_length(at_least=2)
     spectra = running.spectra()
-    warn_of_small_samples(spectra)
+    warning = _small_sample_warning(spectra)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return spectra
 
 
@@ -236,14 +238,17 @@ def spectra_from_cache(
         moments = RunningMoments.zeros(vectors.shape[1], vectors.device)
         _update_(moments, vectors, name)
         spectra[name] = Spectrum.from_moments(moments).to("cpu")
-    warn_of_small_samples(spectra)
+    warning = _small_sample_warning(spectra)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return spectra
 
 
-def warn_of_small_samples(spectra: Mapping[str, Spectrum]) -> None:
-    """One warning for all spectra whose sample is small for their width, about the widest of them."""
+def _small_sample_warning(spectra: Mapping[str, Spectrum]) -> str | None:
+    """For all spectra whose sample is small for their width, about the widest of them; None where there are none."""
     small = [name for name, spectrum in spectra.items() if spectrum.has_small_sample]
-    if small:
-        name = max(small, key=lambda name: spectra[name].d)
-        others = f" (and {len(small) - 1} more hooks)" if len(small) > 1 else ""
-        warnings.warn(f"{name}{others}: {spectra[name].sample_size_warning()}", stacklevel=3)
+    if not small:
+        return None
+    name = max(small, key=lambda name: spectra[name].d)
+    others = f" (and {len(small) - 1} more hooks)" if len(small) > 1 else ""
+    return f"{name}{others}: {spectra[name].sample_size_warning()}"

@@ -68,7 +68,7 @@ class RunningMoments:
         center = self.mean if self.n_tokens else x[:_CHUNK].mean(dim=0, dtype=torch.float64)
         buffer = torch.empty(min(len(x), _CHUNK), self.d, dtype=torch.float64, device=x.device)
         total = torch.zeros_like(self.mean)
-        for chunk in x.split(_CHUNK):
+        for chunk in torch.split(x, _CHUNK):
             values = torch.sub(chunk, center, out=buffer[: len(chunk)])
             total += values.sum(dim=0)
             for start, stop in _panels(self.d):
