@@ -82,24 +82,16 @@ def activation_spectra(
         exclude_special_tokens=exclude_special_tokens,
         exclude_positions=exclude_positions,
     )
-    settings = {
-        "model": str(getattr(model.cfg, "model_name", "")),
-        "hooks": list(points),
-        "n_tokens": n_tokens,
-        "batch_size": batch_size,
-        "context_size": context_size,
-        "excluded_ids": sorted(text.special_ids.tolist()),
-        "exclude_positions": list(exclude_positions),
-    }
+    settings = {"batch_size": batch_size, "context_size": context_size, "exclude_positions": list(exclude_positions)}
     running = _RunningSpectra(points)
-    saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings, checkpoint_seconds)
+    saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), text, settings, checkpoint_seconds)
     if saved is not None:
-        saved.restore(running, text)
+        saved.restore(running)
     for _ in text.read(running.readers(), description="Activation spectra", progress=progress):
         if saved is not None and saved.is_due():
-            saved.write(running, text)
+            saved.write(running)
     if saved is not None:
-        saved.write(running, text)
+        saved.write(running)
     text.check_length(at_least=2)
     spectra = running.spectra()
     warning = _small_sample_warning(spectra)
@@ -143,29 +135,36 @@ def _update_(moments: RunningMoments, vectors: Tensor, name: str) -> None:
 class _Checkpoint:
     """Moments and the place in the text, saved together between batches, in one file that is replaced as a whole."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], seconds: float) -> None:
-        self.path, self.settings, self.seconds = path, settings, seconds
+    def __init__(self, path: Path, text: TextPass, settings: Mapping[str, Any], seconds: float) -> None:
+        self.path, self.text, self.seconds = path, text, seconds
+        self.settings = {
+            "model": str(getattr(text.model.cfg, "model_name", "")),
+            "hooks": list(text.points),
+            "n_tokens": text.n_tokens,
+            "excluded_ids": sorted(text.special_ids.tolist()),
+            **settings,
+        }
         self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.seconds
 
-    def write(self, running: _RunningSpectra, text: TextPass) -> None:
-        start = time.monotonic()
+    def write(self, running: _RunningSpectra) -> None:
+        start, text = time.monotonic(), self.text
         place = {"n_batches": text.n_batches, "n_kept": text.n_read, "digest": text.digest.hexdigest()}
         save_pass(self.path, running.moments, self.settings, place)
         self._saved_at = time.monotonic()
         self.seconds = max(self.seconds, _CHECKPOINT_PAUSE * (self._saved_at - start))
 
-    def restore(self, running: _RunningSpectra, text: TextPass) -> None:
+    def restore(self, running: _RunningSpectra) -> None:
         """Go on from the file, where there is one. Raises ValueError for that of another pass."""
         if not self.path.exists():
             return
         running.moments, place = load_pass(self.path, self.settings)
-        text.skip(place["n_batches"], place["n_kept"])
-        if text.digest.hexdigest() != place["digest"]:
+        self.text.skip(place["n_batches"], place["n_kept"])
+        if self.text.digest.hexdigest() != place["digest"]:
             raise ValueError(f"{self.path} was written while reading other data: give that data, or delete the file")
-        logger.info("continuing after %d tokens", text.n_read)
+        logger.info("continuing after %d tokens", self.text.n_read)
 
 
 def save_pass(
