@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.claims.evidence import Claim, Evidence, Row, mean, spread, verdict
 from saelens_asi.sweep import fit_power_law
-from saelens_asi.sweep.cells import TITLES
+from saelens_asi.sweep.cells import METHOD_TITLES
 from saelens_asi.sweep.results import best_rates
 
 OURS = "asi_sparse_adam"
@@ -61,7 +61,7 @@ def plateau(e: Evidence) -> Claim:
 def equal_size(e: Evidence) -> Claim:
     rows = {method: e.cells("d_sae", method=method, d_sae=8192) for method in ("topk", "auxk", "asi", OURS)}
     text = "; ".join(
-        f"{TITLES[method]}: {spread(group, 'nmse', '{:.3f}')}, {spread(group, 'dead_fraction', '{:.1%}')} dead"
+        f"{METHOD_TITLES[method]}: {spread(group, 'nmse', '{:.3f}')}, {spread(group, 'dead_fraction', '{:.1%}')} dead"
         for method, group in rows.items()
     )
     ours = max(row["nmse"] for row in rows["asi"])
@@ -137,7 +137,7 @@ def goal(e: Evidence) -> Claim:
     others = {(m, s): e.cells("d_sae", method=m, d_sae=s) for s in (size, 2 * size) for m in ("topk", "auxk")}
     seconds = e.steps["seconds"]
     text = [
-        f"{TITLES[m]} {s:,}: {mean(rows, 'nmse'):.3f}, {mean(rows, 'dead_fraction'):.1%} dead, "
+        f"{METHOD_TITLES[m]} {s:,}: {mean(rows, 'nmse'):.3f}, {mean(rows, 'dead_fraction'):.1%} dead, "
         f"{seconds[f'{m} {s}']:.2f} s a step"
         for (m, s), rows in others.items()
     ]
@@ -192,7 +192,10 @@ def power_law(e: Evidence) -> Claim:
     return Claim(
         "The error falls with d_sae as a power law",
         "a straight line from 16k to 1M",
-        "; ".join(f"{TITLES[m]}: exponent {law.exponent:.3f}, residual {law.residual:.1%}" for m, law in laws.items())
+        "; ".join(
+            f"{METHOD_TITLES[method]}: exponent {law.exponent:.3f}, residual {law.residual:.1%}"
+            for method, law in laws.items()
+        )
         + " (a fixed number of tokens for all sizes)",
         verdict(*(law.exponent < -0.02 and law.residual < 0.05 for law in laws.values())),
         f"{len({row['d_sae'] for row in rows})} sizes",
@@ -206,7 +209,7 @@ def downstream(e: Evidence) -> Claim:
     return Claim(
         "ASI keeps more of the model's predictions (share of the divergence that zero ablation makes)",
         "lower downstream loss than TopK",
-        "; ".join(f"{TITLES[name]} {share:.1%}" for name, share in recovered.items()),
+        "; ".join(f"{METHOD_TITLES[name]} {share:.1%}" for name, share in recovered.items()),
         verdict(recovered["asi"] > max(others), recovered[OURS] > max(others)),
         "1",
         SWEEPS,
