@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from saelens_asi.dead_features.record import VERDICT_TITLES, VERDICTS, Autopsy
-from saelens_asi.plots.style import axes as make_axes
+from saelens_asi.plots.style import make_axes
 
 LIVE = "#2e9e6b"
 VERDICT_COLORS = {

@@ -14,8 +14,7 @@ from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import evaluation_rows, rank_correlation
 from saelens_asi.history import Record
 from saelens_asi.plots.spectra import kind_color
-from saelens_asi.plots.style import COLORS
-from saelens_asi.plots.style import axes as make_axes
+from saelens_asi.plots.style import COLORS, make_axes
 
 _MARKERS = ("o", "^", "s", "D", "v")
 

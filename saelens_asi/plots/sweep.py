@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from saelens_asi.plots.style import axes as make_axes
+from saelens_asi.plots.style import make_axes
 from saelens_asi.sweep.cells import METHOD_TITLES, METHODS, SweepRow
 from saelens_asi.sweep.results import Measure, best_rates, fit_power_law, grouped, mean_of
 

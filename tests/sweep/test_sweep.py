@@ -293,8 +293,15 @@ def test_a_crash_while_a_cut_line_is_dropped_loses_no_cell(data, tmp_path, monke
     store.add(Cell(), {"hook_name": HOOK})
     before = (tmp_path / "cells.jsonl").read_text() + '{"cut'
     (tmp_path / "cells.jsonl").write_text(before)
+    stock = Path.replace
+
+    def full_disk(self: Path, target: Path) -> Path:
+        if target.name == "cells.jsonl":
+            raise OSError("no space")
+        return stock(self, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(Path, "replace", full_disk)
         with pytest.raises(OSError, match="no space"):
             run.SweepStore(tmp_path, {"a": 1})
     assert (tmp_path / "cells.jsonl").read_text() == before
