@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from sae_lens import SAE
 
 from benchmarks.claims.evidence import RESULTS, Row, chosen_rates
+from benchmarks.claims.grid import HOOK
 from benchmarks.claims.page import FIGURES
 from saelens_asi import evaluate, plots
 from saelens_asi.activations.loading import load_documents, load_model
@@ -23,7 +24,6 @@ from saelens_asi.plots.evaluation import dead_against_rank
 from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.run import sae_folder
 
-HOOK = "blocks.15.hook_attn_out"
 CONTEXT, LOSS_TOKENS = 128, 8192
 COMPARED, GOAL = 8192, 65_536
 
