@@ -186,7 +186,7 @@ class Autopsy:
             markdown_table(
                 ["why", "dead features", "share", "revived by that change", "firing then, median share of tokens"],
                 [self._cells(verdict, count) for verdict, count in self.counts.items()],
-                n_left=1,
+                align="lrrrr",
             ),
         ]
         if not self.has_optimizer_state and len(self.dead):

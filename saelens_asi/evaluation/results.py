@@ -90,7 +90,7 @@ def evaluation_table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as a Markdown table, without columns that nobody measured."""
     columns = {key: title for key, title in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
-    return markdown_table(list(columns.values()), cells, n_left=1)
+    return markdown_table(list(columns.values()), cells, align="l" + "r" * (len(columns) - 1))
 
 
 def _cell(value: object) -> str:

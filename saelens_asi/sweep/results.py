@@ -15,9 +15,8 @@ from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sweep.cells import METHOD_TITLES, Cell, SweepRow
 
 Key = TypeVar("Key", bound=Hashable)
-Measure = Literal["nmse", "dead_fraction", "l0", "seconds", "cpu_seconds"]
+Measure = Literal["nmse", "dead_fraction", "silent_fraction", "l0", "seconds", "cpu_seconds"]
 
-# What tells cells apart that are not repetitions of one another.
 _SETTINGS = ("hook_name", *(field.name for field in fields(Cell) if field.name not in ("lr", "seed")))
 
 
@@ -45,10 +44,15 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     return PowerLaw(math.exp(line[1]), float(line[0]), residual)
 
 
+def settings_but_rate(row: SweepRow) -> tuple[object, ...]:
+    """All settings but learning rate and seed: equal for rows among which a rate is chosen."""
+    return itemgetter(*_SETTINGS)(row)
+
+
 def best_rates(rows: Iterable[SweepRow]) -> list[SweepRow]:
     """Of rows that differ in learning rate and seed alone, those with the rate of the lowest mean error."""
     best: list[SweepRow] = []
-    for group in grouped(rows, itemgetter(*_SETTINGS)).values():
+    for group in grouped(rows, settings_but_rate).values():
         by_rate = list(grouped(group, itemgetter("lr")).values())
         errors = [mean_of(repetitions, "nmse") for repetitions in by_rate]
         best += by_rate[errors.index(min(errors))]
@@ -78,7 +82,7 @@ def sweep_table(rows: Iterable[SweepRow]) -> str:
     shown = [i for i in range(len(_COLUMNS)) if i not in constant]
     columns = [*(_COLUMNS[i] for i in shown), "normalized MSE", "dead", "L0", "seeds", "s", "CPU s"]
     cells = [[*(_setting(key[i]) for i in shown), *_measures(group)] for key, group in groups.items()]
-    table = markdown_table(columns, cells, n_left=len(shown))
+    table = markdown_table(columns, cells, align="l" * len(shown) + "rrrrrr")
     if not constant:
         return table
     return ", ".join(f"{_COLUMNS[i]} = {_setting(next(iter(groups))[i])}" for i in constant) + f"\n\n{table}"
@@ -86,12 +90,12 @@ def sweep_table(rows: Iterable[SweepRow]) -> str:
 
 def _measures(rows: Sequence[SweepRow]) -> list[str]:
     return [
-        _spread(rows, "nmse", "{:.4f}"),
-        _spread(rows, "dead_fraction", "{:.2%}"),
-        _spread(rows, "l0", "{:.1f}"),
+        spread(rows, "nmse", "{:.4f}"),
+        spread(rows, "dead_fraction", "{:.2%}"),
+        spread(rows, "l0", "{:.1f}"),
         str(len(rows)),
-        _spread(rows, "seconds", "{:.0f}"),
-        _spread(rows, "cpu_seconds", "{:.0f}"),
+        spread(rows, "seconds", "{:.0f}"),
+        spread(rows, "cpu_seconds", "{:.0f}"),
     ]
 
 
@@ -103,7 +107,7 @@ def _setting(value: str | float | None) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
-def _spread(rows: Sequence[SweepRow], measure: Measure, form: str) -> str:
+def spread(rows: Sequence[SweepRow], measure: Measure, form: str) -> str:
     """Mean, and the range over seeds where they differ in what is shown."""
     values = [row[measure] for row in rows]
     mean = form.format(sum(values) / len(values))

@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 
 from benchmarks.claims import grid, of_training, page
-from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, RESULTS, Claim, Evidence, verdict
+from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, RESULTS, Claim, ResultFiles, verdict
 from saelens_asi import cli
 from saelens_asi.sweep import Cell, SweepTraining, read_sweep
 
 
 @pytest.fixture(scope="module")
-def evidence() -> Evidence:
-    return Evidence()
+def evidence() -> ResultFiles:
+    return ResultFiles()
 
 
 def test_the_page_is_what_the_results_make(evidence):
     """Where this fails: python -m benchmarks.claims.page."""
-    assert page.PAGE.read_text() == page.page(evidence)
+    assert page.PAGE.read_text() == page.claims_page(evidence)
 
 
 @pytest.mark.parametrize("claim", page.CLAIMS, ids=lambda claim: claim.__name__)
-def test_every_claim_is_whole(claim: Callable[[Evidence], Claim], evidence):
+def test_every_claim_is_whole(claim: Callable[[ResultFiles], Claim], evidence):
     found = claim(evidence)
     assert found.verdict in (HOLDS, PARTLY, FAILS)
     assert all(vars(found).values())

@@ -90,7 +90,11 @@ def test_the_table_leaves_out_what_nobody_measured() -> None:
     assert table[3].endswith("| 2.5 | 25 |")
 
 
-@pytest.mark.parametrize("rows", [[], [["x", "1.0e-3"], [" long text ", "-"], ["", "0012"]]])
+@pytest.mark.parametrize("rows", [[], [["x", "1.0e-3"], [" long text ", "-"], ["a", "0012"]]])
 def test_markdown_cells_stay_as_they_are(rows: list[list[str]]) -> None:
     expected = ["| name | n |", "|---|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
-    assert markdown_table(["name", "n"], rows, n_left=1).splitlines() == expected
+    assert markdown_table(["name", "n"], rows, align="lr").splitlines() == expected
+
+
+def test_a_markdown_cell_without_text_is_one_space() -> None:
+    assert markdown_table(["", "n"], [["1", ""]], align="rl").splitlines() == ["| | n |", "|---:|---|", "| 1 | |"]
