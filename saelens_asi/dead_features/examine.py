@@ -121,6 +121,11 @@ class _FiringStatistics:
         self.best_margin = torch.full((d_sae,), -torch.inf, device=device)
         self.bar_sum, self.n_contests = 0.0, 0
 
+    @property
+    def average_rate(self) -> float:
+        """Share of the contests that a feature wins, mean over all features, dead ones included."""
+        return float(self.fires.double().mean()) / self.n_contests
+
     def add(self, batch: Tensor) -> None:
         if not self.n_contests and batch.isfinite().all():
             self.encoding.check(batch)
@@ -151,8 +156,7 @@ def _diagnose(
     basis = spectrum.principal_directions(d_active).to(mean)
     alive = statistics.fires > 0
     dead = (~alive).nonzero().squeeze(1)
-    average_rate = float(statistics.fires.double().mean()) / statistics.n_contests
-    fires_at_least = max(1.0, settings.revived_share * average_rate * len(statistics.sample.bars))
+    fires_at_least = max(1.0, settings.revived_share * statistics.average_rate * len(statistics.sample.bars))
     trial = Trial(
         sae,
         encoding,

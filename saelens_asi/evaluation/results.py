@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pandas as pd
 from scipy.stats import spearmanr
@@ -126,11 +126,11 @@ class EvaluationFolder:
         evaluations: those in the folder, by the SAE's name.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.path, self.counts_path = folder / "results.json", folder / "firing_counts.safetensors"
         self.evaluations: dict[str, SAEEvaluation] = {}
         self._settings = dict(settings)
-        self._sources: dict[str, dict[str, Any]] = {}
+        self._sources: dict[str, dict[str, str | int]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if not (self.path.exists() and self.counts_path.exists()):
             return
