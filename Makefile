@@ -59,50 +59,9 @@ lorsa: install
 	$(BIN)/python -m benchmarks.lorsa step
 	$(BIN)/python -m benchmarks.lorsa report
 
-SWEEP = $(BIN)/saelens-asi sweep --cache sweep_activations --hooks blocks.15.hook_attn_out
-CLAIMS = benchmarks/results/claims
-SIZES = $(SWEEP) --out $(CLAIMS)/d_sae
-METHODS = --methods asi_sparse_adam topk auxk
-HOOKS = $(foreach kind,attn_out mlp_out resid_post,$(foreach layer,3 9 15 21 27,blocks.$(layer).hook_$(kind)))
-
-# Each sweep goes on where it stopped, and is done at once where its results are there; to measure anew, remove
-# $(CLAIMS)/*/cells.jsonl first.
+# The grid goes on where it stopped (benchmarks/claims/grid.py: its cells, and how to measure anew).
 claims: install
-	$(SIZES) --d-sae 8192 $(METHODS) asi --seed 0 1 2 --save-saes
-	$(SIZES) --d-sae 8192 $(METHODS) asi --lr 0.002 0.004 --save-saes
-	$(SIZES) --d-sae 8192 --methods topk --lr 0.008
-	$(SIZES) --d-sae 8192 --methods topk --lr 0.004 --seed 1 2
-	$(SIZES) --d-sae 8192 --methods asi_sparse_adam --lr 0.002 --seed 1 2
-	$(SIZES) --d-sae 8192 --methods auxk --lr 0.002 --seed 1 2
-	$(SIZES) --d-sae 4096 16384 32768 $(METHODS)
-	$(SIZES) --d-sae 65536 --methods asi_sparse_adam --lr 0.001 0.0005 0.0003 0.0002 --save-saes
-	$(SIZES) --d-sae 65536 --methods asi_sparse_adam --lr 0.0005 --seed 1
-	$(SIZES) --d-sae 16384 32768 --methods asi_sparse_adam --lr 0.0005
-	$(SIZES) --d-sae 131072 --methods asi_sparse_adam --lr 0.0003 --seed 0 1
-	$(SIZES) --d-sae 65536 --methods asi --lr 0.0003
-	$(SIZES) --d-sae 65536 131072 --methods topk auxk
-	$(SIZES) --d-sae 65536 --methods topk --lr 0.0005 0.002
-	$(SIZES) --d-sae 4096 16384 32768 65536 131072 --methods topk --lr 0.004
-	$(SIZES) --d-sae 4096 65536 --methods auxk --lr 0.002
-	$(SIZES) --d-sae 65536 --methods auxk --norm decoder_init_norm --aux-loss-coefficient 1
-	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace active random --d-init 16 32 64 128 256 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/d_init --d-sae 8192 --subspace full --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 $(METHODS) --k 8 64 --lr 0.001 0.002 0.004 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --methods topk --k 64 --lr 0.008
-	$(SWEEP) --out $(CLAIMS)/frontier --d-sae 8192 --k 64 --lr 0.003
-	$(SWEEP) --out $(CLAIMS)/paper --d-sae 8192 32768 --methods asi_paper_sparse_adam asi_paper
-	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --methods asi_sparse_adam auxk \
-		--architecture batchtopk matryoshka_batchtopk --lr 0.001 0.002 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --aux-loss-coefficient 0.03125
-	$(SWEEP) --out $(CLAIMS)/architectures --d-sae 8192 --architecture batchtopk --norm 0.31
-	$(SWEEP) --out $(CLAIMS)/aux --d-sae 32768 --lr 0.0005 --aux-loss-coefficient 0 0.03125 1 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/aux_late --d-sae 32768 --lr 0.0005 --aux-loss-coefficient 0.03125 1 \
-		--dead-after-tokens 150000 --seed 0 1
-	$(SWEEP) --out $(CLAIMS)/hooks --hooks $(HOOKS) --d-sae 4096 --methods topk --cached-tokens 120000 \
-		--held-out-tokens 40000 --save-saes --seed 0 1
-	$(BIN)/python -m benchmarks.claims.steps
-	$(BIN)/python -m benchmarks.claims.saes
-	$(BIN)/python -m benchmarks.claims.page
+	for part in grid steps saes page; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 
 # The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
 wheel:

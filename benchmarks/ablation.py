@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
+from transformer_lens import HookedTransformer
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 BATCH = 1024
 CONTEXT = 128
 
+# Settings of one run, and in a finished line what was measured too.
 Cell = dict[str, Any]
 BASE: Cell = {
     "d_sae": 8192,
@@ -86,7 +88,7 @@ def activations(n_train: int, n_held_out: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def _activations(model: Any, texts: list[str], n: int) -> Iterator[torch.Tensor]:
+def _activations(model: HookedTransformer, texts: list[str], n: int) -> Iterator[torch.Tensor]:
     per_window = CONTEXT - 1
     tokenizer, ids = model.tokenizer, []
     for text in texts:
@@ -101,7 +103,7 @@ def _activations(model: Any, texts: list[str], n: int) -> Iterator[torch.Tensor]
         yield cache[HOOK_NAME][:, 1:].flatten(0, 1).clone()
 
 
-def run_cell(cell: Cell, train: torch.Tensor, held_out: torch.Tensor) -> dict[str, Any]:
+def run_cell(cell: Cell, train: torch.Tensor, held_out: torch.Tensor) -> Cell:
     """Train one SAE with SAELens's own trainer and evaluate it."""
     torch.manual_seed(cell["seed"])
     settings = ActiveSubspaceInit(

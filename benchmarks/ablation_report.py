@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.ablation import BASE, HOOK_NAME, RESULTS, grids
+from benchmarks.ablation import BASE, HOOK_NAME, RESULTS, Cell, grids
+from saelens_asi.evaluation.tables import markdown_table
 
-Row = dict[str, Any]
 
-
-def read(grid: str) -> list[Row]:
+def read(grid: str) -> list[Cell]:
     """Rows of the current grid, in its order; rows of older settings are left out."""
     path = RESULTS / f"{grid}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -24,40 +22,39 @@ def read(grid: str) -> list[Row]:
     return [row for cell in cells for row in rows if all(row[key] == value for key, value in cell.items())]
 
 
-def table(rows: Iterable[Row], keys: list[str]) -> str:
-    measures: dict[str, Callable[[Row], str]] = {
+def table(rows: Iterable[Cell], keys: list[str]) -> str:
+    measures: dict[str, Callable[[Cell], str]] = {
         "initial NMSE": lambda row: f"{row['initial_nmse']:.3f}",
         "NMSE": lambda row: f"{row['nmse']:.4f}",
         "dead": lambda row: f"{row['dead_fraction']:.2%}",
     }
-    lines = ["| " + " | ".join([*keys, *measures]) + " |", "|" + "---|" * len(keys) + "---:|" * len(measures)]
-    for row in rows:
-        cells = [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in keys] + [
-            measure(row) for measure in measures.values()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
+        + [measure(row) for measure in measures.values()]
+        for row in rows
+    ]
+    return markdown_table([*keys, *measures], cells, align="l" * len(keys) + "r" * len(measures))
 
 
-def effects(rows: list[Row]) -> str:
+def effects(rows: list[Cell]) -> str:
     """Each factor's mean over all cells that share its value: NMSE and dead features."""
-    lines = ["| factor | value | mean NMSE | mean dead |", "|---|---|---:|---:|"]
+    cells = []
     for factor in ("subspace", "norm", "center", "optimizer"):
         for value in dict.fromkeys(row[factor] for row in rows):
             group = [row for row in rows if row[factor] == value]
             nmse = sum(row["nmse"] for row in group) / len(group)
             dead = sum(row["dead_fraction"] for row in group) / len(group)
-            lines.append(f"| {factor} | {value} | {nmse:.4f} | {dead:.2%} |")
-    return "\n".join(lines)
+            cells.append((factor, str(value), f"{nmse:.4f}", f"{dead:.2%}"))
+    return markdown_table(["factor", "value", "mean NMSE", "mean dead"], cells, align="llrr")
 
 
-def reading(rows: list[Row]) -> str:
+def reading(rows: list[Cell]) -> str:
     """What changes when one factor alone moves away from the defaults (optimizer: sparse_adam)."""
     defaults = {name: BASE[name] for name in ("subspace", "norm", "center", "optimizer")}
 
-    def cell(**changes: Any) -> str:
-        wanted = {**defaults, **changes}
-        row = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    def cell(**changes: float | str) -> str:
+        settings = {**defaults, **changes}
+        row = next(row for row in rows if all(row[key] == value for key, value in settings.items()))
         return f"NMSE {row['nmse']:.3f}, {row['dead_fraction']:.1%} dead"
 
     lines = [
@@ -76,7 +73,7 @@ def reading(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def d_init_figure(rows: list[Row]) -> Figure:
+def d_init_figure(rows: list[Cell]) -> Figure:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     left = figure.add_subplot()
     right = left.twinx()

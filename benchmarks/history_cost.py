@@ -26,11 +26,11 @@ def low_rank_batches() -> Iterator[Tensor]:
         yield torch.randn(BATCH, 128) @ basis + 0.1 * torch.randn(BATCH, D_IN) + 1
 
 
-def timed(owner: type[Any], seconds: list[float]) -> Callable[[], None]:
+def timed(owner: type[SAETrainer], seconds: list[float]) -> Callable[[], None]:
     """Time ``owner.step`` from now on; returns what puts the method back."""
     stock = vars(owner)["step"]
 
-    def step(self: Any, batch: Tensor) -> Any:
+    def step(self: SAETrainer, batch: Tensor) -> object:
         start = time.perf_counter()
         output = stock(self, batch)
         seconds.append(time.perf_counter() - start)

@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
+from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.lorsa import (
     CachedSequences,
     Lorsa,
@@ -36,6 +38,8 @@ from saelens_asi.lorsa.attention import AttentionTarget
 from saelens_asi.lorsa.sparse_features import decode
 from saelens_asi.lorsa.training import make_optimizer
 from tests.helpers.hooked import load_hooked_transformer
+
+Result = TypeVar("Result")
 
 LAYER = 15
 CONTEXT = 128
@@ -102,9 +106,7 @@ def make(cell: Cell, target: AttentionTarget) -> Lorsa:
     return Lorsa.from_target(target, n_ov_heads=cell["n_ov_heads"], k=cell["k"], n_ctx=CONTEXT)
 
 
-def run_cell(
-    cell: Cell, target: AttentionTarget, training: CachedSequences, held_out: CachedSequences
-) -> dict[str, Any]:
+def run_cell(cell: Cell, target: AttentionTarget, training: CachedSequences, held_out: CachedSequences) -> Cell:
     lorsa = make(cell, target)
     names = ("method", "norm", "center", "d_init", "balance", "value_share", "seed")
     done = initialize_lorsa_(lorsa, target, batches(training, 8), LorsaInit(**{name: cell[name] for name in names}))
@@ -142,7 +144,7 @@ def measure_step(target: AttentionTarget, training: CachedSequences, repeats: in
     x, y = training.batch(torch.arange(cell["batch_size"]))
     seconds: dict[str, list[float]] = {}
 
-    def timed(name: str, function: Any) -> Any:
+    def timed(name: str, function: Callable[[], Result]) -> Result:
         start = time.perf_counter()
         out = function()
         seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -157,7 +159,7 @@ def measure_step(target: AttentionTarget, training: CachedSequences, repeats: in
     return {name: round(1000 * sorted(values)[len(values) // 2], 1) for name, values in seconds.items()}
 
 
-def _floor(lorsa: Lorsa, x: Tensor, timed: Any) -> None:
+def _floor(lorsa: Lorsa, x: Tensor, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
     flat, grad_rows = x.flatten(0, 1), torch.randn(x.shape[0] * x.shape[1], lorsa.cfg.n_ov_heads)
     with torch.no_grad():
         q, k = timed("floor: queries and keys", lambda: lorsa.queries_and_keys(x))
@@ -183,24 +185,31 @@ def report(folder: Path) -> str:
     rows = [json.loads(line) for line in (folder / "lorsa.jsonl").read_text().splitlines()]
     rows.sort(key=lambda row: (list(STARTS).index(row["name"]), row["optimizer"]))
     vanilla = next(row for row in rows if row["name"] == VANILLA and row["optimizer"] == "adam")
-    lines = [
-        "| start | optimizer | dead | of vanilla | normalized MSE | of vanilla | at the start | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['name']} | {row['optimizer']} | {row['dead_fraction']:.2%} | "
-            f"{row['dead_fraction'] / vanilla['dead_fraction']:.2f} | {row['nmse']:.4f} | "
-            f"{row['nmse'] / vanilla['nmse']:.2f} | {row['initial_nmse']:.3f} | {row['seconds']:.0f} |"
+    columns = ["start", "optimizer", "dead", "of vanilla", "normalized MSE", "of vanilla", "at the start", "seconds"]
+    cells = [
+        (
+            row["name"],
+            row["optimizer"],
+            f"{row['dead_fraction']:.2%}",
+            f"{row['dead_fraction'] / vanilla['dead_fraction']:.2f}",
+            f"{row['nmse']:.4f}",
+            f"{row['nmse'] / vanilla['nmse']:.2f}",
+            f"{row['initial_nmse']:.3f}",
+            f"{row['seconds']:.0f}",
         )
-    if (folder / "lorsa_step.json").exists():
-        step = json.loads((folder / "lorsa_step.json").read_text())
-        floor = sum(value for name, value in step.items() if name.startswith("floor"))
-        ours = sum(step[name] for name in ("forward", "backward", "optimizer"))
-        lines += ["", "| part of a step (1,024 positions) | milliseconds |", "|---|---:|"]
-        lines += [f"| {name} | {value:.0f} |" for name, value in step.items()]
-        lines += [f"| sum of the floor | {floor:.0f} |", f"| the step over its floor | {ours / floor:.2f} |"]
-    return "\n".join(lines)
+        for row in rows
+    ]
+    table = markdown_table(columns, cells, align="llrrrrrr")
+    steps = folder / "lorsa_step.json"
+    return table if not steps.exists() else f"{table}\n\n{_step_table(json.loads(steps.read_text()))}"
+
+
+def _step_table(milliseconds: dict[str, float]) -> str:
+    floor = sum(value for name, value in milliseconds.items() if name.startswith("floor"))
+    step = sum(milliseconds[name] for name in ("forward", "backward", "optimizer"))
+    cells = [(name, f"{value:.0f}") for name, value in milliseconds.items()]
+    cells += [("sum of the floor", f"{floor:.0f}"), ("the step over its floor", f"{step / floor:.2f}")]
+    return markdown_table(["part of a step (1,024 positions)", "milliseconds"], cells, align="lr")
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ The first table is an embedding of 500,000 rows of 128 numbers with COO gradient
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, float]:
+def interleaved(steps: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, float]:
     """Median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(warm_up + repeats):
@@ -78,11 +79,12 @@ def architecture(name: str, d_sae: int, batch: int, repeats: int) -> dict[str, f
         )
         trainer, data = SAETrainer(cfg, sae, iter(())), itertools.cycle(supply.split(batch))
 
-        def step(trainer: Any = trainer, data: Any = data) -> None:
-            trainer.step(next(data))
-
-        steps[optimizer] = step
+        steps[optimizer] = functools.partial(_step, trainer, data)
     return interleaved(steps, repeats)
+
+
+def _step(trainer: SAETrainer, data: Iterator[torch.Tensor]) -> None:
+    trainer.step(next(data))
 
 
 def main() -> None:

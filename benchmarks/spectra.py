@@ -30,7 +30,7 @@ HOOKS = [f"blocks.*.{name}" for name in ("hook_attn_out", "hook_mlp_out", "hook_
 WINDOWS, CONTEXT = 8, 256
 
 
-def in_turn(repeats: int, *functions: Callable[[], Any]) -> list[list[float]]:
+def in_turn(repeats: int, *functions: Callable[[], object]) -> list[list[float]]:
     """Seconds of each function, called in turn, after one call each that does not count."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):

@@ -26,6 +26,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from benchmarks.ablation import activations
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
+from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.plugin import topk_pass as sparse_topk
 from saelens_asi.sparse import kernels
 from saelens_asi.sparse import screens as screening
@@ -46,7 +48,7 @@ from saelens_asi.sparse.screens import AdaptiveScreen
 
 RESULTS = Path(__file__).parent / "results"
 LR = 3e-4
-Step = Callable[[Tensor], Any]
+Step = Callable[[Tensor], object]
 
 
 def batches(args: argparse.Namespace) -> list[Tensor]:
@@ -59,7 +61,7 @@ def batches(args: argparse.Namespace) -> list[Tensor]:
     return [batch.to(args.device) for batch in data.split(args.batch) if len(batch) == args.batch]
 
 
-def make_trainer(args: argparse.Namespace, data: list[Tensor], **flags: Any) -> Any:
+def make_trainer(args: argparse.Namespace, data: list[Tensor], **flags: Any) -> SAETrainer:
     """A trainer as SAELens makes it, around weights from Active Subspace Initialization."""
     torch.manual_seed(0)
     d_in = data[0].shape[1]
@@ -180,39 +182,47 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
     """
     gc.collect()  # of trainers that were measured before
     trainer = make_trainer(args, data, optimizer="sparse_adam")
+    parts = (
+        (sparse_topk, "_encode", "encoder and top-k"),
+        (AdaptiveScreen, "rows_changed", "screen of the rows that moved"),
+        (Activations, "decode", "decoding"),
+        (sparse_topk, "topk_gradients", "gradients of the rows"),
+        (sparse_topk, "_losses_and_gradients", "losses and their gradients"),
+        (TopKGradients, "norm", "norm for clipping"),
+        (trainer.optimizer, "step", "SparseAdam"),
+        (trainer, "_train_step", "whole step"),
+    )
     totals: dict[str, float] = defaultdict(float)
-
-    def timed(owner: Any, name: str, part: str) -> None:
-        function = getattr(owner, name)
-
-        def call(*positional: Any, **named: Any) -> Any:
-            synchronize(args)
-            start = time.perf_counter()
-            result = function(*positional, **named)
-            synchronize(args)
-            totals[part] += time.perf_counter() - start
-            return result
-
-        setattr(owner, name, call)
-
-    timed(sparse_topk, "_encode", "encoder and top-k")
-    timed(AdaptiveScreen, "rows_changed", "screen of the rows that moved")
-    timed(Activations, "decode", "decoding")
-    timed(sparse_topk, "topk_gradients", "gradients of the rows")
-    timed(sparse_topk, "_losses_and_gradients", "losses and their gradients")
-    timed(TopKGradients, "norm", "norm for clipping")
-    timed(trainer.optimizer, "step", "SparseAdam")
-    timed(trainer, "_train_step", "whole step")
     runs: dict[str, list[float]] = defaultdict(list)
-    for i, x in zip(range(args.warm_up + args.repeats), itertools.cycle(data), strict=False):
-        totals.clear()
-        trainer.step(x)
-        if i >= args.warm_up:
-            whole = totals.pop("whole step")
-            rest = whole - sum(totals.values())
-            for part, seconds in {**totals, "everything else": rest, "whole step": whole}.items():
-                runs[part].append(seconds)
+    with ExitStack() as stack:
+        for owner, name, part in parts:
+            call = _timed(args, getattr(owner, name), part, totals)
+            stack.enter_context(mock.patch.object(owner, name, call))
+        for i, x in zip(range(args.warm_up + args.repeats), itertools.cycle(data), strict=False):
+            totals.clear()
+            trainer.step(x)
+            if i >= args.warm_up:
+                whole = totals.pop("whole step")
+                rest = whole - sum(totals.values())
+                for part, seconds in {**totals, "everything else": rest, "whole step": whole}.items():
+                    runs[part].append(seconds)
     return {part: statistics.median(seconds) for part, seconds in runs.items()}
+
+
+def _timed(
+    args: argparse.Namespace, function: Callable[..., Any], part: str, totals: dict[str, float]
+) -> Callable[..., Any]:
+    """The function, and the seconds of its calls added up in ``totals``."""
+
+    def call(*positional: Any, **named: Any) -> Any:
+        synchronize(args)
+        start = time.perf_counter()
+        result = function(*positional, **named)
+        synchronize(args)
+        totals[part] += time.perf_counter() - start
+        return result
+
+    return call
 
 
 def machine() -> dict[str, Any]:
@@ -233,17 +243,20 @@ def _cpu_info() -> list[str]:
 def report(result: dict[str, Any]) -> str:
     medians = {side: statistics.median(seconds) for side, seconds in result["seconds"].items()}
     sizes = ", ".join(f"{name} = {result[name]:,}" for name in ("d_in", "d_sae", "k", "batch"))
-    lines = [f"{sizes}; {result['activations']} activations", "", "| side | s a step | x floor | GiB |"]
-    lines.append("|---|---|---|---|")
+    cells = []
     for side, seconds in medians.items():
         ratio = f"{seconds / medians['floor']:.2f}" if "floor" in medians else ""
         memory = result["bytes"].get(side)
-        lines.append(f"| {side} | {seconds:.3f} | {ratio} | {'' if memory is None else f'{memory / 2**30:.2f}'} |")
+        cells.append((side, f"{seconds:.3f}", ratio, "" if memory is None else f"{memory / 2**30:.2f}"))
+    sections = [
+        f"{sizes}; {result['activations']} activations",
+        markdown_table(["side", "s a step", "x floor", "GiB"], cells, align="llll"),
+    ]
     for kind, of in (("parts", "our step"), ("parts_without_screen", "our step with the whole product")):
-        lines += ["", f"| part of {of} | s | share |", "|---|---|---|"]
         whole = result[kind].get("whole step", 1.0)
-        lines += [f"| {part} | {seconds:.3f} | {seconds / whole:.1%} |" for part, seconds in result[kind].items()]
-    return "\n".join(lines)
+        cells = [(part, f"{seconds:.3f}", f"{seconds / whole:.1%}") for part, seconds in result[kind].items()]
+        sections.append(markdown_table([f"part of {of}", "s", "share"], cells, align="lll"))
+    return "\n\n".join(sections)
 
 
 def main() -> None:

@@ -15,16 +15,30 @@ import json
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import torch
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
 from benchmarks.ablation import activations
 from benchmarks.train_step import LR, RESULTS, machine, make_trainer
 
 
-def dense_selection(sae: Any, x: Tensor, k: int) -> tuple[Tensor, float]:
+class CheckedStep(TypedDict):
+    """A step that was compared with the whole product: seconds, features, and which screen chose them."""
+
+    step: int
+    floor_s: float
+    step_s: float
+    screen: int | str | None
+    differing_features: int
+    active_share: float
+    loss: float
+
+
+def dense_selection(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, float]:
     """(batch, k) features by the whole product, and the seconds that product and top-k took."""
     with torch.no_grad():
         W_enc, b_enc, shifted = sae.W_enc.detach(), sae.b_enc.detach(), x - sae.b_dec
@@ -37,11 +51,42 @@ def dense_selection(sae: Any, x: Tensor, k: int) -> tuple[Tensor, float]:
         return features.sort(dim=1).values, seconds
 
 
-def differing(output: Any, expected: Tensor) -> int:
+def differing(output: TrainStepOutput, expected: Tensor) -> int:
     """Selected features that the dense selection has not."""
     acts = output.feature_acts.coalesce()
     tokens, features = acts.indices()
     return int((expected[tokens] != features[:, None]).all(dim=1).sum())
+
+
+def measure(args: argparse.Namespace) -> tuple[list[CheckedStep], list[float]]:
+    """The steps that were compared with the floor, and the seconds of all steps."""
+    data = [batch for batch in activations(300_000, 80_000)[0].split(args.batch) if len(batch) == args.batch]
+    trainer = make_trainer(args, data, optimizer="sparse_adam")
+    rows: list[CheckedStep] = []
+    seconds: list[float] = []
+    since = 0
+    for i in range(args.steps):
+        x = data[i % len(data)]
+        expected, floor = dense_selection(trainer.sae, x, args.k) if i % 10 == 5 else (None, 0.0)
+        start = time.perf_counter()
+        output = trainer.step(x)
+        seconds.append(time.perf_counter() - start)
+        trainer.n_training_steps += 1
+        if expected is not None:
+            screen = trainer._screen.screen
+            row: CheckedStep = {
+                "step": i,
+                "floor_s": floor,
+                "step_s": sum(seconds[since:]) / (len(seconds) - since),  # all since the last row, its own included
+                "screen": None if screen is None else getattr(screen, "rank", "8 bits"),
+                "differing_features": differing(output, expected),
+                "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
+                "loss": float(output.loss),
+            }
+            since = len(seconds)
+            rows.append(row)
+            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    return rows, seconds
 
 
 def main() -> None:
@@ -53,46 +98,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.device, args.autocast = "cpu", False
-    data = [batch for batch in activations(300_000, 80_000)[0].split(args.batch) if len(batch) == args.batch]
-    trainer = make_trainer(args, data, optimizer="sparse_adam")
-    rows, steps, since = [], [], 0
-    for i in range(args.steps):
-        x = data[i % len(data)]
-        check = i % 10 == 5
-        expected, floor = dense_selection(trainer.sae, x, args.k) if check else (None, 0.0)
-        start = time.perf_counter()
-        output = trainer.step(x)
-        steps.append(time.perf_counter() - start)
-        trainer.n_training_steps += 1
-        if expected is not None:
-            screen = trainer._screen.screen
-            row = {
-                "step": i,
-                "floor_s": floor,
-                "step_s": sum(steps[since:]) / (len(steps) - since),  # all steps since the last row, its own included
-                "screen": None if screen is None else getattr(screen, "rank", "8 bits"),
-                "differing_features": differing(output, expected),
-                "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
-                "loss": float(output.loss),
-            }
-            since = len(steps)
-            rows.append(row)
-            print(
-                " ".join(
-                    f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-                    for name, value in row.items()
-                )
-            )
+    rows, seconds = measure(args)
     floor = median(row["floor_s"] for row in rows)
+    a_step = sum(seconds[5:]) / len(seconds[5:])
     summary = {
         "d_sae": args.d_sae,
         "batch": args.batch,
         "k": args.k,
         "lr": LR,
         "steps": args.steps,
-        "seconds_a_step": sum(steps[5:]) / len(steps[5:]),
+        "seconds_a_step": a_step,
         "floor_s": floor,
-        "times_the_floor": sum(steps[5:]) / len(steps[5:]) / floor,
+        "times_the_floor": a_step / floor,
         "differing_features": sum(row["differing_features"] for row in rows),
         "compared_features": len(rows) * args.batch * args.k,
         "machine": machine(),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_asi.sweep import Cell, read_sweep
-from saelens_asi.sweep.results import best_rates
+import pandas as pd
+
+from saelens_asi.sweep import read_sweep
+from saelens_asi.sweep.cells import SweepRow
+from saelens_asi.sweep.results import best_rates, settings_but_rate
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 ALIVE = 0.05
 
 HOLDS, PARTLY, FAILS = "holds", "partly", "does not hold here"
-Row = Mapping[str, Any]
+
+# A line of a results file that is no sweep's: names to numbers and words.
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,13 @@ class Claim:
     command: str
 
 
-class Evidence:
+class ResultFiles:
     """The result files, as tables."""
 
     def __init__(self, results: Path = RESULTS) -> None:
-        with (results / "spectra.csv").open() as file:
-            self.spectra = [
-                {name: float(value) if name not in ("hook", "kind") else value for name, value in row.items() if value}
-                for row in csv.DictReader(file)
-            ]
+        # Without round_trip pandas reads some floats with another last digit.
+        spectra = pd.read_csv(results / "spectra.csv", float_precision="round_trip")
+        self.spectra: list[Record] = spectra.to_dict("records")
         self.losses = json.loads((results / "spectra_losses.json").read_text())
         self.lorsa = _lines(results / "lorsa.jsonl")
         self.factors = _lines(results / "factors.jsonl")
@@ -64,9 +66,9 @@ class Evidence:
         self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
 
-    def cells(self, sweep: str, **settings: Any) -> list[Row]:
+    def cells(self, sweep: str, **settings: object) -> list[SweepRow]:
         """Rows of a sweep with these settings, each at its chosen learning rate."""
-        rows = [row for row in self.sweeps[sweep] if all(row[name] == value for name, value in settings.items())]
+        rows = [row for row in self.sweeps[sweep] if all(row.get(name) == value for name, value in settings.items())]
         if not rows:
             raise ValueError(f"results/claims/{sweep} holds no cell with {settings}: run make claims")
         return chosen_rates(rows)
@@ -76,7 +78,7 @@ class Evidence:
         return sum(values) / len(values)
 
 
-def chosen_rates(rows: Iterable[Row]) -> list[Row]:
+def chosen_rates(rows: Iterable[SweepRow]) -> list[SweepRow]:
     """Of rows that differ in rate and seed alone, those with the rate of the lowest error.
 
     Of ASI's, rates that leave under 5 % of the features dead go first, if there are any: a high rate can buy a lower
@@ -84,29 +86,12 @@ def chosen_rates(rows: Iterable[Row]) -> list[Row]:
     """
     rows = list(rows)
     alive = best_rates(row for row in rows if row["method"].startswith("asi") and row["dead_fraction"] < ALIVE)
-    served = {_but_for_the_rate(row) for row in alive}
-    return alive + best_rates(row for row in rows if _but_for_the_rate(row) not in served)
+    chosen = {settings_but_rate(row) for row in alive}
+    return alive + best_rates(row for row in rows if settings_but_rate(row) not in chosen)
 
 
-def _but_for_the_rate(row: Row) -> tuple[Any, ...]:
-    return row["hook_name"], *(row[field.name] for field in fields(Cell) if field.name not in ("lr", "seed"))
-
-
-def _lines(path: Path) -> list[Row]:
+def _lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def mean(rows: Iterable[Row], name: str) -> float:
-    values = [row[name] for row in rows]
-    return sum(values) / len(values)
-
-
-def spread(rows: Sequence[Row], name: str, form: str) -> str:
-    """Mean, and the range over seeds where there are several."""
-    values = [row[name] for row in rows]
-    low, high = form.format(min(values)), form.format(max(values))
-    middle = form.format(sum(values) / len(values))
-    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def verdict(*conditions: bool) -> str:

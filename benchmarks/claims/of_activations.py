@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.evidence import Claim, Evidence, mean, verdict
+from benchmarks.claims.evidence import Claim, ResultFiles, verdict
 from saelens_asi.evaluation.results import rank_correlation
+from saelens_asi.sweep.results import mean_of
 
 SPECTRA = "make spectra"
 
 
-def low_rank(e: Evidence) -> Claim:
+def low_rank(e: ResultFiles) -> Claim:
     shares = {k: e.spectrum_mean(k, "effective_rank_share") for k in ("attn_out", "mlp_out", "resid_post", "hook_z")}
     dims = {kind: e.spectrum_mean(kind, "dimension_99_share") for kind in shares}
     text = "; ".join(f"{kind} {shares[kind]:.0%} ({dims[kind]:.0%})" for kind in shares)
@@ -24,7 +25,7 @@ def low_rank(e: Evidence) -> Claim:
     )
 
 
-def decay(e: Evidence) -> Claim:
+def decay(e: ResultFiles) -> Claim:
     above = {
         row["kind"]: row["above_5_percent"] / row["width"]
         for row in e.spectra
@@ -40,7 +41,7 @@ def decay(e: Evidence) -> Claim:
     )
 
 
-def components(e: Evidence) -> Claim:
+def components(e: ResultFiles) -> Claim:
     needed = {}
     for name, losses in e.losses.items():
         if name == "key":
@@ -59,14 +60,14 @@ def components(e: Evidence) -> Claim:
     )
 
 
-def output_weights(e: Evidence) -> Claim:
+def output_weights(e: ResultFiles) -> Claim:
     rows = [(z["effective_rank_share"], o["effective_rank_share"]) for z in e.spectra for o in e.spectra
             if (z["kind"], o["kind"]) == ("hook_z", "attn_out") and z["layer"] == o["layer"]]  # fmt: skip
     lower = sum(o < z for z, o in rows)
     return Claim(
         "It is W_O that makes them so: Z is of higher rank than O = Z W_O",
         "the tail of O falls through W_O",
-        f"Z {mean([{'z': z} for z, _ in rows], 'z'):.0%} of d, O {mean([{'o': o} for _, o in rows], 'o'):.0%}; "
+        f"Z {sum(z for z, _ in rows) / len(rows):.0%} of d, O {sum(o for _, o in rows) / len(rows):.0%}; "
         f"O below Z in {lower} of {len(rows)} layers",
         verdict(lower == len(rows)),
         f"{len(rows)} layers",
@@ -74,7 +75,7 @@ def output_weights(e: Evidence) -> Claim:
     )
 
 
-def dead_follows_rank(e: Evidence) -> Claim:
+def dead_follows_rank(e: ResultFiles) -> Claim:
     rows = e.cells("hooks")
     by_seed = [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
     rhos = [
@@ -82,7 +83,7 @@ def dead_follows_rank(e: Evidence) -> Claim:
         for some in by_seed
     ]
     by_kind = {
-        kind: mean([row for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
+        kind: mean_of([row for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
         for kind in ("attn_out", "mlp_out", "resid_post")
     }
     return Claim(

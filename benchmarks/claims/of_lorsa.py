@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.evidence import Claim, Evidence, Row, verdict
+from benchmarks.claims.evidence import Claim, Record, ResultFiles, verdict
 
 
-def change(before: Row, after: Row) -> str:
+def change(before: Record, after: Record) -> str:
     """Dead features and error of two runs."""
     dead = f"{before['dead_fraction']:.1%} to {after['dead_fraction']:.1%}"
     return f"{dead} dead, NMSE {before['nmse']:.3f} to {after['nmse']:.3f}"
 
 
-def lorsa(e: Evidence) -> Claim:
+def lorsa(e: ResultFiles) -> Claim:
     rows = {row["name"]: row for row in e.lorsa if row["optimizer"] == "adam"}
     random, paper = rows["random (vanilla)"], rows["ASI on W_O (the paper's)"]
     return Claim(
@@ -24,7 +24,7 @@ def lorsa(e: Evidence) -> Claim:
     )
 
 
-def lorsa_tied(e: Evidence) -> Claim:
+def lorsa_tied(e: ResultFiles) -> Claim:
     rows = {(row["name"], row["optimizer"]): row for row in e.lorsa}
     random = rows["random (vanilla)", "adam"]
     tied = rows["tied per head, values 16 times as long", "sparse_adam"]
@@ -38,7 +38,7 @@ def lorsa_tied(e: Evidence) -> Claim:
     )
 
 
-def three_ingredients(e: Evidence) -> Claim:
+def three_ingredients(e: ResultFiles) -> Claim:
     def one(**changes: object) -> tuple[float, float]:
         base = {"subspace": "active", "norm": "least_squares", "center": "mean", "optimizer": "sparse_adam", **changes}
         (row,) = (row for row in e.factors if all(row[name] == value for name, value in base.items()))
@@ -56,7 +56,7 @@ def three_ingredients(e: Evidence) -> Claim:
     )
 
 
-def per_row_steps(e: Evidence) -> Claim:
+def per_row_steps(e: ResultFiles) -> Claim:
     pairs = {}
     for row in e.bias:
         pairs.setdefault((row["center"], row["seed"]), {})[row["bias_correction"]] = row

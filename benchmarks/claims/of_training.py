@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
-from benchmarks.claims.evidence import Claim, Evidence, Row, mean, spread, verdict
+from benchmarks.claims.evidence import Claim, ResultFiles, verdict
 from saelens_asi.sweep import fit_power_law
-from saelens_asi.sweep.cells import TITLES
-from saelens_asi.sweep.results import best_rates
+from saelens_asi.sweep.cells import METHOD_TITLES, SweepRow
+from saelens_asi.sweep.results import best_rates, grouped, mean_of, spread
 
 OURS = "asi_sparse_adam"
 SWEEPS = "make claims"
@@ -16,12 +17,10 @@ SWEEPS = "make claims"
 _NORM_OF_BATCH = 0.31
 
 
-def active_against_random(e: Evidence) -> Claim:
-    cells = {(row["subspace"], row["d_init"]): [] for row in e.sweeps["d_init"]}
-    for row in e.sweeps["d_init"]:
-        cells[row["subspace"], row["d_init"]].append(row)
+def active_against_random(e: ResultFiles) -> Claim:
+    cells = grouped(e.sweeps["d_init"], itemgetter("subspace", "d_init"))
     best = {
-        subspace: min((rows for (s, _), rows in cells.items() if s == subspace), key=lambda rows: mean(rows, "nmse"))
+        subspace: min((rows for (s, _), rows in cells.items() if s == subspace), key=lambda rows: mean_of(rows, "nmse"))
         for subspace in ("active", "random", "full")
     }
     text = "; ".join(
@@ -29,24 +28,26 @@ def active_against_random(e: Evidence) -> Claim:
         f"{spread(rows, 'nmse', '{:.3f}')}, dead {spread(rows, 'dead_fraction', '{:.1%}')}"
         for subspace, rows in best.items()
     )
-    wins = [mean(cells["active", d], "nmse") < mean(cells["random", d], "nmse") for s, d in cells if s == "random"]
+    sizes = [d_init for subspace, d_init in cells if subspace == "random"]
+    wins = [mean_of(cells["active", d], "nmse") < mean_of(cells["random", d], "nmse") for d in sizes]
     return Claim(
         "The active subspace helps, a random one of the same size does not (each at its best d_init; centre, norm and "
         "SparseAdam are the same for all)",
         "random subspaces do not help",
         f"{text}; active below random at {sum(wins)} of {len(wins)} sizes",
-        verdict(all(wins), mean(best["random"], "nmse") >= 0.99 * mean(best["full"], "nmse")),
+        verdict(all(wins), mean_of(best["random"], "nmse") >= 0.99 * mean_of(best["full"], "nmse")),
         seeds(best["active"]),
         SWEEPS,
     )
 
 
-def plateau(e: Evidence) -> Claim:
+def plateau(e: ResultFiles) -> Claim:
     rows = [row for row in e.sweeps["d_init"] if row["subspace"] == "active"]
-    errors = {d: mean([row for row in rows if row["d_init"] == d], "nmse") for d in sorted({r["d_init"] for r in rows})}
+    by_size = dict(sorted(grouped(rows, itemgetter("d_init")).items()))
+    errors = {d: mean_of(some, "nmse") for d, some in by_size.items()}
     low = min(errors.values())
     near = [d for d, error in errors.items() if error <= 1.05 * low]
-    alive = [d for d in errors if mean([row for row in rows if row["d_init"] == d], "dead_fraction") < 0.05]
+    alive = [d for d, some in by_size.items() if mean_of(some, "dead_fraction") < 0.05]
     return Claim(
         "d_init has a wide plateau",
         "6 % to 50 % of d",
@@ -58,10 +59,10 @@ def plateau(e: Evidence) -> Claim:
     )
 
 
-def equal_size(e: Evidence) -> Claim:
+def equal_size(e: ResultFiles) -> Claim:
     rows = {method: e.cells("d_sae", method=method, d_sae=8192) for method in ("topk", "auxk", "asi", OURS)}
     text = "; ".join(
-        f"{TITLES[method]}: {spread(group, 'nmse', '{:.3f}')}, {spread(group, 'dead_fraction', '{:.1%}')} dead"
+        f"{METHOD_TITLES[method]}: {spread(group, 'nmse', '{:.3f}')}, {spread(group, 'dead_fraction', '{:.1%}')} dead"
         for method, group in rows.items()
     )
     ours = max(row["nmse"] for row in rows["asi"])
@@ -75,13 +76,13 @@ def equal_size(e: Evidence) -> Claim:
     )
 
 
-def frontier(e: Evidence) -> Claim:
+def frontier(e: ResultFiles) -> Claim:
     levels = sorted({row["k"] for row in e.sweeps["frontier"]})
     wins, parts, groups = [], [], []
     for k in levels:
         cells = {m: e.cells("frontier", method=m, k=k) for m in ("topk", "auxk", OURS)}
         groups += cells.values()
-        wins.append(mean(cells[OURS], "nmse") < min(mean(cells[m], "nmse") for m in ("topk", "auxk")))
+        wins.append(mean_of(cells[OURS], "nmse") < min(mean_of(cells[m], "nmse") for m in ("topk", "auxk")))
         free = best_rates(row for row in e.sweeps["frontier"] if (row["method"], row["k"]) == (OURS, k))
         parts.append(
             f"k = {k}: {brief(cells[OURS])}, and {brief(free)} at the rate of the lowest error, against "
@@ -97,7 +98,7 @@ def frontier(e: Evidence) -> Claim:
     )
 
 
-def half_size(e: Evidence) -> Claim:
+def half_size(e: ResultFiles) -> Claim:
     sizes = sorted({row["d_sae"] for row in e.sweeps["d_sae"] if row["method"] == "auxk"})
     wins, parts, groups = [], [], []
     for size in sizes:
@@ -105,7 +106,7 @@ def half_size(e: Evidence) -> Claim:
             cells = e.cells("d_sae", method=OURS, d_sae=size)
             larger = {m: e.cells("d_sae", method=m, d_sae=2 * size) for m in ("topk", "auxk")}
             groups += [cells, *larger.values()]
-            ours, double = mean(cells, "nmse"), {m: mean(rows, "nmse") for m, rows in larger.items()}
+            ours, double = mean_of(cells, "nmse"), {m: mean_of(rows, "nmse") for m, rows in larger.items()}
             wins.append(ours < min(double.values()))
             parts.append(f"{size:,}: {ours:.3f} against {double['topk']:.3f} and {double['auxk']:.3f} at {2 * size:,}")
     return Claim(
@@ -118,40 +119,40 @@ def half_size(e: Evidence) -> Claim:
     )
 
 
-def largest(e: Evidence) -> Claim:
+def largest(e: ResultFiles) -> Claim:
     size = max(row["d_sae"] for row in e.sweeps["d_sae"] if row["method"] == OURS)
     ours = e.cells("d_sae", method=OURS, d_sae=size)
     return Claim(
         "ASI + SparseAdam: below 1 % dead at the largest size",
         "below 1 % of 1M features (expansion 256), from 87 %",
         f"{size:,} features (expansion {size / 576:.0f}): {dead_of(ours)}",
-        verdict(mean(ours, "silent_fraction") < 0.01),
+        verdict(mean_of(ours, "silent_fraction") < 0.01),
         seeds(ours),
         SWEEPS,
     )
 
 
-def goal(e: Evidence) -> Claim:
+def goal(e: ResultFiles) -> Claim:
     size = 65_536
     ours, stock = (e.cells("d_sae", d_sae=size, **how) for how in ({"method": OURS}, {"norm": "decoder_init_norm"}))
     others = {(m, s): e.cells("d_sae", method=m, d_sae=s) for s in (size, 2 * size) for m in ("topk", "auxk")}
     seconds = e.steps["seconds"]
     text = [
-        f"{TITLES[m]} {s:,}: {mean(rows, 'nmse'):.3f}, {mean(rows, 'dead_fraction'):.1%} dead, "
+        f"{METHOD_TITLES[m]} {s:,}: {mean_of(rows, 'nmse'):.3f}, {mean_of(rows, 'dead_fraction'):.1%} dead, "
         f"{seconds[f'{m} {s}']:.2f} s a step"
         for (m, s), rows in others.items()
     ]
-    error, step, finished = mean(ours, "nmse"), seconds[f"{OURS} {size}"], e.evaluations["finished"]
+    error, step, finished = mean_of(ours, "nmse"), seconds[f"{OURS} {size}"], e.evaluations["finished"]
     return Claim(
         f"At expansion {size / 576:.0f}: under 1 % dead where SAELens's own settings leave most features dead, a lower "
         "error than TopK and AuxK at the same and at twice the size, in less time",
         "ours (goal)",
         f"ASI + SparseAdam {size:,}: {error:.3f}, {dead_of(ours)}, "
         f"{finished['dead_fraction']:.2%} of the finished SAE on all {finished['n_tokens']:,} tokens of the text, "
-        f"{step:.2f} s a step; SAELens's settings: {mean(stock, 'nmse'):.3f}, {dead_of(stock)}; {'; '.join(text)}",
+        f"{step:.2f} s a step; SAELens's settings: {mean_of(stock, 'nmse'):.3f}, {dead_of(stock)}; {'; '.join(text)}",
         verdict(
-            max(mean(ours, "silent_fraction"), finished["dead_fraction"]) < 0.01,
-            all(error < mean(rows, "nmse") for rows in others.values()),
+            max(mean_of(ours, "silent_fraction"), finished["dead_fraction"]) < 0.01,
+            all(error < mean_of(rows, "nmse") for rows in others.values()),
             all(step < seconds[f"{m} {s}"] for m, s in others),
         ),
         seeds(ours),
@@ -159,7 +160,7 @@ def goal(e: Evidence) -> Claim:
     )
 
 
-def sparse_adam_at_scale(e: Evidence) -> Claim:
+def sparse_adam_at_scale(e: ResultFiles) -> Claim:
     large = [row for row in e.sweeps["d_sae"] if row["method"] == "asi"]
     size = max(row["d_sae"] for row in large)
     (rate,) = {row["lr"] for row in large if row["d_sae"] == size}
@@ -167,8 +168,8 @@ def sparse_adam_at_scale(e: Evidence) -> Claim:
     paper_size = max(row["d_sae"] for row in e.sweeps["paper"])
     paper = [e.cells("paper", method=m, d_sae=paper_size) for m in ("asi_paper", "asi_paper_sparse_adam")]
     text = [
-        f"{name}: {mean(a, 'dead_fraction'):.1%} dead to {mean(b, 'dead_fraction'):.1%}, "
-        f"NMSE {mean(a, 'nmse'):.4f} to {mean(b, 'nmse'):.4f}"
+        f"{name}: {mean_of(a, 'dead_fraction'):.1%} dead to {mean_of(b, 'dead_fraction'):.1%}, "
+        f"NMSE {mean_of(a, 'nmse'):.4f} to {mean_of(b, 'nmse'):.4f}"
         for name, (a, b) in ((f"our defaults, {size:,}", pair), (f"the paper's start, {paper_size:,}", paper))
     ]
     return Claim(
@@ -176,15 +177,15 @@ def sparse_adam_at_scale(e: Evidence) -> Claim:
         "87 % to below 1 % at 1M features; lowest error",
         "; ".join(text),
         verdict(
-            all(mean(b, "dead_fraction") <= mean(a, "dead_fraction") for a, b in (pair, paper)),
-            all(mean(b, "nmse") <= mean(a, "nmse") for a, b in (pair, paper)),
+            all(mean_of(b, "dead_fraction") <= mean_of(a, "dead_fraction") for a, b in (pair, paper)),
+            all(mean_of(b, "nmse") <= mean_of(a, "nmse") for a, b in (pair, paper)),
         ),
         seeds(*pair, *paper),
         SWEEPS,
     )
 
 
-def power_law(e: Evidence) -> Claim:
+def power_law(e: ResultFiles) -> Claim:
     laws = {}
     for method in ("topk", "auxk", OURS):
         rows = e.cells("d_sae", method=method)
@@ -192,7 +193,10 @@ def power_law(e: Evidence) -> Claim:
     return Claim(
         "The error falls with d_sae as a power law",
         "a straight line from 16k to 1M",
-        "; ".join(f"{TITLES[m]}: exponent {law.exponent:.3f}, residual {law.residual:.1%}" for m, law in laws.items())
+        "; ".join(
+            f"{METHOD_TITLES[method]}: exponent {law.exponent:.3f}, residual {law.residual:.1%}"
+            for method, law in laws.items()
+        )
         + " (a fixed number of tokens for all sizes)",
         verdict(*(law.exponent < -0.02 and law.residual < 0.05 for law in laws.values())),
         f"{len({row['d_sae'] for row in rows})} sizes",
@@ -200,25 +204,25 @@ def power_law(e: Evidence) -> Claim:
     )
 
 
-def downstream(e: Evidence) -> Claim:
+def downstream(e: ResultFiles) -> Claim:
     recovered = {name: row["kl_recovered"] for name, row in e.evaluations["loss"].items()}
     others = [recovered[name] for name in ("topk", "auxk")]
     return Claim(
         "ASI keeps more of the model's predictions (share of the divergence that zero ablation makes)",
         "lower downstream loss than TopK",
-        "; ".join(f"{TITLES[name]} {share:.1%}" for name, share in recovered.items()),
+        "; ".join(f"{METHOD_TITLES[name]} {share:.1%}" for name, share in recovered.items()),
         verdict(recovered["asi"] > max(others), recovered[OURS] > max(others)),
         "1",
         SWEEPS,
     )
 
 
-def architectures(e: Evidence) -> Claim:
+def architectures(e: ResultFiles) -> Claim:
     parts, wins, groups = [], [], []
     for name in sorted({row["architecture"] for row in e.sweeps["architectures"]}):
         ours, other = (e.cells("architectures", architecture=name, method=m) for m in (OURS, "auxk"))
         groups += [ours, other]
-        wins += [mean(ours, "nmse") < mean(other, "nmse"), mean(ours, "dead_fraction") < mean(other, "dead_fraction")]
+        wins += [mean_of(ours, measure) < mean_of(other, measure) for measure in ("nmse", "dead_fraction")]
         parts.append(f"{name}: {brief(ours)}, against {brief(other)}")
     short = e.cells("architectures", norm=_NORM_OF_BATCH)
     parts.append(
@@ -235,7 +239,7 @@ def architectures(e: Evidence) -> Claim:
     )
 
 
-def auxiliary_loss(e: Evidence) -> Claim:
+def auxiliary_loss(e: ResultFiles) -> Claim:
     none = e.cells("aux", aux_loss_coefficient=0.0)
     weights = sorted({row["aux_loss_coefficient"] for row in e.sweeps["aux_late"]})
     early, late = ([e.cells(name, aux_loss_coefficient=w) for w in weights] for name in ("aux", "aux_late"))
@@ -252,26 +256,26 @@ def auxiliary_loss(e: Evidence) -> Claim:
         "ours",
         "; ".join(parts),
         verdict(
-            all(mean(rows, "nmse") > 0.995 * mean(none, "nmse") for rows in (*early, *late)),
-            all(mean(rows, "dead_fraction") > 5 * mean(none, "dead_fraction") for rows in early),
-            all(mean(rows, "dead_fraction") < 1.5 * mean(none, "dead_fraction") for rows in late),
+            all(mean_of(rows, "nmse") > 0.995 * mean_of(none, "nmse") for rows in (*early, *late)),
+            all(mean_of(rows, "dead_fraction") > 5 * mean_of(none, "dead_fraction") for rows in early),
+            all(mean_of(rows, "dead_fraction") < 1.5 * mean_of(none, "dead_fraction") for rows in late),
         ),
         seeds(none, *early, *late),
         SWEEPS,
     )
 
 
-def brief(rows: Sequence[Row]) -> str:
-    return f"{mean(rows, 'nmse'):.4f} ({mean(rows, 'dead_fraction'):.1%} dead)"
+def brief(rows: Sequence[SweepRow]) -> str:
+    return f"{mean_of(rows, 'nmse'):.4f} ({mean_of(rows, 'dead_fraction'):.1%} dead)"
 
 
-def dead_of(rows: Sequence[Row]) -> str:
+def dead_of(rows: Sequence[SweepRow]) -> str:
     """Dead features by held-out tokens, and by these and the last activations of training."""
-    dead, silent = mean(rows, "dead_fraction"), mean(rows, "silent_fraction")
+    dead, silent = mean_of(rows, "dead_fraction"), mean_of(rows, "silent_fraction")
     return f"{dead:.2%} dead on {rows[0]['n_tokens']:,} tokens, {silent:.2%} on {rows[0]['silent_tokens']:,}"
 
 
-def seeds(*groups: Sequence[Row]) -> str:
+def seeds(*groups: Sequence[SweepRow]) -> str:
     """How many seeds each group has."""
     counts = [len({row["seed"] for row in rows}) for rows in groups]
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

@@ -13,15 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.claims import of_activations, of_lorsa, of_training
-from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, Evidence, mean
+from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, ResultFiles
 from saelens_asi import plots
+from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.plots import sweep_figures
+from saelens_asi.sweep.results import mean_of
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "tutorials" / "claims.md"
 FIGURES = ROOT / "docs" / "claims"
 
-CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (*of_activations.CLAIMS, *of_training.CLAIMS, *of_lorsa.CLAIMS)
+CLAIMS: tuple[Callable[[ResultFiles], Claim], ...] = (*of_activations.CLAIMS, *of_training.CLAIMS, *of_lorsa.CLAIMS)
 
 
 INTRODUCTION = """# The paper's claims, measured again
@@ -43,24 +45,24 @@ high rate can buy a lower error with the lives of features ({trade}); TopK and A
 """
 
 
-def introduction(e: Evidence) -> list[str]:
+def introduction(e: ResultFiles) -> list[str]:
     """Its lines."""
     text = INTRODUCTION.format(**shared_settings(e), rates=rates_tried(e), trade=trade_off(e))
     paragraphs = [textwrap.fill(paragraph, 120) for paragraph in text.split("\n\n")]
     return ["\n\n".join(paragraphs), ""]
 
 
-def page(e: Evidence) -> str:
+def claims_page(e: ResultFiles) -> str:
     """The whole page, Markdown."""
+    claims = [claim(e) for claim in CLAIMS]
+    cells = [
+        (str(i), claim.claim, claim.paper, claim.ours, claim.seeds, f"**{claim.verdict}**")
+        for i, claim in enumerate(claims, start=1)
+    ]
     lines = [
         *introduction(e),
-        "| | claim | paper | here | seeds | verdict |",
-        "|---:|---|---|---|---|---|",
+        markdown_table(["", "claim", "paper", "here", "seeds", "verdict"], cells, align="rlllll"),
     ]
-    claims = [claim(e) for claim in CLAIMS]
-    for i, claim in enumerate(claims):
-        cells = (str(i + 1), claim.claim, claim.paper, claim.ours, claim.seeds, f"**{claim.verdict}**")
-        lines.append(f"| {' | '.join(cells)} |")
     count = {word: sum(claim.verdict == word for claim in claims) for word in (HOLDS, PARTLY, FAILS)}
     lines += [
         "",
@@ -76,17 +78,19 @@ def page(e: Evidence) -> str:
     return "\n".join(lines)
 
 
-def rates_tried(e: Evidence) -> str:
+def rates_tried(e: ResultFiles) -> str:
     rates = sorted({row["lr"] for row in e.sweeps["d_sae"]})
     return ", ".join(f"{rate:g}" for rate in rates)
 
 
-def trade_off(e: Evidence) -> str:
+def trade_off(e: ResultFiles) -> str:
     """What higher rates do to our method, size 8,192."""
     rows = [row for row in e.sweeps["d_sae"] if (row["method"], row["d_sae"]) == ("asi_sparse_adam", 8192)]
     at = {rate: [row for row in rows if row["lr"] == rate] for rate in sorted({row["lr"] for row in rows})}
-    found = [f"{rate:g}: {mean(some, 'nmse'):.3f}, {mean(some, 'dead_fraction'):.1%} dead" for rate, some in at.items()]
-    return f"ASI + SparseAdam with 8,192 features, {'; '.join(found)}"
+    results = [
+        f"{rate:g}: {mean_of(some, 'nmse'):.3f}, {mean_of(some, 'dead_fraction'):.1%} dead" for rate, some in at.items()
+    ]
+    return f"ASI + SparseAdam with 8,192 features, {'; '.join(results)}"
 
 
 CAPTIONS = {
@@ -97,14 +101,14 @@ CAPTIONS = {
 }
 
 
-def figures(e: Evidence) -> dict[str, Path]:
+def figures(e: ResultFiles) -> dict[str, Path]:
     """Draw the figures; the one of dead features and rank is written by ``saes.py``."""
     drawn = {name: sweep_figures(e.cells(sweep))[name] for name, sweep in
              (("scaling.png", "d_sae"), ("frontier.png", "frontier"), ("d_init.png", "d_init"))}  # fmt: skip
     return {name: plots.save(figure, FIGURES / name) for name, figure in drawn.items()}
 
 
-def shared_settings(e: Evidence) -> dict[str, int]:
+def shared_settings(e: ResultFiles) -> dict[str, int]:
     """What the introduction says of the training."""
     shared = e.shared["d_sae"]
     training = shared["training"]
@@ -117,8 +121,8 @@ def shared_settings(e: Evidence) -> dict[str, int]:
 
 
 def main() -> None:
-    e = Evidence()
-    PAGE.write_text(page(e))
+    e = ResultFiles()
+    PAGE.write_text(claims_page(e))
     print("\n".join(str(path) for path in (PAGE, *figures(e).values())))
 
 

@@ -9,39 +9,41 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from sae_lens import SAE
+from torch import nn
 
-from benchmarks.claims.evidence import RESULTS, Row, chosen_rates
+from benchmarks.claims.evidence import RESULTS, chosen_rates
+from benchmarks.claims.grid import HOOK
 from benchmarks.claims.page import FIGURES
 from saelens_asi import evaluate, plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.plots.evaluation import dead_against_rank
 from saelens_asi.sweep import METHODS, Cell, read_sweep
+from saelens_asi.sweep.cells import SweepRow
 from saelens_asi.sweep.run import sae_folder
 
-HOOK = "blocks.15.hook_attn_out"
 CONTEXT, LOSS_TOKENS = 128, 8192
 COMPARED, GOAL = 8192, 65_536
 
 
-def load(sweep: Path, cell: Cell, hook_name: str) -> Any:
+def load(sweep: Path, cell: Cell, hook_name: str) -> SAE:
     sae = SAE.load_from_disk(sae_folder(sweep, cell, hook_name))
     sae.cfg.metadata.hook_name = hook_name
     return sae
 
 
-def best_cell(rows: list[Row], method: str, d_sae: int) -> Cell:
+def best_cell(rows: Sequence[SweepRow], method: str, d_sae: int) -> Cell:
     """The cell of a method at its chosen learning rate, first seed."""
     chosen = [row for row in rows if (row["method"], row["d_sae"], row["seed"]) == (method, d_sae, 0)]
     (best,) = chosen_rates(chosen)
     return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"]})
 
 
-def losses(sweeps: Path, model: Any, held_out: Dataset) -> dict[str, Any]:
+def losses(sweeps: Path, model: nn.Module, held_out: Dataset) -> dict[str, dict[str, float | None]]:
     """What SAEs of each method keep of the predictions."""
     trained = read_sweep(sweeps / "d_sae")
     names = ("topk", "auxk", "asi", "asi_sparse_adam")
@@ -50,14 +52,14 @@ def losses(sweeps: Path, model: Any, held_out: Dataset) -> dict[str, Any]:
     return {name: one.loss.to_dict() for name, one in found.items()}
 
 
-def finished(sweeps: Path, model: Any, text: Dataset) -> dict[str, Any]:
+def finished(sweeps: Path, model: nn.Module, text: Dataset) -> dict[str, float]:
     """Dead features of the large SAE on all of the text, with its last weights."""
     sae = load(sweeps / "d_sae", best_cell(read_sweep(sweeps / "d_sae"), "asi_sparse_adam", GOAL), HOOK)
     found = evaluate(sae, model, text, loss_tokens=0, context_size=CONTEXT)
     return {name: getattr(found, name) for name in ("n_tokens", "dead_fraction", "nmse")}
 
 
-def draw_ranks(sweeps: Path, model: Any, held_out: Dataset) -> Path:
+def draw_ranks(sweeps: Path, model: nn.Module, held_out: Dataset) -> Path:
     rows = read_sweep(sweeps / "hooks")
     cell = Cell(**METHODS["topk"], d_sae=rows[0]["d_sae"])
     saes = {row["hook_name"]: load(sweeps / "hooks", cell, row["hook_name"]) for row in rows}

@@ -24,7 +24,7 @@ from saelens_asi import ActiveSubspaceInit
 D_IN, K, BATCH = 576, 32, 1024
 
 
-def trainer(d_sae: int, aux: float, x: torch.Tensor, **flags: Any) -> SAETrainer[Any, Any]:
+def trainer(d_sae: int, aux: float, x: torch.Tensor, **flags: Any) -> SAETrainer:
     """A trainer after its initialization, if it has one, with every second feature dead where there is an aux loss."""
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=d_sae, k=K, aux_loss_coefficient=aux, **flags))
     config = SAETrainerConfig(total_training_samples=BATCH, train_batch_size_samples=BATCH, lr=1e-3, lr_end=1e-4)

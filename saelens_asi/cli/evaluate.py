@@ -8,7 +8,6 @@ counts and figures. Interrupted, the same command continues with the SAEs that a
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import warnings
@@ -22,7 +21,7 @@ from sae_lens.load_model import load_model as load_hooked_transformer
 from saelens_asi import plots
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
 from saelens_asi.evaluation.metrics import SAEEvaluation
-from saelens_asi.evaluation.results import _Results, evaluation_rows, markdown_table
+from saelens_asi.evaluation.results import EvaluationFolder, evaluation_rows, evaluation_table, write_csv
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.saes import SAESource, find_saes
 from saelens_asi.history import TRAINING_HISTORY, read_history
@@ -82,8 +81,8 @@ def run(settings: argparse.Namespace) -> dict[str, SAEEvaluation]:
     processing = {} if settings.model else _processing(first)
     if not settings.model:
         _check_same_model(how["model"], processing, {name: _folder_metadata(one) for name, one in sources.items()})
-    results = _Results(settings.out, how)
-    missing = [one for one in sources.values() if not results.has(one)]
+    results = EvaluationFolder(settings.out, how)
+    missing = [one for one in sources.values() if one not in results]
     if len(missing) < len(sources):
         print(f"{len(sources) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
     if missing:
@@ -101,7 +100,7 @@ def run(settings: argparse.Namespace) -> dict[str, SAEEvaluation]:
                 loss_tokens=settings.loss_tokens, batch_size=settings.batch_size, context_size=how["context_size"],
             )  # fmt: skip
             results.add(found, group)
-    chosen = {name: results.records[name] for name in sources}
+    chosen = {name: results.evaluations[name] for name in sources}
     written = _write(settings.out, chosen, sources)
     print(f"\n{(settings.out / 'results.md').read_text()}\nWritten:")
     for path in (results.path, results.counts_path, *written):
@@ -165,7 +164,7 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
     rows = evaluation_rows(results)
     n_tokens = {result.n_tokens for result in results.values()}
     lines = [
-        markdown_table(rows),
+        evaluation_table(rows),
         "",
         f"Dead: fires on none of the {' / '.join(f'{n:,}' for n in sorted(n_tokens))} tokens. Explained variance: 1 - "
         "normalized MSE. CE and KL recovered: 0 is the hook set to zero, 100 the model as it is; CE can pass 100, or "
@@ -180,10 +179,7 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
     written = [out / "results.md"]
     if len({row["hook"] for row in rows}) > 1:
         figures["dead_against_rank.png"] = evaluation_plots.dead_against_rank(results)
-        with (out / "dead_against_rank.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, out / "dead_against_rank.csv")
         written.append(out / "dead_against_rank.csv")
     folders = {name: source.folder for name, source in sources.items() if source.folder is not None}
     histories = {name: read_history(folder) for name, folder in folders.items() if (folder / TRAINING_HISTORY).exists()}

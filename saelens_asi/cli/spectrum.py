@@ -87,7 +87,7 @@ def run(settings: argparse.Namespace, command: str) -> list[report.Row]:
     if losses:
         widths = {kind: spectra[name].d for kind, name in at_layer.items()}
         title = f"Layer {detail}: what the top principal components recover"
-        figures["loss_recovered.png"] = spectrum_plots.loss_recovered(losses, widths, title)
+        figures["loss_recovered.png"] = spectrum_plots.loss_by_components(losses, widths, title)
     parts = None
     if {"attn_out", "hook_z"} & at_layer.keys():
         parts = _decomposition(model, training, detail, spectra, settings, {**windows, **exclude})

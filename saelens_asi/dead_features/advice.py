@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from saelens_asi.dead_features.record import TITLES, Autopsy, Verdict
+from sae_lens import SAEConfig
+
+from saelens_asi.dead_features.record import VERDICT_TITLES, Autopsy, Verdict
 
 # Measured: with a window of 30 d_sae / k tokens the loss shortened the rows of a sixth of 32,768 features until they
 # were dead; with five times that window, of none (tutorials/claims.md).
@@ -16,25 +17,25 @@ _LONGER_WINDOW = (
 _CHANGES = {"outside": "the subspace", "mean": "the centre", "norm": "the norm", "bias": "the bias"}
 
 
-def advise(found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> tuple[str, ...]:
+def advise(record: Autopsy, cfg: SAEConfig, started: Mapping[str, object] | None) -> tuple[str, ...]:
     """Sentences that name settings, one a cause, most frequent first.
 
     Args:
-        found: the autopsy.
+        record: of the autopsy.
         cfg: the SAE's config.
-        started: the record of an active-subspace initialization in the SAE's metadata; None where there is none.
+        started: what an active-subspace initialization left in the SAE's metadata; None where there is none.
     """
-    if not len(found.dead):
-        return (f"No feature is dead on {found.n_tokens:,} tokens: there is nothing to change.",)
+    if not len(record.dead):
+        return (f"No feature is dead on {record.n_tokens:,} tokens: there is nothing to change.",)
     return tuple(
-        f"{TITLES[verdict].capitalize()} ({count / len(found.dead):.1%} of the dead): "
-        f"{_remedy(verdict, found, cfg, started)}."
-        for verdict, count in found.counts.items()
+        f"{VERDICT_TITLES[verdict].capitalize()} ({count / len(record.dead):.1%} of the dead): "
+        f"{_remedy(verdict, record, cfg, started)}."
+        for verdict, count in record.counts.items()
     )
 
 
-def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, Any] | None) -> str:
-    dead, table = found.having(verdict), found.features
+def _remedy(verdict: Verdict, record: Autopsy, cfg: SAEConfig, started: Mapping[str, object] | None) -> str:
+    dead, table = record.having(verdict), record.features
     moved = (
         "these weights started inside the active subspace, so it happened in training: lower lr, use "
         f'optimizer="sparse_adam", and {_LONGER_WINDOW}'
@@ -43,7 +44,7 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
         share = f"{float(table.outside[dead].median()):.0%} of their squared length does nothing (median)"
         return f"{share}; " + (moved if started else 'start inside, with initializer="active_subspace"')
     if verdict == "mean":
-        what = f"gamma is {found.gamma_seen:.2f} where the encoder sees it"
+        what = f"gamma is {record.gamma_seen:.2f} where the encoder sees it"
         if started and started.get("center") == "mean":
             return f"{what}; the decoder bias started at the mean and left it, or the text is another: lower lr"
         return f'{what}; put the decoder bias at the mean, with initializer=ActiveSubspaceInit(center="mean")'
@@ -57,14 +58,14 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
         ]
         return f"lower {', '.join([*settings, 'lr'])}, or warm up longer (lr_warm_up_steps)"
     if verdict == "momentum":
-        drift = found.evidence.drift[found.mask("momentum")]
+        drift = record.evidence.drift[record.mask("momentum")]
         return (
             f"they moved by {float(drift.median()):.0%} of their length while silent (median), and would fire had they "
             'stayed; use optimizer="sparse_adam"'
         )
     if verdict == "several":
-        mask = found.mask(verdict)
-        shares = {cause: float(needs[mask].double().mean()) for cause, needs in found.evidence.needs.items()}
+        mask = record.mask(verdict)
+        shares = {cause: float(needs[mask].double().mean()) for cause, needs in record.evidence.needs.items()}
         needed = ", ".join(f"{_CHANGES[cause]} {share:.0%}" for cause, share in shares.items() if share >= 0.005)
         at_once = 'initializer="active_subspace" sets subspace, centre and norm at once'
         return (
@@ -74,7 +75,8 @@ def _remedy(verdict: Verdict, found: Autopsy, cfg: Any, started: Mapping[str, An
     return {
         "broken": "look for overflow in training: lower lr, and leave autocast off",
         "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
-        "starved": f"{found.settings.more_tokens:g} times the tokens would show most of them firing: read more of them",
+        "starved": f"{record.settings.more_tokens:g} times the tokens would show most of them firing: "
+        "read more of them",
         "unexplained": "no change that was tried revives them; raise k, or "
         + (_LONGER_WINDOW if started else "set aux_loss_coefficient"),
     }[verdict]

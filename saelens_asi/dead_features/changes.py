@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class ContestSample:
         self.size = size
         self._random = np.random.default_rng(seed)
         self._keys = torch.empty(0, dtype=torch.float64)
-        self._kept: list[Tensor] = []
+        self._drawn: list[Tensor] = []
 
     def add(self, contest: Contest) -> None:
         keys = torch.from_numpy(self._random.random(len(contest.bars)))
@@ -79,19 +79,21 @@ class ContestSample:
             contest.bars[chosen.to(contest.bars.device)].clone(),
         ]
         self._keys = torch.cat([self._keys, keys[chosen]])
-        self._kept = [torch.cat([old, more]) for old, more in zip(self._kept, new, strict=True)] if self._kept else new
+        self._drawn = (
+            [torch.cat([old, more]) for old, more in zip(self._drawn, new, strict=True)] if self._drawn else new
+        )
         if len(self._keys) > self.size:
             lowest = self._keys.topk(self.size, largest=False, sorted=False).indices.sort().values
             self._keys = self._keys[lowest]
-            self._kept = [values[lowest.to(values.device)] for values in self._kept]
+            self._drawn = [values[lowest.to(values.device)] for values in self._drawn]
 
     @property
     def inputs(self) -> Tensor:
-        return self._kept[0]
+        return self._drawn[0]
 
     @property
     def bars(self) -> Tensor:
-        return self._kept[1]
+        return self._drawn[1]
 
 
 class Parts(NamedTuple):
@@ -158,13 +160,13 @@ def single_changes(basis: Tensor, typical: Typical, bars: Tensor, centred_bars: 
     ``centred_bars`` are the bars that competing features set when the mean is subtracted for all of them; None leaves
     that change out.
     """
-    found: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     if centred_bars is not None:
-        found["mean"] = Change(without_mean, centred_bars, moves_bars=True)
-    found["outside"] = Change(lambda rows: inside(rows, basis), bars)
-    found["norm"] = Change(lambda rows: longer(rows, typical.norm), bars)
-    found["bias"] = Change(lambda rows: unbiased(rows, typical.bias), bars)
-    return found
+        changes["mean"] = Change(without_mean, centred_bars, moves_bars=True)
+    changes["outside"] = Change(lambda rows: inside(rows, basis), bars)
+    changes["norm"] = Change(lambda rows: longer(rows, typical.norm), bars)
+    changes["bias"] = Change(lambda rows: unbiased(rows, typical.bias), bars)
+    return changes
 
 
 def together(parts: Sequence[Change]) -> Change:
@@ -181,15 +183,15 @@ def together(parts: Sequence[Change]) -> Change:
 
 @torch.no_grad()
 def firing_counts(
-    rows: Rows, inputs: Tensor, bars: Tensor, signed: bool = False, tick: Callable[[int], Any] | None = None
+    rows: Rows, inputs: Tensor, bars: Tensor, signed: bool = False, tick: Callable[[int], object] | None = None
 ) -> Tensor:
     """(n,) contests that each row would win alone, by inputs (n_contests, d_in) and the bars of the other features."""
     counts = torch.zeros(len(rows.bias), dtype=torch.int64, device=rows.bias.device)
-    for place in _blocks(len(rows.bias), len(bars)):
-        wins = rows.at(place).scores(inputs, signed) > bars[:, None]
-        counts[place] = wins.sum(dim=0)
+    for block in _blocks(len(rows.bias), len(bars)):
+        wins = rows.at(block).scores(inputs, signed) > bars[:, None]
+        counts[block] = wins.sum(dim=0)
         if tick is not None:
-            tick(len(counts[place]))
+            tick(len(counts[block]))
     return counts
 
 
@@ -201,10 +203,10 @@ def highest_expected(rows: Rows, inputs: Tensor, bars: Tensor, n_contests: float
     """
     n = min(len(bars), _TAIL)
     expected = torch.zeros_like(rows.bias)
-    for place in _blocks(len(rows.bias), len(bars)):
-        highest = rows.at(place).scores(inputs, signed).sub_(bars[:, None]).topk(n, dim=0).values
+    for block in _blocks(len(rows.bias), len(bars)):
+        highest = rows.at(block).scores(inputs, signed).sub_(bars[:, None]).topk(n, dim=0).values
         excess = highest.mean(dim=0) - highest[-1]
-        expected[place] = highest[-1] + excess * math.log(max(1.0, n * n_contests / len(bars)))
+        expected[block] = highest[-1] + excess * math.log(max(1.0, n * n_contests / len(bars)))
     return expected
 
 
@@ -216,9 +218,9 @@ def nearest(rows: Rows, others: Rows, signed: bool = False) -> tuple[Tensor, Ten
     if not len(others.bias):
         return index, best
     directions = torch.nn.functional.normalize(others.weight, dim=1)
-    for place in _blocks(len(best), len(directions)):
-        cosines = torch.nn.functional.normalize(rows.weight[place], dim=1) @ directions.T
-        best[place], index[place] = (cosines.abs() if signed else cosines).max(dim=1)
+    for block in _blocks(len(best), len(directions)):
+        cosines = torch.nn.functional.normalize(rows.weight[block], dim=1) @ directions.T
+        best[block], index[block] = (cosines.abs() if signed else cosines).max(dim=1)
     return index, best
 
 
@@ -226,16 +228,16 @@ def nearest(rows: Rows, others: Rows, signed: bool = False) -> tuple[Tensor, Ten
 def share_outscored(rows: Rows, by: Rows, inputs: Tensor, signed: bool = False) -> Tensor:
     """(n,) share of the contests with a positive score of a row in which its partner's is higher; 1 for none."""
     shares = torch.ones_like(rows.bias)
-    for place in _blocks(len(rows.bias), len(inputs)):
-        own, partner = rows.at(place).scores(inputs, signed), by.at(place).scores(inputs, signed)
+    for block in _blocks(len(rows.bias), len(inputs)):
+        own, partner = rows.at(block).scores(inputs, signed), by.at(block).scores(inputs, signed)
         enters = own > 0
         higher = (enters & (partner > own)).sum(dim=0)
-        shares[place] = torch.where(enters.any(dim=0), higher / enters.sum(dim=0).clamp(min=1), 1.0)
+        shares[block] = torch.where(enters.any(dim=0), higher / enters.sum(dim=0).clamp(min=1), 1.0)
     return shares
 
 
 def _blocks(n: int, width: int) -> list[slice]:
-    """Places of at most so many rows that a (rows x width) matrix fits."""
+    """Slices of at most so many rows that a (rows x width) matrix fits."""
     size = max(1, MAX_DENSE_VALUES // max(1, width))
     return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 

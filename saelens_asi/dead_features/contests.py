@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 
 Rule = Literal["threshold", "top_k", "batch_top_k", "pursuit"]
@@ -85,14 +86,14 @@ class Encoding:
         broken: (d_sae,) bool, features whose row is zero or not finite. Such a row counts as zero here.
     """
 
-    sae: Any
+    sae: SAE
     rows: Rows
     rule: Rule
     signed: bool
     broken: Tensor
 
     @classmethod
-    def of(cls, sae: Any) -> Encoding:
+    def of(cls, sae: SAE) -> Encoding:
         """Raises ValueError for an architecture whose selection is not known."""
         architecture = sae.cfg.architecture()
         if architecture not in _RULES:
@@ -169,14 +170,14 @@ class Encoding:
         folds = getattr(self.sae, "hook_z_reshaping_mode", False)
         acts = self.sae.encode(x[:, None, :] if folds else x)
         expected = (acts.to_dense() if acts.is_sparse else acts) != 0
-        found = torch.zeros_like(expected)
+        fired = torch.zeros_like(expected)
         if self.rule == "pursuit":
-            found = expected  # contests of a pursuit do not say which token they belong to; its test does
+            fired = expected  # contests of a pursuit do not say which token they belong to; its test does
         else:
             for contest in self.contests(x):
-                found = contest.fired
+                fired = contest.fired
         allowed = 1e-2 if self.sae.W_dec.dtype == torch.float32 else 0.1  # rounding at the bar
-        n_other = int((expected != found).sum())
+        n_other = int((expected != fired).sum())
         if n_other > max(2, allowed * int(expected.sum())):
             raise ValueError(
                 f"{type(self.sae).__name__} chooses other features than its architecture "
@@ -185,19 +186,19 @@ class Encoding:
             )
 
 
-def feature_parameters(sae: Any, features: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+def feature_parameters(sae: SAE, features: Tensor | slice = slice(None)) -> dict[str, Tensor]:
     """Weights of some features by name, in at least float32; ``W_enc`` stays (d_in, n)."""
-    found = {}
+    parameters = {}
     for name in (*_BY_COLUMN, *_BY_ROW):
         value = getattr(sae, name, None)
         if isinstance(value, Tensor):
             value = value.detach()
             value = value[:, features] if name in _BY_COLUMN else value[features]
-            found[name] = value.to(torch.promote_types(value.dtype, torch.float32))
-    return found
+            parameters[name] = value.to(torch.promote_types(value.dtype, torch.float32))
+    return parameters
 
 
-def rows_of(sae: Any, parameters: Mapping[str, Tensor]) -> Rows:
+def rows_of(sae: SAE, parameters: Mapping[str, Tensor]) -> Rows:
     """Rows with the parameters of ``feature_parameters``, which may have been changed.
 
     A gated feature fires where its gate and its magnitude are positive: two affine scores along one direction, of which

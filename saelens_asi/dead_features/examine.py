@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi.dead_features.advice import advise
 from saelens_asi.dead_features.changes import ContestSample, Parts
 from saelens_asi.dead_features.contests import Encoding
-from saelens_asi.dead_features.momentum import load_optimizer_state
+from saelens_asi.dead_features.momentum import OptimizerState, load_optimizer_state
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings, FeatureTable
 from saelens_asi.dead_features.verdicts import Trial, decide
 from saelens_asi.initialization import METADATA_KEY
@@ -24,7 +25,7 @@ from saelens_asi.spectra.spectrum import Spectrum
 
 @torch.no_grad()
 def autopsy(
-    sae: Any,
+    sae: SAE,
     activations: Tensor | Iterable[Tensor],
     *,
     optimizer_state: str | Path | Mapping[str, Any] | None = None,
@@ -81,18 +82,19 @@ def autopsy(
         raise ValueError(
             f"autopsy has no setting {unknown}; its settings are {list(AutopsySettings.__dataclass_fields__)}"
         )
-    how = AutopsySettings(**settings)
+    thresholds = AutopsySettings(**settings)
     state = None if optimizer_state is None else load_optimizer_state(optimizer_state)
     encoding = Encoding.of(sae)
-    seen = _Pass(encoding, how)
+    statistics = _FiringStatistics(encoding, thresholds)
     for batch in _batches(activations, sae, progress):
-        seen.add(batch)
-    if seen.moments.n_tokens < 2:
-        raise ValueError(f"an autopsy needs at least 2 activations, got {seen.moments.n_tokens}")
-    return _findings(sae, encoding, seen, how, state, progress)
+        statistics.add(batch)
+    n_tokens = statistics.moments.n_tokens
+    if n_tokens < 2:
+        raise ValueError(f"an autopsy needs at least 2 activations, got {n_tokens}")
+    return _diagnose(sae, encoding, statistics, thresholds, state, progress)
 
 
-def _batches(activations: Tensor | Iterable[Tensor], sae: Any, progress: bool) -> Iterator[Tensor]:
+def _batches(activations: Tensor | Iterable[Tensor], sae: SAE, progress: bool) -> Iterator[Tensor]:
     d_in = sae.cfg.d_in
     total = activations.numel() // d_in if isinstance(activations, Tensor) else getattr(activations, "n_tokens", None)
     with tqdm(total=total, desc="Activations", unit="token", disable=not progress) as bar:
@@ -106,18 +108,23 @@ def _batches(activations: Tensor | Iterable[Tensor], sae: Any, progress: bool) -
             bar.update(len(batch))
 
 
-class _Pass:
-    """What one pass over the activations keeps."""
+class _FiringStatistics:
+    """What one pass over the activations keeps: firings and margins of all features, moments, a sample of contests."""
 
-    def __init__(self, encoding: Encoding, how: AutopsySettings) -> None:
+    def __init__(self, encoding: Encoding, settings: AutopsySettings) -> None:
         d_sae, d_in = encoding.rows.weight.shape
         device = encoding.rows.bias.device
         self.encoding = encoding
         self.moments = RunningMoments.zeros(d_in, device)
-        self.sample = ContestSample(how.n_sample, how.seed)
+        self.sample = ContestSample(settings.n_sample, settings.seed)
         self.fires = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.best_margin = torch.full((d_sae,), -torch.inf, device=device)
         self.bar_sum, self.n_contests = 0.0, 0
+
+    @property
+    def average_rate(self) -> float:
+        """Share of the contests that a feature wins, mean over all features, dead ones included."""
+        return float(self.fires.double().mean()) / self.n_contests
 
     def add(self, batch: Tensor) -> None:
         if not self.n_contests and batch.isfinite().all():
@@ -134,54 +141,70 @@ class _Pass:
                 self.best_margin = torch.maximum(self.best_margin, margins)
 
 
-def _findings(
-    sae: Any, encoding: Encoding, seen: _Pass, how: AutopsySettings, state: Mapping[str, Any] | None, progress: bool
+def _diagnose(
+    sae: SAE,
+    encoding: Encoding,
+    statistics: _FiringStatistics,
+    settings: AutopsySettings,
+    state: OptimizerState | None,
+    progress: bool,
 ) -> Autopsy:
-    spectrum = Spectrum.from_moments(seen.moments)
+    """The record of what became of every feature, from the pass and from trials of the dead ones."""
+    spectrum = Spectrum.from_moments(statistics.moments)
     mean = spectrum.mean.to(encoding.rows.weight)
-    d_active = spectrum.intrinsic_dimension(how.variance_share)
+    d_active = spectrum.intrinsic_dimension(settings.variance_share)
     basis = spectrum.principal_directions(d_active).to(mean)
-    alive = seen.fires > 0
+    alive = statistics.fires > 0
     dead = (~alive).nonzero().squeeze(1)
-    average_rate = float(seen.fires.double().mean()) / seen.n_contests
-    fires_at_least = max(1.0, how.revived_share * average_rate * len(seen.sample.bars))
+    fires_at_least = max(1.0, settings.revived_share * statistics.average_rate * len(statistics.sample.bars))
     trial = Trial(
-        sae, encoding, dead, alive.nonzero().squeeze(1), seen.sample, seen.n_contests, mean, basis, how, progress
+        sae,
+        encoding,
+        dead,
+        alive.nonzero().squeeze(1),
+        statistics.sample,
+        statistics.n_contests,
+        mean,
+        basis,
+        settings,
+        progress,
     )
     evidence = trial.evidence(state, fires_at_least)
-    table = _table(encoding, seen, basis, mean, spectrum)
+    table = _table(encoding, statistics, basis, mean, spectrum)
     offset = sae.b_dec.detach().to(mean) if sae.cfg.apply_b_dec_to_input else torch.zeros_like(mean)
     deviation = max(spectrum.total_variance**0.5, torch.finfo(torch.float64).tiny)
     dead = dead.cpu()
-    found = Autopsy(
-        n_tokens=seen.moments.n_tokens,
-        n_sample=len(seen.sample.bars),
+    record = Autopsy(
+        n_tokens=statistics.moments.n_tokens,
+        n_sample=len(statistics.sample.bars),
         fires_at_least=fires_at_least,
         d_in=spectrum.d,
         d_active=d_active,
         gamma=float((mean + offset).norm()) / deviation,
         gamma_seen=float(mean.norm()) / deviation,
-        mean_bar=seen.bar_sum / seen.n_contests,
+        mean_bar=statistics.bar_sum / statistics.n_contests,
         dead=dead,
-        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, how),
+        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, settings),
         features=table,
         evidence=evidence,
-        settings=how,
+        settings=settings,
         has_optimizer_state=state is not None,
     )
-    return replace(found, advice=advise(found, sae.cfg, sae.cfg.metadata.get(METADATA_KEY)))
+    return replace(record, advice=advise(record, sae.cfg, sae.cfg.metadata.get(METADATA_KEY)))
 
 
-def _table(encoding: Encoding, seen: _Pass, basis: Tensor, mean: Tensor, spectrum: Spectrum) -> FeatureTable:
+def _table(
+    encoding: Encoding, statistics: _FiringStatistics, basis: Tensor, mean: Tensor, spectrum: Spectrum
+) -> FeatureTable:
     weight, bias = encoding.rows
     square = weight.square().sum(dim=1)
     outside = Parts.of(weight, basis, mean).outside.square().sum(dim=1)
     covariance = spectrum.covariance.to(weight)
     return FeatureTable(
-        fires=seen.fires.cpu(),
+        fires=statistics.fires.cpu(),
         outside=(outside / square.clamp(min=1e-30)).clamp(0, 1).cpu(),
         norm=square.sqrt().cpu(),
         mean_score=(weight @ mean + bias).cpu(),
         deviation=((weight @ covariance) * weight).sum(dim=1).clamp(min=0).sqrt().cpu(),
-        best_margin=seen.best_margin.cpu(),
+        best_margin=statistics.best_margin.cpu(),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 
 TRAINER_STATE = "trainer_state.pt"  # SAELens's name for it
@@ -18,11 +20,37 @@ _KEYS = {"state", "param_groups"}
 _LONGEST_MEMORY = 600
 
 
+class AdamGroup(TypedDict, total=False):
+    """What is read of a parameter group; ``initial_lr`` and ``row_dim`` may be missing."""
+
+    params: list[int]
+    lr: float
+    initial_lr: float
+    betas: tuple[float, float]
+    eps: float
+    row_dim: int | None
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an Adam keeps between steps, and what SAELens counts beside it.
+
+    Attributes:
+        moments: from a parameter's number to ``step``, ``exp_avg`` and ``exp_avg_sq``.
+        groups: of parameters.
+        silent_steps: (d_sae,) steps since each feature fired, SAELens's own count; None where it was not given.
+    """
+
+    moments: Mapping[int, Mapping[str, Tensor]]
+    groups: Sequence[AdamGroup]
+    silent_steps: Tensor | None
+
+
 class Drift(NamedTuple):
     """How far momentum alone carried the parameters of some features since they last had a gradient.
 
     Attributes:
-        moved: from a parameter's name to what was added to it, in the layout of ``encoding.feature_parameters``.
+        moved: from a parameter's name to what was added to it, in the layout of ``contests.feature_parameters``.
         steps: (n,) silent steps, 0 where nothing is known.
         is_traced: (n,) bool; not where the feature never had a gradient, or its moments have decayed to nothing.
     """
@@ -32,7 +60,37 @@ class Drift(NamedTuple):
     is_traced: Tensor
 
 
-def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+class _Moments(NamedTuple):
+    """Adam's moments of some features in one parameter, and what it steps with.
+
+    Attributes:
+        first, second: moments, float64, as they lie in the parameter.
+        feature_dim: dimension along which the features lie.
+        step: steps that Adam has counted.
+        group: of the parameter.
+    """
+
+    first: Tensor
+    second: Tensor
+    feature_dim: int
+    step: float
+    group: AdamGroup
+
+    def ratios(self) -> Tensor:
+        """(n,) largest |m| / sqrt(v) of each feature."""
+        ratios = (self.first.abs() / self.second.sqrt().clamp(min=1e-30)).movedim(self.feature_dim, 0)
+        return ratios if ratios.ndim == 1 else ratios.flatten(1).amax(dim=1)
+
+    def moved(self, steps: Tensor) -> Tensor:
+        """What the last (n,) ``steps`` without a gradient added to the parameter, float32."""
+        beta1, beta2 = self.group["betas"]
+        factor = _summed_steps(steps, self.step, self.group["betas"])
+        factor = factor.reshape([-1 if i == self.feature_dim else 1 for i in range(self.first.ndim)])
+        last = self.first / (1 - beta1**self.step) / ((self.second / (1 - beta2**self.step)).sqrt() + self.group["eps"])
+        return (-float(self.group.get("initial_lr", self.group["lr"])) * last * factor).float()
+
+
+def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerState:
     """A SAELens checkpoint folder, its ``trainer_state.pt``, what is in it, or an optimizer's ``state_dict()``.
 
     Raises:
@@ -54,10 +112,10 @@ def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> Mapping[str,
             f"optimizer_state {what} is not the state of an optimizer: give "
             "optimizer.state_dict(), or the folder of a SAELens checkpoint"
         )
-    return source
+    return OptimizerState(optimizer["state"], optimizer["param_groups"], source.get("n_forward_passes_since_fired"))
 
 
-def silent_drift(sae: Any, source: Mapping[str, Any], features: Tensor) -> Drift:
+def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
     """Trace the moments of silent features back to their last gradient, and add up the steps in between.
 
     Adam moves a parameter by -lr m / (sqrt(v) + eps), gradient or not. Without one m and v only decay, so that the
@@ -70,49 +128,47 @@ def silent_drift(sae: Any, source: Mapping[str, Any], features: Tensor) -> Drift
 
     Args:
         sae: the SAE whose ``named_parameters()`` the optimizer holds.
-        source: of ``load_optimizer_state``.
+        state: of its optimizer.
         features: (n,) indices.
 
     Raises:
         ValueError: for the state of other parameters.
     """
-    optimizer = source.get("optimizer", source)
+    moments = _feature_moments(sae, state, features)
+    group = next(iter(moments.values())).group
+    ratio = torch.stack([one.ratios() for one in moments.values()]).amax(dim=0)
+    if state.silent_steps is None:
+        steps = _silent_steps(ratio, group["betas"])
+    else:
+        steps = state.silent_steps.to(features.device)[features].long()
+    is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & (group.get("row_dim") is None)
+    steps = torch.where(is_traced, steps, 0)
+    return Drift({name: one.moved(steps) for name, one in moments.items()}, steps, is_traced)
+
+
+def _feature_moments(sae: SAE, state: OptimizerState, features: Tensor) -> dict[str, _Moments]:
+    """Moments of some features in each parameter that holds features. Raises ValueError where they do not fit."""
     names = [name for name, parameter in sae.named_parameters() if parameter.requires_grad]
-    groups = {i: group for group in optimizer["param_groups"] for i in group["params"]}
-    counted = source.get("n_forward_passes_since_fired")
+    groups = {i: group for group in state.groups for i in group["params"]}
     if len(groups) != len(names):
         raise ValueError(f"the optimizer's state is of {len(groups)} parameters, this SAE has {len(names)}: {names}")
-    moved, updates, ratios = {}, {}, []
+    moments: dict[str, _Moments] = {}
     for (index, group), name in zip(groups.items(), names, strict=True):
-        state = optimizer["state"].get(index)
-        parameter = getattr(sae, name)
-        if state is None or sae.cfg.d_sae not in parameter.shape or name == "b_dec":
+        own = state.moments.get(index)
+        parameter = sae.get_parameter(name)
+        if own is None or sae.cfg.d_sae not in parameter.shape or name == "b_dec":
             continue
-        if state["exp_avg"].shape != parameter.shape:
+        if own["exp_avg"].shape != parameter.shape:
             raise ValueError(
-                f"the optimizer's moments of {name} are {tuple(state['exp_avg'].shape)}, the parameter is "
+                f"the optimizer's moments of {name} are {tuple(own['exp_avg'].shape)}, the parameter is "
                 f"{tuple(parameter.shape)}: give the state that belongs to this SAE"
             )
         at = (slice(None), features) if name == "W_enc" else (features,)
-        m, v = (state[key].to(parameter.device)[at].double() for key in ("exp_avg", "exp_avg_sq"))
-        updates[name] = (m, v, float(state["step"]), group)
-        flat = (m.abs() / v.sqrt().clamp(min=1e-30)).movedim(-1 if name == "W_enc" else 0, 0)
-        ratios.append(flat.reshape(len(features), -1).amax(dim=1))
-    if not updates:
+        first, second = (own[key].to(parameter.device)[at].double() for key in ("exp_avg", "exp_avg_sq"))
+        moments[name] = _Moments(first, second, len(at) - 1, float(own["step"]), group)
+    if not moments:
         raise ValueError("the optimizer's state holds no moments of this SAE's features: it has taken no step yet")
-    group = next(iter(updates.values()))[3]
-    ratio = torch.stack(ratios).amax(dim=0)
-    steps = _silent_steps(ratio, group["betas"]) if counted is None else counted.to(features.device)[features].long()
-    is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & (group.get("row_dim") is None)
-    traced_steps = torch.where(is_traced, steps, 0)
-    for name, (m, v, step, own) in updates.items():
-        dim = -1 if name == "W_enc" else 0
-        factor = _summed_steps(traced_steps, step, own["betas"])
-        factor = factor.reshape([-1 if i == dim % m.ndim else 1 for i in range(m.ndim)])
-        beta1, beta2 = own["betas"]
-        last = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + own["eps"])
-        moved[name] = (-float(own.get("initial_lr", own["lr"])) * last * factor).float()
-    return Drift(moved, torch.where(is_traced, steps, 0), is_traced)
+    return moments
 
 
 def _silent_steps(ratio: Tensor, betas: tuple[float, float]) -> Tensor:

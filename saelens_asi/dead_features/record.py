@@ -1,4 +1,4 @@
-"""What an autopsy found: measurements, one verdict a dead feature, and what to change."""
+"""The record of an autopsy: measurements, one verdict a dead feature, and what to change."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from saelens_asi.evaluation.tables import markdown_table
+
 Verdict = Literal[
     "broken", "duplicate", "starved", "momentum", "outside", "mean", "norm", "bias", "several", "unexplained"
 ]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
-TITLES: dict[str, str] = {
+VERDICT_TITLES: dict[Verdict, str] = {
     "broken": "row is zero or not finite",
     "duplicate": "duplicate of a live feature",
     "starved": "fires, but rarely: too few tokens",
@@ -169,15 +171,9 @@ class Autopsy:
             raise ValueError(f"verdict={verdict!r} must be one of {VERDICTS}")
         return self.dead[self.mask(verdict)]
 
-    def contributing(self, cause: str) -> Tensor:
-        """Indices of the dead features that a single change would revive, whatever their verdict."""
-        if cause not in self.evidence.fires_if:
-            raise ValueError(f"cause={cause!r} must be one of {tuple(self.evidence.fires_if)}")
-        return self.dead[self.evidence.fires_if[cause] >= self.fires_at_least]
-
     def mask(self, verdict: str) -> Tensor:
         """(n_dead,) bool: which dead features have a verdict."""
-        return torch.tensor([found == verdict for found in self.verdicts], dtype=torch.bool)
+        return torch.tensor([own == verdict for own in self.verdicts], dtype=torch.bool)
 
     def summary(self) -> str:
         """A Markdown table of the verdicts, and what to change."""
@@ -187,20 +183,23 @@ class Autopsy:
             f"{self.d_in} dimensions; |mean| / deviation (gamma) is {self.gamma:.2f}, {self.gamma_seen:.2f} as the "
             "encoder sees it.",
             "",
-            "| why | dead features | share | revived by that change | firing then, median share of tokens |",
-            "|---|---:|---:|---:|---:|",
+            markdown_table(
+                ["why", "dead features", "share", "revived by that change", "firing then, median share of tokens"],
+                [self._cells(verdict, count) for verdict, count in self.counts.items()],
+                align="lrrrr",
+            ),
         ]
-        for verdict, count in self.counts.items():
-            revived, rate = "-", "-"
-            if verdict in self.evidence.fires_if:
-                fires = self.evidence.fires_if[verdict]
-                revived = f"{int((fires >= self.fires_at_least).sum()):,}"
-                rate = f"{float(fires[self.mask(verdict)].double().median()) / self.n_sample:.2%}"
-            share = count / len(self.dead)
-            lines.append(f"| {TITLES[verdict]} | {count:,} | {share:.1%} | {revived} | {rate} |")
         if not self.has_optimizer_state and len(self.dead):
             lines += ["", "Stale momentum was not looked for: it needs the optimizer's state."]
         return "\n".join([*lines, "", *(f"- {sentence}" for sentence in self.advice)])
+
+    def _cells(self, verdict: Verdict, count: int) -> list[str]:
+        revived, rate = "-", "-"
+        if verdict in self.evidence.fires_if:
+            fires = self.evidence.fires_if[verdict]
+            revived = f"{int((fires >= self.fires_at_least).sum()):,}"
+            rate = f"{float(fires[self.mask(verdict)].double().median()) / self.n_sample:.2%}"
+        return [VERDICT_TITLES[verdict], f"{count:,}", f"{count / len(self.dead):.1%}", revived, rate]
 
     def __str__(self) -> str:
         return self.summary()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,13 +24,12 @@ from saelens_asi.dead_features.changes import (
     undone,
     without_mean,
 )
-from saelens_asi.dead_features.contests import Encoding, feature_parameters, rows_of
-from saelens_asi.dead_features.momentum import silent_drift
+from saelens_asi.dead_features.contests import Encoding, Rows, feature_parameters, rows_of
+from saelens_asi.dead_features.momentum import OptimizerState, silent_drift
 from saelens_asi.dead_features.record import AutopsySettings, Evidence, Verdict
 
 # Single changes of a row, in the order that decides ties.
 _SINGLE: tuple[Verdict, ...] = ("outside", "mean", "norm", "bias")
-
 
 # A changed row may itself be the one that sets a bar; it then passes it, whatever the rounding.
 _ROUNDING = 1e-5
@@ -48,7 +47,7 @@ class Trial:
         basis: (d_in, r) of the active subspace.
     """
 
-    sae: Any
+    sae: SAE
     encoding: Encoding
     dead: Tensor
     live: Tensor
@@ -56,62 +55,76 @@ class Trial:
     n_contests: int
     mean: Tensor
     basis: Tensor
-    how: AutopsySettings
+    settings: AutopsySettings
     progress: bool
 
-    def evidence(self, state: Mapping[str, Any] | None, fires_at_least: float) -> Evidence:
-        """Everything that is measured on the dead features; ``state`` of ``momentum.load_optimizer_state``."""
-        rows, signed = self.encoding.rows.at(self.dead), self.encoding.signed
-        live_rows = self.encoding.rows.at(self.live)
-        split, inputs, bars = Split.of(rows, self.mean), self.sample.inputs - self.mean, self.sample.bars
-        single = single_changes(self.basis, Typical.of(live_rows), bars, self._centred_bars(inputs))
-        fires_if = self._try(split, {**single, "several": together(list(single.values()))}, inputs)
-
-        revived = torch.stack([fires_if[cause] >= fires_at_least for cause in single]).any(dim=0)
-        several = (~revived & (fires_if["several"] >= fires_at_least)).nonzero().squeeze(1)
-        without = {cause: together([one for name, one in single.items() if name != cause]) for cause in single}
-        fires_without = self._try(split.at(several), without, inputs)
-        needs = {cause: torch.zeros_like(revived) for cause in single}
-        for cause, fires in fires_without.items():
-            needs[cause][several] = fires < fires_at_least
-
-        twin, cosine = nearest(rows, live_rows, signed)
-        outscored = torch.zeros_like(cosine)
-        near = (cosine >= self.how.duplicate_cosine).nonzero().squeeze(1)
-        outscored[near] = share_outscored(rows.at(near), live_rows.at(twin[near]), self.sample.inputs, signed)
-        twin = self.live[twin] if len(self.live) else torch.full_like(twin, -1)
+    def evidence(self, state: OptimizerState | None, fires_at_least: float) -> Evidence:
+        """Everything that is measured on the dead features; without ``state`` nothing is known of momentum."""
+        rows, inputs = self.encoding.rows.at(self.dead), self.sample.inputs - self.mean
+        split, bars = Split.of(rows, self.mean), self.sample.bars
+        fires_if, needs = self._revivals(split, inputs, fires_at_least)
+        twin, cosine, outscored = self._duplicates(rows)
         decoder = self.sae.W_dec.detach().to(cosine)
-
-        n_more = self.how.more_tokens * self.n_contests
-        steps, moved = torch.zeros_like(twin), torch.zeros_like(cosine)
+        n_more = self.settings.more_tokens * self.n_contests
+        silent_steps, drift = torch.zeros_like(twin), torch.zeros_like(cosine)
         if state is not None:
-            drift = silent_drift(self.sae, state, self.dead)
-            before = rows_of(self.sae, undone(feature_parameters(self.sae, self.dead), drift.moved))
-            stayed = {"momentum": Change(lambda own: own, bars)}
-            fires_if |= self._try(Split.of(before, self.mean), stayed, inputs)
-            fires_if["momentum"] *= drift.is_traced
-            steps, moved = drift.steps, (rows.weight - before.weight).norm(dim=1)
-            moved = moved / before.weight.norm(dim=1).clamp(min=1e-30)
+            fires_if["momentum"], silent_steps, drift = self._momentum(state, rows, inputs)
         return Evidence(
             fires_if={cause: fires.cpu() for cause, fires in fires_if.items()},
             needs={cause: needed.cpu() for cause, needed in needs.items()},
-            expected_margin=highest_expected(split.centred(), inputs, bars, n_more, signed).cpu(),
+            expected_margin=highest_expected(split.centred(), inputs, bars, n_more, self.encoding.signed).cpu(),
             twin=twin.cpu(),
             twin_cosine=cosine.cpu(),
             twin_decoder_cosine=torch.cosine_similarity(decoder[self.dead], decoder[twin], dim=1).cpu(),
             outscored=outscored.cpu(),
-            silent_steps=steps.cpu(),
-            drift=moved.cpu(),
+            silent_steps=silent_steps.cpu(),
+            drift=drift.cpu(),
         )
 
-    def _try(self, rows: Split, tries: Mapping[str, Change], inputs: Tensor) -> dict[str, Tensor]:
-        total = len(tries) * len(rows.bias)
+    def _revivals(
+        self, rows: Split, inputs: Tensor, fires_at_least: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``fires_if`` and ``needs`` of ``Evidence``."""
+        typical = Typical.of(self.encoding.rows.at(self.live))
+        single = single_changes(self.basis, typical, self.sample.bars, self._centred_bars(inputs))
+        fires_if = self._firings(rows, {**single, "several": together(list(single.values()))}, inputs)
+        revived = torch.stack([fires_if[cause] >= fires_at_least for cause in single]).any(dim=0)
+        several = (~revived & (fires_if["several"] >= fires_at_least)).nonzero().squeeze(1)
+        without = {cause: together([one for name, one in single.items() if name != cause]) for cause in single}
+        needs = {cause: torch.zeros_like(revived) for cause in single}
+        # Only of those: a feature that one change revives needs none of the others.
+        for cause, fires in self._firings(rows.at(several), without, inputs).items():
+            needs[cause][several] = fires < fires_at_least
+        return fires_if, needs
+
+    def _duplicates(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Live feature with the nearest row (-1 where none lives), its cosine, and the share of contests it wins."""
+        live, signed = self.encoding.rows.at(self.live), self.encoding.signed
+        index, cosine = nearest(rows, live, signed)
+        outscored = torch.zeros_like(cosine)
+        near = (cosine >= self.settings.duplicate_cosine).nonzero().squeeze(1)
+        outscored[near] = share_outscored(rows.at(near), live.at(index[near]), self.sample.inputs, signed)
+        twin = self.live[index] if len(self.live) else torch.full_like(index, -1)
+        return twin, cosine, outscored
+
+    def _momentum(self, state: OptimizerState, rows: Rows, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Contests won by the rows as they were before momentum moved them, silent steps, and relative movement."""
+        drift = silent_drift(self.sae, state, self.dead)
+        before = rows_of(self.sae, undone(feature_parameters(self.sae, self.dead), drift.moved))
+        unchanged = {"momentum": Change(lambda own: own, self.sample.bars)}
+        fires = self._firings(Split.of(before, self.mean), unchanged, inputs)["momentum"] * drift.is_traced
+        length = before.weight.norm(dim=1).clamp(min=1e-30)
+        return fires, drift.steps, (rows.weight - before.weight).norm(dim=1) / length
+
+    def _firings(self, rows: Split, changes: Mapping[str, Change], inputs: Tensor) -> dict[str, Tensor]:
+        """Sampled contests that each row would win, by change."""
+        total = len(changes) * len(rows.bias)
         with tqdm(total=total, desc="Changed rows", unit="row", disable=not self.progress or not total) as bar:
             return {
                 cause: firing_counts(
                     change.apply(rows).centred(), inputs, change.bars, self.encoding.signed, bar.update
                 )
-                for cause, change in tries.items()
+                for cause, change in changes.items()
             }
 
     def _centred_bars(self, inputs: Tensor) -> Tensor | None:
@@ -124,19 +137,21 @@ class Trial:
         return bars * (1 - _ROUNDING)
 
 
-def decide(evidence: Evidence, broken: Tensor, fires_at_least: float, how: AutopsySettings) -> tuple[Verdict, ...]:
+def decide(evidence: Evidence, broken: Tensor, fires_at_least: float, settings: AutopsySettings) -> tuple[Verdict, ...]:
     """For each dead feature the first verdict that holds, in the order of ``autopsy``'s docstring."""
     single = [cause for cause in _SINGLE if cause in evidence.fires_if]
-    most, which = torch.stack([evidence.fires_if[cause] for cause in single]).max(dim=0)
-    nothing = torch.zeros_like(most)
-    held: list[tuple[Tensor, Verdict]] = [
+    highest, change_index = torch.stack([evidence.fires_if[cause] for cause in single]).max(dim=0)
+    none = torch.zeros_like(highest)
+    resembles = evidence.twin_cosine >= settings.duplicate_cosine
+    is_outscored = evidence.outscored >= settings.outscored_share
+    criteria: list[tuple[Tensor, Verdict]] = [
         (broken, "broken"),
-        ((evidence.twin_cosine >= how.duplicate_cosine) & (evidence.outscored >= how.outscored_share), "duplicate"),
+        (resembles & is_outscored, "duplicate"),
         (evidence.expected_margin > 0, "starved"),
-        (evidence.fires_if.get("momentum", nothing) > 0, "momentum"),
-        *(((most >= fires_at_least) & (which == i), cause) for i, cause in enumerate(single)),
+        (evidence.fires_if.get("momentum", none) > 0, "momentum"),
+        *(((highest >= fires_at_least) & (change_index == i), cause) for i, cause in enumerate(single)),
         (evidence.fires_if["several"] >= fires_at_least, "several"),
-        (nothing == 0, "unexplained"),
+        (none == 0, "unexplained"),
     ]
-    holds = torch.stack([mask for mask, _ in held])
-    return tuple(held[i][1] for i in holds.int().argmax(dim=0).tolist())
+    holds = torch.stack([mask for mask, _ in criteria])
+    return tuple(criteria[i][1] for i in holds.int().argmax(dim=0).tolist())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from sae_lens import SAE
+from torch import Tensor, nn
 
 from saelens_asi.activations.hooks import Writer
 from saelens_asi.activations.replacement import Logits, prediction_losses, replacements_at
@@ -42,8 +42,8 @@ class Place:
 
 @torch.no_grad()
 def sae_losses_recovered(
-    model: Any,
-    saes: Mapping[str, tuple[Any, Place]],
+    model: nn.Module,
+    saes: Mapping[str, tuple[SAE, Place]],
     tokens: Tensor,
     *,
     replaced: Tensor,
@@ -87,7 +87,7 @@ def sae_losses_recovered(
     return {name: SAELossRecovered.of(own, n_tokens) for name, own in named.items()}
 
 
-def _reconstruction(sae: Any) -> Writer:
+def _reconstruction(sae: SAE) -> Writer:
     def reconstruct(vectors: Tensor) -> Tensor:
         parts = vectors.to(getattr(sae, "device", vectors.device)).split(chunk_size(sae))
         return torch.cat([sae.decode(sae.encode(x)) for x in parts]).to(vectors)
@@ -95,7 +95,7 @@ def _reconstruction(sae: Any) -> Writer:
     return reconstruct
 
 
-def _at_columns(sae: Any, place: Place, function: Writer) -> Writer:
+def _at_columns(sae: SAE, place: Place, function: Writer) -> Writer:
     """``function`` of the columns that the SAE reads; the others stay."""
 
     def write(vectors: Tensor) -> Tensor:
@@ -107,7 +107,9 @@ def _at_columns(sae: Any, place: Place, function: Writer) -> Writer:
     return write
 
 
-def sae_loss_recovered(model: Any, sae: Any, tokens: Tensor, hook_name: str, batch_size: int = 8) -> SAELossRecovered:
+def sae_loss_recovered(
+    model: nn.Module, sae: SAE, tokens: Tensor, hook_name: str, batch_size: int = 8
+) -> SAELossRecovered:
     """Next-token predictions of a TransformerLens model with and without the SAE at ``hook_name``.
 
     The first position (BOS) is left as it is, also in the zero ablation: SAEs are not trained on it. For what the top

@@ -38,7 +38,7 @@ class ReconstructionMetrics:
         """
         return 1 - self.nmse
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
@@ -154,7 +154,7 @@ class SAELossRecovered:
         """1 - kl_reconstructed / kl_zero: 1 where the predictions are those of the model as it is."""
         return 1 - ratio(self.kl_reconstructed, self.kl_zero)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | None]:
         """All measures; None where a share means nothing because the ablation changes nothing."""
         shares = {"recovered": self.recovered, "kl_recovered": self.kl_recovered}
         return asdict(self) | {name: None if math.isnan(share) else share for name, share in shares.items()}
@@ -225,7 +225,7 @@ class SAEEvaluation(ReconstructionMetrics):
         values = {name: getattr(self, name) for name in names}
         return values | {"loss": self.loss and self.loss.to_dict(), "firing_rates": self._histogram()}
 
-    def _histogram(self) -> dict[str, Any]:
+    def _histogram(self) -> dict[str, int | list[int] | list[float]]:
         """Live features by log10 of their firing rate, lower edge of each bin; rarer ones are in the first."""
         n_bins = _DECADES * _BINS_PER_DECADE
         logs = self.firing_rates[self.firing_counts > 0].double().log10().clamp(min=-_DECADES)

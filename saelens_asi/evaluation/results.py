@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import numpy as np
-from safetensors.torch import load_file, save_file
+import pandas as pd
+from scipy.stats import spearmanr
 
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.saes import SAESource
-from saelens_asi.spectra.findings import Row
+from saelens_asi.evaluation.tables import markdown_table
+from saelens_asi.resume import load_tensors, save_tensors, write_json
 
 _COLUMNS = {
     "name": "SAE",
@@ -31,9 +30,31 @@ _COLUMNS = {
 }
 
 
-def evaluation_rows(results: Mapping[str, SAEEvaluation]) -> list[Row]:
-    """One row an SAE, in plain numbers; shares in percent; None for what was not measured."""
-    rows = []
+class EvaluationRow(TypedDict):
+    """One SAE's evaluation in plain numbers; shares in percent, None for what was not measured."""
+
+    name: str
+    hook: str | None
+    layer: int
+    kind: str
+    n_tokens: int
+    d_in: int
+    d_sae: int
+    n_dead: int
+    dead_percent: float
+    nmse: float
+    explained_variance_percent: float
+    l0: float
+    ce_recovered_percent: float | None
+    kl_recovered_percent: float | None
+    effective_rank: float | None
+    effective_rank_percent: float | None
+    intrinsic_dimension_99: int | None
+
+
+def evaluation_rows(results: Mapping[str, SAEEvaluation]) -> list[EvaluationRow]:
+    """One row an SAE."""
+    rows: list[EvaluationRow] = []
     for name, result in results.items():
         layer, kind = split_name(result.hook_name or "")
         loss = result.loss.to_dict() if result.loss else {"recovered": None, "kl_recovered": None}
@@ -65,15 +86,14 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def evaluation_table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as a Markdown table, without columns that nobody measured."""
-    columns = {key: title for key, title in _COLUMNS.items() if any(row[key] is not None for row in rows)}
-    lines = [f"| {' | '.join(columns.values())} |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(_cell(row[key]) for key in columns)} |" for row in rows]
-    return "\n".join(lines)
+    columns = {key: title for key, title in _COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    return markdown_table(list(columns.values()), cells, align="l" + "r" * (len(columns) - 1))
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -81,54 +101,57 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def write_csv(rows: Sequence[EvaluationRow], path: Path) -> None:
+    """All columns of the rows, every digit; empty where nothing was measured."""
+    # As objects, or pandas would write the integers of a column with gaps as floats.
+    pd.DataFrame(rows, dtype=object).to_csv(path, index=False, lineterminator="\n")
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None for fewer than 3 points, or where one is constant."""
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    return float(spearmanr(x, y).statistic)
 
 
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Mean rank of each value: those below it, and half of its equals."""
-    ordered = np.asarray(values, dtype=float)
-    below = (ordered[:, None] > ordered).sum(axis=1)
-    return below + ((ordered[:, None] == ordered).sum(axis=1) - 1) / 2
+class EvaluationFolder:
+    """Evaluations by name in ``results.json`` and ``firing_counts.safetensors`` of a folder.
 
+    What the folder holds is kept where it was measured with the same settings; otherwise it starts empty, and the first
+    ``add`` takes the place of what was there.
 
-@dataclass
-class _Results:
-    """results.json and firing_counts.safetensors in a folder: what is there with the same settings, and what comes."""
+    Attributes:
+        path: ``results.json``: settings, sources and measures, as JSON.
+        counts_path: (d_sae,) firing counts of each SAE.
+        evaluations: those in the folder, by the SAE's name.
+    """
 
-    out: Path
-    settings: dict[str, Any]
-    records: dict[str, SAEEvaluation] = field(default_factory=dict)
-    sources: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.path, self.counts_path = self.out / "results.json", self.out / "firing_counts.safetensors"
-        self.out.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self.path, self.counts_path = folder / "results.json", folder / "firing_counts.safetensors"
+        self.evaluations: dict[str, SAEEvaluation] = {}
+        self._settings = dict(settings)
+        self._sources: dict[str, dict[str, str | int]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
         if not (self.path.exists() and self.counts_path.exists()):
             return
-        kept = json.loads(self.path.read_text())
-        if kept.get("settings") != self.settings:
+        saved = json.loads(self.path.read_text())
+        if saved.get("settings") != self._settings:
             return
-        counts = load_file(self.counts_path)
-        for name, values in kept["results"].items():
+        counts = load_tensors(self.counts_path)
+        for name, values in saved["results"].items():
             if name in counts:
-                self.sources[name] = values.pop("source")
-                self.records[name] = SAEEvaluation.from_dict(values, counts[name])
+                self._sources[name] = values.pop("source")
+                self.evaluations[name] = SAEEvaluation.from_dict(values, counts[name])
 
-    def has(self, source: SAESource) -> bool:
-        return source.name in self.records and self.sources[source.name] == source.identity()
+    def __contains__(self, source: SAESource) -> bool:
+        """Whether it holds the evaluation of this very SAE, and not of another one under its name."""
+        return source.name in self.evaluations and self._sources[source.name] == source.identity()
 
-    def add(self, found: Mapping[str, SAEEvaluation], sources: Sequence[SAESource]) -> None:
-        self.records |= found
-        self.sources |= {source.name: source.identity() for source in sources}
-        results = {name: {"source": self.sources[name], **record.to_dict()} for name, record in self.records.items()}
-        unfinished = self.out / f"unfinished.{os.getpid()}"
-        save_file({name: record.firing_counts for name, record in self.records.items()}, unfinished)
-        unfinished.replace(self.counts_path)
-        unfinished.write_text(
-            json.dumps({"settings": self.settings, "results": results}, indent=1, allow_nan=False) + "\n"
-        )
-        unfinished.replace(self.path)
+    def add(self, evaluations: Mapping[str, SAEEvaluation], sources: Sequence[SAESource]) -> None:
+        """Take more evaluations in, and write the folder's files anew."""
+        self.evaluations |= evaluations
+        self._sources |= {source.name: source.identity() for source in sources}
+        results = {name: {"source": self._sources[name], **one.to_dict()} for name, one in self.evaluations.items()}
+        # The counts first: a result without its counts would be measured again, counts without a result are ignored.
+        save_tensors(self.counts_path, {name: one.firing_counts for name, one in self.evaluations.items()})
+        write_json(self.path, {"settings": self._settings, "results": results}, indent=1)

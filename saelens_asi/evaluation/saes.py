@@ -6,10 +6,9 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from sae_lens import SAE, TrainingSAE
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def inference_form(sae: Any) -> Any:
+def inference_form(sae: SAE) -> SAE:
     """The SAE as SAELens would save it for inference, where that is another architecture; otherwise itself.
 
     BatchTopK and its Matryoshka variant become JumpReLU with the threshold of their training: while they train, what
@@ -50,12 +49,12 @@ def inference_form(sae: Any) -> Any:
     values = sae.cfg.get_inference_sae_cfg_dict()
     state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
-    made = SAE.from_dict({**values, "device": "meta"})
-    made.load_state_dict(state, assign=True)
-    return made.to(device=str(sae.device))
+    inference_sae = SAE.from_dict({**values, "device": "meta"})
+    inference_sae.load_state_dict(state, assign=True)
+    return inference_sae.to(device=str(sae.device))
 
 
-def check_sae(sae: Any, name: str) -> None:
+def check_sae(sae: SAE, name: str) -> None:
     """Raise ValueError for what is no SAE of single activations; warn of a scale that is not part of the weights."""
     which = repr(name) if name else "this"
     architecture = sae.cfg.architecture()
@@ -72,7 +71,7 @@ def check_sae(sae: Any, name: str) -> None:
         )  # fmt: skip
 
 
-def warn_of_other_windows(sae: Any, name: str, data: Any, exclude_positions: Sequence[int]) -> None:
+def warn_of_other_windows(sae: SAE, name: str, data: object, exclude_positions: Sequence[int]) -> None:
     """Warn where an SAE was trained on other positions, or without the BOS in front of every window of text."""
     which, metadata = repr(name) if name else "this SAE", sae.cfg.metadata
     if metadata.prepend_bos is False and "text" in (getattr(data, "column_names", None) or ()):
@@ -97,14 +96,14 @@ class SAESource:
     release: str = ""
     sae_id: str = ""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str | int]:
         """What tells this SAE from another one under the same name, as plain values."""
         if self.folder is None:
             return {"release": self.release, "sae_id": self.sae_id}
         state = (self.folder / SAE_WEIGHTS_FILENAME).stat()
         return {"folder": str(self.folder.resolve()), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
 
-    def load(self, device: str = "cpu", dtype: str | None = None) -> Any:
+    def load(self, device: str = "cpu", dtype: str | None = None) -> SAE:
         """The SAE, ready for inference, normalization folded into its weights."""
         if self.folder is None:
             return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype or "float32")
@@ -122,19 +121,18 @@ class SAESource:
         return inference_form(sae)
 
 
-def find_saes(words: Sequence[str]) -> list[SAESource]:
+def find_saes(names: Sequence[str]) -> list[SAESource]:
     """SAEs by what a person writes: a folder, a folder of folders, ``release``, ``release/sae_id`` (``*`` allowed).
 
     Names are unique: ids, or paths below the folders given.
 
     Raises:
-        ValueError: for a word that leads to none, with the nearest releases.
+        ValueError: for a name that leads to none, with the nearest releases.
     """
-    found = [source for word in words for source in (_in_folder(Path(word)) if Path(word).is_dir() else _on_hub(word))]
-    if len({source.name for source in found}) < len(found):
-        long = [str(one.folder) if one.folder else f"{one.release}/{one.sae_id}" for one in found]
-        found = [SAESource(name, one.folder, one.release, one.sae_id) for name, one in zip(long, found, strict=True)]
-    return list({source.name: source for source in found}.values())
+    sources = [one for name in names for one in (_in_folder(Path(name)) if Path(name).is_dir() else _on_hub(name))]
+    if len({source.name for source in sources}) < len(sources):
+        sources = [replace(one, name=str(one.folder or f"{one.release}/{one.sae_id}")) for one in sources]
+    return list({source.name: source for source in sources}.values())
 
 
 def _in_folder(root: Path) -> list[SAESource]:
@@ -152,24 +150,26 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in str(path).replace("/", ".").split(".")]
 
 
-def _on_hub(word: str) -> list[SAESource]:
+def _on_hub(name: str) -> list[SAESource]:
     directory = get_pretrained_saes_directory()
-    releases = [name for name in directory if word == name or word.startswith(f"{name}/")]
+    releases = [one for one in directory if name == one or name.startswith(f"{one}/")]
     if releases:
         release = max(releases, key=len)
-        ids, asked = list(directory[release].saes_map), word[len(release) + 1 :]
-        matches = [one for one in ids if not asked or one == asked or fnmatchcase(one, asked)]
+        ids, pattern = list(directory[release].saes_map), name[len(release) + 1 :]
+        matches = [one for one in ids if not pattern or one == pattern or fnmatchcase(one, pattern)]
         if not matches:
-            near = difflib.get_close_matches(asked, ids, n=3, cutoff=0) or ids[:3]
-            raise ValueError(f"release {release!r} has no SAE {asked!r}; did you mean {' or '.join(map(repr, near))}?")
+            near = difflib.get_close_matches(pattern, ids, n=3, cutoff=0) or ids[:3]
+            raise ValueError(
+                f"release {release!r} has no SAE {pattern!r}; did you mean {' or '.join(map(repr, near))}?"
+            )
         return [SAESource(one, None, release, one) for one in matches]
-    repository, sae_id = "/".join(word.split("/")[:2]), "/".join(word.split("/")[2:])
-    if sae_id and not Path(word).is_absolute() and not word.startswith("."):
+    repository, sae_id = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if sae_id and not Path(name).is_absolute() and not name.startswith("."):
         return [SAESource(sae_id, None, repository, sae_id)]
-    near = difflib.get_close_matches(word, directory, n=3)
+    near = difflib.get_close_matches(name, directory, n=3)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(
-        f"{word!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
+        f"{name!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
         "or owner/repository/path on the hub"
     )
 
@@ -183,7 +183,7 @@ _STOCK = {cls: {name: getattr(cls, name, None) for name in _METHODS} for cls in 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def topk_reconstruction(sae: Any) -> Reconstruct | None:
+def topk_reconstruction(sae: SAE) -> Reconstruct | None:
     """What ``sae.decode(sae.encode(x))`` and its non-zero activations are; None where the SAE is not stock TopK.
 
     Pre-activations and their ranking are SAELens's, to the bit, but for which of equal ones is taken. Then only the k
@@ -203,12 +203,12 @@ def topk_reconstruction(sae: Any) -> Reconstruct | None:
         scores = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
         if norms is not None:
             scores = scores * norms
-        found = top_k(scores.abs() if by_magnitude else scores, sae.activation_fn.k)
-        values = scores.gather(1, found.indices) if by_magnitude else found.scores.relu()
-        firings = torch.bincount(found.indices[values != 0], minlength=sae.cfg.d_sae)
+        selected = top_k(scores.abs() if by_magnitude else scores, sae.activation_fn.k)
+        values = scores.gather(1, selected.indices) if by_magnitude else selected.scores.relu()
+        firings = torch.bincount(selected.indices[values != 0], minlength=sae.cfg.d_sae)
         if norms is not None:
-            values = values / norms[found.indices]
-        output = embedding_bag(found.indices, sae.W_dec, per_sample_weights=values, mode="sum") + sae.b_dec
+            values = values / norms[selected.indices]
+        output = embedding_bag(selected.indices, sae.W_dec, per_sample_weights=values, mode="sum") + sae.b_dec
         return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(output), sae.d_head), firings
 
     return reconstruct
@@ -219,7 +219,7 @@ _MAX_DENSE_VALUES = 2**25
 
 
 @torch.no_grad()
-def measure_(running: RunningReconstruction, sae: Any, x: Tensor) -> RunningReconstruction:
+def measure_(running: RunningReconstruction, sae: SAE, x: Tensor) -> RunningReconstruction:
     """Add vectors (n, d_in) and what a SAELens SAE makes of them; each is encoded once."""
     reconstruct = topk_reconstruction(sae) or (lambda chunk: _dense_reconstruction(sae, chunk))
     for chunk in x.to(sae.device).split(chunk_size(sae)):
@@ -227,19 +227,19 @@ def measure_(running: RunningReconstruction, sae: Any, x: Tensor) -> RunningReco
     return running
 
 
-def _dense_reconstruction(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _dense_reconstruction(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     acts = sae.encode(x)
     acts = acts.to_dense() if acts.is_sparse else acts
     return sae.decode(acts), (acts != 0).sum(dim=0)
 
 
-def chunk_size(sae: Any) -> int:
+def chunk_size(sae: SAE) -> int:
     """As many tokens at a time as memory should hold activations of."""
     return max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
 
 
 @contextmanager
-def on_flat_vectors(sae: Any) -> Iterator[Any]:
+def on_flat_vectors(sae: SAE) -> Iterator[SAE]:
     """An SAE as it encodes (n, d_in) vectors in inference: no training mode, heads laid side by side.
 
     SAELens's SAEs for ``hook_z`` otherwise expect a dimension of heads. What was set is put back.

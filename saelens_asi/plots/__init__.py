@@ -11,24 +11,23 @@ from saelens_asi.plots.evaluation import (
 from saelens_asi.plots.lorsa import plot_reading
 from saelens_asi.plots.spectra import (
     attention_decomposition,
-    loss_recovered,
+    loss_by_components,
     ranks_across_layers,
     relative_singular_values,
     subspace_energy,
 )
-from saelens_asi.plots.style import COLORS, axes, save
+from saelens_asi.plots.style import COLORS, save
 from saelens_asi.plots.sweep import sweep_figures
 
 __all__ = [
     "COLORS",
     "attention_decomposition",
     "autopsy_figure",
-    "axes",
     "comparison_bars",
     "dead_against_rank",
     "firing_rate_map",
     "firing_rates",
-    "loss_recovered",
+    "loss_by_components",
     "plot_reading",
     "ranks_across_layers",
     "relative_singular_values",

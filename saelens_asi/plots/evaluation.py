@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import evaluation_rows, rank_correlation
+from saelens_asi.history import Record
 from saelens_asi.plots.spectra import kind_color
-from saelens_asi.plots.style import COLORS, axes
-from saelens_asi.plots.style import axes as make_axes
+from saelens_asi.plots.style import COLORS, make_axes
 
 _MARKERS = ("o", "^", "s", "D", "v")
-_AXES = ("effective_rank_percent", "dead_percent")
 
 
 def dead_against_rank(results: Mapping[str, SAEEvaluation], groups: Mapping[str, str] | None = None) -> Figure:
@@ -31,28 +29,31 @@ def dead_against_rank(results: Mapping[str, SAEEvaluation], groups: Mapping[str,
         groups: from a name to the group it belongs to, such as how it was trained: a marker for each, and a rank
             correlation of its own. One group unless told.
     """
-    rows = [row for row in evaluation_rows(results) if row["effective_rank_percent"] is not None]
+    rows = evaluation_rows(results)
+    ranks = {row["name"]: rank for row in rows if (rank := row["effective_rank_percent"]) is not None}
+    rows = [row for row in rows if row["name"] in ranks]
     figure, (axis,) = make_axes(6.6, 4.4)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    named = {row["name"]: groups[row["name"]] if groups else "" for row in rows}
-    found = []
-    for marker, group in zip(cycle(_MARKERS), dict.fromkeys(named.values())):
-        members = [row for row in rows if named[row["name"]] == group]
+    group_of = {row["name"]: groups[row["name"]] if groups else "" for row in rows}
+    correlations = []
+    for marker, group in zip(cycle(_MARKERS), dict.fromkeys(group_of.values())):
+        members = [row for row in rows if group_of[row["name"]] == group]
         colors = [kind_color(row["kind"], kinds) for row in members]
-        x, y = ([row[key] for row in members] for key in _AXES)
+        x, y = [ranks[row["name"]] for row in members], [row["dead_percent"] for row in members]
         axis.scatter(x, y, s=34, color=colors, marker=marker)
         correlation = rank_correlation(x, y)
-        said = "" if correlation is None else f"rank correlation {correlation:+.2f} over {len(members)} SAEs"
-        found.append(f"{group}: {said}" if group and said else said)
+        if correlation is not None:
+            sentence = f"rank correlation {correlation:+.2f} over {len(members)} SAEs"
+            correlations.append(f"{group}: {sentence}" if group else sentence)
         if group:
             axis.scatter([], [], s=34, color="grey", marker=marker, label=group)
     for kind in kinds:
         axis.scatter([], [], s=34, color=kind_color(kind, kinds), label=kind or "activations")
     for row in rows:
         if row["layer"] >= 0:
-            place = (row[_AXES[0]], row[_AXES[1]])
-            axis.annotate(str(row["layer"]), place, xytext=(4, 3), textcoords="offset points", fontsize=7, alpha=0.8)
-    axis.set_title("\n".join(["Dead features and effective rank", *filter(None, found)]), fontsize=10)
+            point = (ranks[row["name"]], row["dead_percent"])
+            axis.annotate(str(row["layer"]), point, xytext=(4, 3), textcoords="offset points", fontsize=7, alpha=0.8)
+    axis.set_title("\n".join(["Dead features and effective rank", *correlations]), fontsize=10)
     axis.set_xlabel("effective rank / width of the activations")
     tokens = sorted({row["n_tokens"] for row in rows})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}" if tokens else "0"
@@ -100,7 +101,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
         rates: from a run's name to (d_sae,) shares of tokens on which each feature fires.
         n_tokens: tokens behind the shares.
     """
-    figure, (axis,) = axes(7.2, 3.8)
+    figure, (axis,) = make_axes(7.2, 3.8)
     low = -5.0
     n_bins = 40
     bar = 0.42
@@ -131,7 +132,7 @@ def firing_rates(rates: Mapping[str, Tensor], n_tokens: int) -> Figure:
     return figure
 
 
-def training_history(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def training_history(histories: Mapping[str, Sequence[Record]]) -> Figure:
     """Error, dead features and L0 over the tokens of one or more runs.
 
     Dead are those silent for SAELens's ``dead_feature_window``; dashed, those that have not fired since the run began.
@@ -140,25 +141,25 @@ def training_history(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fi
         histories: from a run's name to its records, as ``saelens_asi.read_history`` gives them.
     """
     panels = {"nmse": "normalized MSE of the batch", "dead_fraction": "dead features (dashed: never fired)", "l0": "L0"}
-    figure, row = axes(11, 3.4, columns=len(panels))
+    figure, panel_axes = make_axes(11, 3.4, columns=len(panels))
     for i, (name, records) in enumerate(histories.items()):
         color = COLORS[(i + 1) % len(COLORS)]
-        for axis, key in zip(row, panels, strict=True):
+        for axis, key in zip(panel_axes, panels, strict=True):
             points = [(record["n_tokens"], record[key]) for record in records if record.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), color=color, linewidth=1.4, label=name)
         never = [(one["n_tokens"], one["never_fired"] / one["d_sae"]) for one in records if "never_fired" in one]
         if never:
-            row[1].plot(*zip(*never, strict=True), "--", color=color, linewidth=1)
-    for axis, title in zip(row, panels.values(), strict=True):
+            panel_axes[1].plot(*zip(*never, strict=True), "--", color=color, linewidth=1)
+    for axis, title in zip(panel_axes, panels.values(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("tokens trained on")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    row[0].set_yscale("log")
-    row[1].set_ylim(-0.02, 1.02)
-    row[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    row[2].set_ylim(bottom=0)
-    row[0].legend(frameon=False, fontsize=8)
+    panel_axes[0].set_yscale("log")
+    panel_axes[1].set_ylim(-0.02, 1.02)
+    panel_axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel_axes[2].set_ylim(bottom=0)
+    panel_axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -169,8 +170,8 @@ def comparison_bars(rows: Mapping[str, Mapping[str, float]], panels: Mapping[str
         rows: from a run's name to its measures.
         panels: from a measure to its title.
     """
-    figure, row = axes(2.7 * len(panels), 3.0, columns=len(panels))
-    for axis, (key, title) in zip(row, panels.items(), strict=True):
+    figure, panel_axes = make_axes(2.7 * len(panels), 3.0, columns=len(panels))
+    for axis, (key, title) in zip(panel_axes, panels.items(), strict=True):
         values = [row[key] for row in rows.values()]
         bars = axis.bar(list(rows), values, color=COLORS[: len(rows)], width=0.6)
         axis.bar_label(bars, fmt="%.3g", fontsize=9, padding=2)

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from saelens_asi.plots.style import COLORS, axes
-from saelens_asi.plots.style import axes as make_axes
+from saelens_asi.plots.style import COLORS, make_axes
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
 from saelens_asi.spectra.spectrum import Spectrum
@@ -34,7 +33,7 @@ def kind_color(kind: str, kinds: Sequence[str]) -> str:
 
 
 def ranks_across_layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Two ranks as shares of the width, one line a kind of hook; ``rows`` as in ``report.table_rows``."""
+    """Two ranks as shares of the width, one line a kind of hook; ``rows`` as in ``spectra.findings.table_rows``."""
     figure, axes = make_axes(10.5, 3.8, columns=2)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     panels = {"effective_rank_share": "Effective rank / width", "dimension_99_share": "Dimensions for 99 % of variance"}
@@ -72,7 +71,7 @@ def relative_singular_values(spectra: Mapping[str, Spectrum], title: str) -> Fig
     return figure
 
 
-def loss_recovered(losses: Mapping[str, ComponentLosses], widths: Mapping[str, int], title: str) -> Figure:
+def loss_by_components(losses: Mapping[str, ComponentLosses], widths: Mapping[str, int], title: str) -> Figure:
     """What the top components recover, of the divergence and of the cross-entropy, by kind of hook."""
     figure, axes = make_axes(10.5, 3.8, columns=2)
     kinds = list(losses)
@@ -162,7 +161,7 @@ def subspace_energy(spectrum: Spectrum, decoders: Mapping[str, Tensor], d_init: 
         decoders: from a run's name to its W_dec (d_sae, d_in).
         d_init: dimension of the subspace that decoder rows started in.
     """
-    figure, (left, right) = axes(10.5, 3.8, columns=2)
+    figure, (left, right) = make_axes(10.5, 3.8, columns=2)
     s = spectrum.singular_values
     index = range(1, spectrum.d + 1)
     left.semilogy(index, (s / s[0]).numpy(), color="black")

@@ -16,7 +16,7 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of this size in inches with plain axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     row = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]

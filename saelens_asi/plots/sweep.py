@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from saelens_asi.plots.style import axes
-from saelens_asi.sweep.cells import METHODS, TITLES
-from saelens_asi.sweep.results import Row, _grouped, _mean, best_rates, fit_power_law
+from saelens_asi.plots.style import make_axes
+from saelens_asi.sweep.cells import METHOD_TITLES, METHODS, SweepRow
+from saelens_asi.sweep.results import Measure, best_rates, fit_power_law, grouped, mean_of
 
 _COLORS = dict(zip(METHODS, ("#8c8c8c", "#4d4d4d", "#d9822b", "#8db8f5", "#1f6feb", "#93d4b5", "#1b7f4f"), strict=True))
 _OTHER = "#a04fb5"
 
+_Axis = Literal["d_init_used", "l0", "d_sae"]
 
-def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
+
+def sweep_figures(rows: Iterable[SweepRow]) -> dict[str, Figure]:
     """From file names to figures: ``d_init.png``, ``frontier.png``, ``scaling.png``; those for which there are rows."""
     rows = best_rates(rows)
     starts = [row for row in rows if row["subspace"] in ("active", "random") and row["center"] == "mean"]
@@ -33,21 +37,22 @@ def sweep_figures(rows: Iterable[Row]) -> dict[str, Figure]:
     return {name: draw(chosen) for name, (draw, chosen) in drawn.items() if chosen}
 
 
-def _varying(rows: Sequence[Row], axis: str, fixed: Sequence[str]) -> list[Row]:
+def _varying(rows: Sequence[SweepRow], axis: str, fixed: Sequence[str]) -> list[SweepRow]:
     """The largest set of rows equal in ``fixed`` whose values on ``axis`` differ; empty where nothing varies."""
     known = [row for row in rows if row.get(axis) is not None]
-    groups = _grouped(known, lambda row: tuple(row[name] for name in fixed)).values()
-    varied = [group for group in groups if len({row[axis] for row in group}) > 1]
+    groups = grouped(known, itemgetter(*fixed)).values()
+    varied = [group for group in groups if len({row.get(axis) for row in group}) > 1]
     return max(varied, key=len, default=[])
 
 
-def against_d_init(rows: Sequence[Row]) -> Figure:
+def against_d_init(rows: Sequence[SweepRow]) -> Figure:
     """Error and dead features against the dimension of the subspace, active and random (arXiv 2508.16929, app. E)."""
-    figure, (left, right) = axes(9.5, 3.6, columns=2)
+    figure, (left, right) = make_axes(9.5, 3.6, columns=2)
     colors = {"active": "#1b7f4f", "random": "#8c8c8c"}
-    for subspace, group in _grouped(rows, lambda row: row["subspace"]).items():
-        for axis, value in ((left, "nmse"), (right, "dead_fraction")):
-            _curve(axis, group, "d_init_used", value, f"{subspace} subspace", colors.get(subspace, _OTHER))
+    for subspace, group in grouped(rows, itemgetter("subspace")).items():
+        label, color = f"{subspace} subspace", colors.get(subspace, _OTHER)
+        _curve(left, group, "d_init_used", "nmse", label, color)
+        _curve(right, group, "d_init_used", "dead_fraction", label, color)
     left.set_ylabel("normalized MSE")
     _dead(right)
     for axis in (left, right):
@@ -57,11 +62,11 @@ def against_d_init(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def frontier(rows: Sequence[Row]) -> Figure:
+def frontier(rows: Sequence[SweepRow]) -> Figure:
     """Error and dead features against the number of active features (arXiv 2508.16929, sparsity and reconstruction)."""
-    figure, (left, right) = axes(9.5, 3.8, columns=2)
+    figure, (left, right) = make_axes(9.5, 3.8, columns=2)
     for method, group in _by_method(rows).items():
-        _curve(left, group, "l0", "nmse", TITLES.get(method, method), _COLORS.get(method, _OTHER))
+        _curve(left, group, "l0", "nmse", METHOD_TITLES.get(method, method), _COLORS.get(method, _OTHER))
         _curve(right, group, "l0", "dead_fraction", "", _COLORS.get(method, _OTHER))
     left.set_ylabel("normalized MSE")
     _dead(right)
@@ -72,11 +77,11 @@ def frontier(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def scaling(rows: Sequence[Row]) -> Figure:
+def scaling(rows: Sequence[SweepRow]) -> Figure:
     """Error, dead features, and error against live features, by d_sae (arXiv 2508.16929, scaling study)."""
-    figure, (left, middle, right) = axes(13.5, 4.0, columns=3)
+    figure, (left, middle, right) = make_axes(13.5, 4.0, columns=3)
     for method, group in _by_method(rows).items():
-        color, title = _COLORS.get(method, _OTHER), TITLES.get(method, method)
+        color, title = _COLORS.get(method, _OTHER), METHOD_TITLES.get(method, method)
         sizes, errors = [row["d_sae"] for row in group], [row["nmse"] for row in group]
         if len(set(sizes)) > 1:
             law = fit_power_law(sizes, errors)
@@ -85,9 +90,9 @@ def scaling(rows: Sequence[Row]) -> Figure:
             left.plot(ends, law.scale * ends**law.exponent, color=color, linestyle=":", linewidth=1)
         _curve(left, group, "d_sae", "nmse", title, color)
         _curve(middle, group, "d_sae", "dead_fraction", "", color)
-        by_size = sorted(_grouped(group, lambda row: row["d_sae"]).items())
-        alive = [size * (1 - _mean(some, "dead_fraction")) for size, some in by_size]
-        right.plot(alive, [_mean(some, "nmse") for _, some in by_size], "o-", color=color, markersize=4)
+        by_size = sorted(grouped(group, itemgetter("d_sae")).items())
+        alive = [size * (1 - mean_of(some, "dead_fraction")) for size, some in by_size]
+        right.plot(alive, [mean_of(some, "nmse") for _, some in by_size], "o-", color=color, markersize=4)
     _dead(middle)
     sizes = sorted({row["d_sae"] for row in rows})
     for axis, name in ((left, "features (d_sae)"), (middle, "features (d_sae)"), (right, "live features")):
@@ -105,9 +110,9 @@ def scaling(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _curve(axis: Axes, rows: Sequence[Row], x: str, y: str, label: str, color: str) -> None:
+def _curve(axis: Axes, rows: Sequence[SweepRow], x: _Axis, y: Measure, label: str, color: str) -> None:
     """Mean over rows with the same x, and the range over seeds."""
-    groups = _grouped(rows, lambda row: round(row[x], 1))
+    groups = grouped(rows, lambda row: round(row[x], 1))
     points = sorted((position, [row[y] for row in group]) for position, group in groups.items())
     positions = [position for position, _ in points]
     means = [sum(values) / len(values) for _, values in points]
@@ -129,6 +134,6 @@ def _log_ticks(axis: Axes, values: Sequence[float]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups = _grouped(rows, lambda row: row["method"])
+def _by_method(rows: Sequence[SweepRow]) -> dict[str, list[SweepRow]]:
+    groups = grouped(rows, itemgetter("method"))
     return {method: groups[method] for method in METHODS if method in groups}

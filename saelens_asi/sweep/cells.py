@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from saelens_asi.initialization import ActiveSubspaceInit
+from saelens_asi.resume import differences, write_json, written_whole
 
 # Settings of ActiveSubspaceInit that a cell may vary.
-_START = ("subspace", "norm", "center", "d_init")
+_INITIALIZATION = ("subspace", "norm", "center", "d_init")
 
 # Methods by name: changes to the defaults of a cell. "topk" and "auxk" start as the paper's baselines do, with the norm
 # of the lowest initial error; "stock" is what SAELens does by itself.
@@ -25,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "asi": {"optimizer": "adam"},
     "asi_sparse_adam": {},
 }
-TITLES = {
+METHOD_TITLES = {
     "stock": "SAELens as it is",
     "topk": "TopK",
     "auxk": "AuxK",
@@ -74,7 +75,7 @@ class Cell:
         if self.optimizer not in ("adam", "sparse_adam"):
             raise ValueError(f"optimizer={self.optimizer!r} must be 'adam' or 'sparse_adam'")
         if self.initializer == "default":
-            unused: tuple[str, ...] = _START
+            unused: tuple[str, ...] = _INITIALIZATION
         else:
             unused = ("d_init",) if self.subspace == "full" else ()
         for name in unused:
@@ -87,23 +88,23 @@ class Cell:
         """For the config's ``initializer``; None for SAELens's own start. Raises ValueError where they clash."""
         if self.initializer == "default":
             return None
-        given = {name: getattr(self, name) for name in _START if getattr(self, name) is not None}
-        return ActiveSubspaceInit(**given, seed=self.seed)
+        settings = {name: getattr(self, name) for name in _INITIALIZATION if getattr(self, name) is not None}
+        return ActiveSubspaceInit(**settings, seed=self.seed)
 
     @property
     def method(self) -> str:
         """Name in ``METHODS``, whatever the sizes, the rate and the weight of the auxiliary loss; else ``"other"``."""
         for name, changes in METHODS.items():
-            twin = Cell(**{**changes, "k": self.k, "d_sae": self.d_sae})
-            if twin._ingredients() == self._ingredients():
+            stock = Cell(**{**changes, "k": self.k, "d_sae": self.d_sae})
+            if stock._method_settings() == self._method_settings():
                 return name
         return "other"
 
-    def _ingredients(self) -> tuple[Any, ...]:
-        start = (self.initializer, *(getattr(self, name) for name in _START))
-        return *start, self.optimizer, self.aux_loss_coefficient > 0
+    def _method_settings(self) -> tuple[object, ...]:
+        initialization = (self.initializer, *(getattr(self, name) for name in _INITIALIZATION))
+        return *initialization, self.optimizer, self.aux_loss_coefficient > 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | str | None]:
         return asdict(self)
 
 
@@ -119,9 +120,9 @@ def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list
     unknown = sorted(set(axes) - set(names))
     if unknown:
         raise ValueError(f"a cell has no setting {unknown}; its settings are {names}")
-    wrong = [method for method in methods if method not in METHODS]
-    if wrong:
-        raise ValueError(f"method {wrong[0]!r} must be one of {list(METHODS)}")
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"method {unknown[0]!r} must be one of {list(METHODS)}")
     empty = [name for name, values in axes.items() if not len(values)]
     if empty:
         raise ValueError(f"the axis {empty[0]!r} has no values: give at least one, or leave it out")
@@ -132,7 +133,44 @@ def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list
     return list(cells)
 
 
-Row = dict[str, Any]
+class _CellSettings(TypedDict):
+    """The fields of a ``Cell``."""
+
+    architecture: str
+    d_sae: int
+    k: int
+    initializer: str
+    subspace: str | None
+    norm: float | str | None
+    center: str | None
+    d_init: int | float | str | None
+    optimizer: str
+    aux_loss_coefficient: float
+    lr: float
+    seed: int
+
+
+class _Measures(_CellSettings):
+    hook_name: str
+    method: str
+    d_in: int
+    effective_rank: float
+    n_tokens: int
+    dead_fraction: float
+    nmse: float
+    l0: float
+    silent_fraction: float
+    silent_tokens: int
+    seconds: float
+    cpu_seconds: float
+
+
+class SweepRow(_Measures, total=False):
+    """A finished cell: its settings, and what was measured; the last three where it had an initialization."""
+
+    d_init_used: int
+    initial_norm: float
+    initial_nmse: float
 
 
 class SweepStore:
@@ -142,28 +180,25 @@ class SweepStore:
         ValueError: for a folder whose cells were made with other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        now = json.loads(json.dumps(dict(settings)))
         path = self.folder / "sweep.json"
-        saved = json.loads(path.read_text()) if path.exists() else now
-        other = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-        if other:
-            differences = "; ".join(f"{name} was {saved.get(name)!r} and is {now.get(name)!r}" for name in other)
-            raise ValueError(f"{self.folder} holds a sweep with other settings ({differences}): use another folder")
-        path.write_text(json.dumps(now, indent=1) + "\n")
+        changed = differences(json.loads(path.read_text()), settings) if path.exists() else ""
+        if changed:
+            raise ValueError(f"{self.folder} holds a sweep with other settings ({changed}): use another folder")
+        write_json(path, dict(settings), indent=1)
         self.path = self.folder / "cells.jsonl"
         self.rows = read_sweep(self.folder)
         self._drop_unfinished_line()
 
-    def find(self, cell: Cell, hook_name: str) -> Row | None:
+    def find(self, cell: Cell, hook_name: str) -> SweepRow | None:
         """The finished row of a cell on a hook."""
-        wanted = {"hook_name": hook_name, **cell.to_dict()}
-        return next((row for row in self.rows if all(row.get(name) == wanted[name] for name in wanted)), None)
+        own = {"hook_name": hook_name, **cell.to_dict()}
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in own.items())), None)
 
-    def add(self, cell: Cell, results: Mapping[str, Any]) -> Row:
-        row = {**cell.to_dict(), "method": cell.method, **results}
+    def add(self, cell: Cell, measured: Mapping[str, str | float]) -> SweepRow:
+        row = cast(SweepRow, {**cell.to_dict(), "method": cell.method, **measured})
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
@@ -172,10 +207,11 @@ class SweepStore:
     def _drop_unfinished_line(self) -> None:
         """A line that a crash cut short would run into the next one."""
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            with written_whole(self.path) as unfinished:
+                unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
 
-def read_sweep(folder: str | Path) -> list[Row]:
+def read_sweep(folder: str | Path) -> list[SweepRow]:
     """The finished cells of a sweep: settings, ``method``, and what was measured. Empty where there are none yet."""
     path = Path(folder) / "cells.jsonl"
     if not path.exists():

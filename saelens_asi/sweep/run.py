@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from sae_lens import SAETrainer
+from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from torch import Tensor
@@ -21,12 +20,14 @@ from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
-from saelens_asi.sweep.cells import Cell, Row, SweepStore
+from saelens_asi.sweep.cells import Cell, SweepRow, SweepStore
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 
 # What of the initialization's provenance goes into a row.
-_KEPT = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
+_PROVENANCE = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
 # Share of the steps, at the end, in which the weights hardly move any more.
 _LAST_SHARE = 0.4
 _MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
@@ -65,77 +66,83 @@ class SweepTraining:
     def steps(self) -> int:
         return self.training_tokens // self.batch_size
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | str]:
         return asdict(self)
 
 
-def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[SAETrainer[Any, Any], dict[str, Any]]:
-    """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, and what training took.
+def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[SAETrainer, dict[str, float]]:
+    """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, seconds, and what initialized it.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
     """
-    if cell.architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture={cell.architecture!r} must be one of {ARCHITECTURES}: they share k")
-    sae_class, config_class = get_sae_training_class(cell.architecture)
-    settings = cell.initializer_settings()
-    given: dict[str, Any] = {"aux_loss_coefficient": cell.aux_loss_coefficient}
-    if cell.architecture == "matryoshka_batchtopk":
-        given["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
-    config = config_class(
-        d_in=activations.shape[1],
-        d_sae=cell.d_sae,
-        k=cell.k,
-        device=training.device,
-        initializer=settings or "default",
-        optimizer=cell.optimizer,
-        **given,
-    )
+    d_in, initializer = activations.shape[1], cell.initializer_settings()
     torch.manual_seed(cell.seed)
-    sae = sae_class(config)
-    n_estimate = 0 if settings is None else settings.tokens_for(activations.shape[1])
-    trainer = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=training.steps * training.batch_size,
-            train_batch_size_samples=training.batch_size,
-            lr=cell.lr,
-            lr_end=cell.lr / 10,
-            lr_warm_up_steps=round(training.warm_up * training.steps),
-            lr_decay_steps=round(training.decay * training.steps),
-            dead_feature_window=max(1, training.dead_after_tokens // training.batch_size),
-            device=training.device,
-        ),
-        sae,
-        # The estimate reads the same activations that training reads next.
-        itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training)),
-    )
+    sae = _untrained(cell, d_in, training.device)
+    n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
+    # The estimate reads the same activations that training reads next.
+    batches = itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training))
+    trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.fit()
-    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
     provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
     return trainer, {
-        **{name: round(value, 1) for name, value in took.items()},
-        **{name: provenance[key] for key, name in _KEPT.items() if key in provenance},
+        **{name: round(value, 1) for name, value in seconds.items()},
+        **{name: provenance[key] for key, name in _PROVENANCE.items() if key in provenance},
     }
 
 
-def run_cell(cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor) -> tuple[Any, dict[str, Any]]:
+def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
+    if cell.architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={cell.architecture!r} must be one of {ARCHITECTURES}: they share k")
+    sae_class, config_class = get_sae_training_class(cell.architecture)
+    settings = {
+        "d_in": d_in,
+        "d_sae": cell.d_sae,
+        "k": cell.k,
+        "device": device,
+        "initializer": cell.initializer_settings() or "default",
+        "optimizer": cell.optimizer,
+        "aux_loss_coefficient": cell.aux_loss_coefficient,
+    }
+    if cell.architecture == "matryoshka_batchtopk":
+        settings["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
+    return sae_class(config_class(**settings))
+
+
+def _trainer_config(cell: Cell, training: SweepTraining) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=training.steps * training.batch_size,
+        train_batch_size_samples=training.batch_size,
+        lr=cell.lr,
+        lr_end=cell.lr / 10,
+        lr_warm_up_steps=round(training.warm_up * training.steps),
+        lr_decay_steps=round(training.decay * training.steps),
+        dead_feature_window=max(1, training.dead_after_tokens // training.batch_size),
+        device=training.device,
+    )
+
+
+def run_cell(
+    cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor
+) -> tuple[TrainingSAE, dict[str, float]]:
     """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations.
 
     Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
     training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
     """
-    trainer, took = train_cell(cell, training, activations)
+    trainer, training_record = train_cell(cell, training, activations)
     sae = trainer.sae
-    found = evaluate(sae, activations=held_out, ranks=False, progress=False)
+    evaluation = evaluate(sae, activations=held_out, ranks=False, progress=False)
     last_steps = round(_LAST_SHARE * training.steps)
-    silent = (found.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
+    silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
     measured = {
-        **{name: getattr(found, name) for name in _MEASURED},
+        **{name: getattr(evaluation, name) for name in _MEASURED},
         "silent_fraction": float(silent.double().mean()),
-        "silent_tokens": found.n_tokens + last_steps * training.batch_size,
+        "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
     }
-    return sae, {**measured, **took}
+    return sae, {**measured, **training_record}
 
 
 def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:
@@ -150,19 +157,16 @@ def _batches(activations: Tensor, training: SweepTraining, n: int | None = None)
     yield activations[left]
 
 
-logger = logging.getLogger(__name__)
-
-
 def run_sweep(
     cells: Sequence[Cell],
     training: SweepTraining,
     activations: Mapping[str, tuple[Tensor, Tensor]],
     out: str | Path,
     *,
-    source: Mapping[str, Any] | None = None,
+    source: Mapping[str, object] | None = None,
     save_saes: bool = False,
-) -> list[Row]:
-    """Train and evaluate each cell on each hook, where ``out`` does not hold it yet; returns the rows asked for.
+) -> list[SweepRow]:
+    """Train and evaluate each cell on each hook, where ``out`` does not hold it yet; returns their rows.
 
     Each finished cell is a line of ``out/cells.jsonl`` at once; a sweep that is interrupted, or asked for more cells,
     goes on from there. A cell that fails is named, and the others go on.
@@ -215,7 +219,7 @@ def _rank(held_out: Tensor) -> dict[str, float]:
     return {"d_in": spectrum.d, "effective_rank": spectrum.effective_rank}
 
 
-def _line(cell: Cell, row: Row) -> str:
+def _line(cell: Cell, row: SweepRow) -> str:
     measured = f"dead {row['dead_fraction']:.2%}, NMSE {row['nmse']:.4f}, {row['seconds']} s"
     return f"{row['hook_name']} {describe(cell)}: {measured}"
 

@@ -12,7 +12,7 @@ import torch
 from saelens_asi import Autopsy, SparseAdam, autopsy
 from saelens_asi.dead_features.changes import Parts, Split, Typical, inside, longer, unbiased, without_mean
 from saelens_asi.dead_features.contests import Encoding, Rows
-from saelens_asi.dead_features.record import TITLES, VERDICTS
+from saelens_asi.dead_features.record import VERDICT_TITLES, VERDICTS
 from tests.helpers import planted, tiny
 
 SINGLE = ["outside", "mean", "norm", "bias"]
@@ -59,7 +59,7 @@ def test_verdicts_stand_in_counts_table_and_advice() -> None:
     assert set(found.counts) == set(CAUSES["topk"])
     for cause, features in where.items():
         assert set(found.having(cause).tolist()) <= set(features.tolist())
-        assert TITLES[cause] in found.summary()
+        assert VERDICT_TITLES[cause] in found.summary()
     for setting in (
         'initializer="active_subspace"',
         'center="mean"',
@@ -259,6 +259,15 @@ def test_where_nothing_is_dead_it_says_so() -> None:
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_where_nothing_is_dead_an_optimizer_state_changes_nothing() -> None:
+    sae, _ = planted.sae("standard", [])
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-12)
+    sae(planted.activations(500)).sum().backward()
+    optimizer.step()
+    found = look(sae, planted.activations(1000), optimizer_state=optimizer.state_dict())
+    assert (len(found.dead), found.verdicts) == (0, ())
+
+
 def test_where_nothing_lives_it_still_ends() -> None:
     sae, _ = planted.sae("standard", ["outside"], offset=-1e4)
     found = look(sae, planted.activations(500))
@@ -379,4 +388,4 @@ def test_an_sae_that_chooses_otherwise_is_refused() -> None:
 
 
 def test_every_verdict_has_a_title() -> None:
-    assert set(TITLES) == set(VERDICTS)
+    assert set(VERDICT_TITLES) == set(VERDICTS)

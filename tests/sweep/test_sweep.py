@@ -279,3 +279,30 @@ def test_bad_flags_end_in_one_message(flags, message, llama_folder, text_folder,
 
 def test_nothing_is_written_where_there_are_no_cells(tmp_path):
     assert write_report(tmp_path) == []
+
+
+def test_a_table_of_one_cell_names_all_of_its_settings():
+    lines = sweep_table([_row()]).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("| hook_name | architecture | method |")
+    assert lines[1] == "|" + "---|" * 12 + "---:|" * 6
+
+
+def test_a_crash_while_a_cut_line_is_dropped_loses_no_cell(data, tmp_path, monkeypatch):
+    store = run.SweepStore(tmp_path, {"a": 1})
+    store.add(Cell(), {"hook_name": HOOK})
+    before = (tmp_path / "cells.jsonl").read_text() + '{"cut'
+    (tmp_path / "cells.jsonl").write_text(before)
+    stock = Path.replace
+
+    def full_disk(self: Path, target: Path) -> Path:
+        if target.name == "cells.jsonl":
+            raise OSError("no space")
+        return stock(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            run.SweepStore(tmp_path, {"a": 1})
+    assert (tmp_path / "cells.jsonl").read_text() == before
+    assert len(run.SweepStore(tmp_path, {"a": 1}).rows) == 1
