@@ -65,7 +65,7 @@ def main() -> None:
         steps.append(time.perf_counter() - start)
         trainer.n_training_steps += 1
         if expected is not None:
-            screen = trainer._screen.screen
+            screen = trainer._sparse_steps.screen.screen
             row = {
                 "step": i,
                 "floor_s": floor,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
@@ -45,28 +43,4 @@ def check_upstream() -> None:
         raise ImportError(
             f"saelens_asi does not fit sae-lens {version('sae-lens')}: {', '.join(moved)} changed. Install a newer "
             "saelens_asi, or sae-lens==6.54.12"
-        )
-
-
-def refuse_known_failures(cfg: SAETrainerConfig, sae: Any) -> None:
-    """Raise ValueError for settings with which SAELens itself fails later in the run (checked on 6.54.12)."""
-    topk_family = hasattr(sae, "calculate_topk_aux_loss")
-    if topk_family and sae.cfg.use_sparse_activations and sae.cfg.rescale_acts_by_decoder_norm:
-        raise ValueError(
-            "use_sparse_activations=True with rescale_acts_by_decoder_norm=True fails in SAELens's backward pass: "
-            "set use_sparse_activations=False (or rescale_acts_by_decoder_norm=False)"
-        )
-    if sae.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale") or not topk_family:
-        return
-    if hasattr(sae.cfg, "matryoshka_widths"):
-        raise ValueError(
-            f"normalize_activations={sae.cfg.normalize_activations!r} fails in SAELens's matryoshka decoder "
-            "(its statistics are used up by the first level): set 'none' or 'expected_average_only_in'"
-        )
-    if cfg.dead_feature_window < cfg.total_training_steps:
-        raise ValueError(
-            f"normalize_activations={sae.cfg.normalize_activations!r} with a TopK architecture: SAELens's auxiliary "
-            f"loss raises as soon as one feature is dead (dead_feature_window={cfg.dead_feature_window} of "
-            f"{cfg.total_training_steps} steps). Set dead_feature_window={cfg.total_training_steps} or more, or "
-            "normalize_activations='expected_average_only_in'"
         )

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.plugin import topk_pass as sparse_topk
-from saelens_asi.plugin.sparse_steps import SparseTrainer
-from saelens_asi.plugin.topk_pass import dense_path_reason, sparse_pass
+from saelens_asi.plugin.sparse_steps import SparseSteps
+from saelens_asi.plugin.topk_pass import dense_path_reason, encoder_of, sparse_pass
 from saelens_asi.sparse.rows import Workspace, row_norms
 from tests.helpers import tiny
 
@@ -57,7 +57,7 @@ def _input(n_dead: int, dtype: torch.dtype) -> TrainStepInput:
 
 def _sparse(sae: Any, step_input: TrainStepInput) -> tuple[Any, dict[str, Tensor], Tensor]:
     norms = row_norms(sae.W_dec.detach()) if sae.cfg.rescale_acts_by_decoder_norm else None
-    done = sparse_pass(sae, step_input, norms, Workspace())
+    done = sparse_pass(sae, step_input, encoder_of(sae, norms), Workspace())
     gradients = done.gradients
     whole = {"W_enc": gradients.W_enc.to_dense(D_SAE, 1), "b_dec": gradients.b_dec}
     whole |= {"b_enc": gradients.b_enc.to_dense(D_SAE), "W_dec": gradients.W_dec.to_dense(D_SAE)}
@@ -153,7 +153,7 @@ def _run(variant: str, sparse: bool, monkeypatch: Any, n_steps: int = 12, **chan
     trainer = tiny.trainer(architecture, **{**settings, **options, **changes})
     with monkeypatch.context() as patch:
         if not sparse:
-            patch.setattr(SparseTrainer, "_dense_path_reason", lambda *_: "asked for")
+            patch.setattr(SparseSteps, "dense_path_reason", lambda *_: "asked for")
         trainer.fit()
     return trainer
 
@@ -193,7 +193,7 @@ def test_a_decoder_written_to_from_outside_is_noticed():
     trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
     trainer.step(next(tiny.batches()))
     trainer.sae.W_dec.data *= 2
-    norms = trainer._current_decoder_norms(trainer.sae)
+    norms = trainer._sparse_steps.current_decoder_norms(trainer.sae)
     torch.testing.assert_close(norms, trainer.sae.W_dec.detach().norm(dim=1))
 
 
@@ -201,7 +201,9 @@ def test_a_decoder_written_to_from_outside_is_noticed():
 def test_norms_follow_the_decoder_from_step_to_step():
     trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
     trainer.step(next(tiny.batches()))
-    torch.testing.assert_close(trainer._decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        trainer._sparse_steps.decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0
+    )
 
 
 def test_a_loss_of_the_callers_own_is_kept():
