@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 from functools import cache
@@ -275,6 +276,31 @@ class PluginTrainer(SAETrainer[Any, Any]):
         logger.warning(
             "interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path
         )
+
+
+def extend_trainer() -> None:
+    """Every construction of a trainer passes here, whoever does it; configs without our fields pass untouched."""
+    stock_new = SAETrainer.__new__
+    signature = inspect.signature(SAETrainer.__init__)
+
+    def __new__(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        given = _given_arguments(signature, args, kwargs)
+        sae = given.get("sae")
+        if sae is not None:
+            take_flags_from_runner(sae, given.get("save_checkpoint_fn"))
+            if asks_for_plugin(sae.cfg):
+                cls = plugin_trainer_class(cls)  # type: ignore[arg-type]
+        return object.__new__(cls) if stock_new is object.__new__ else stock_new(cls, *args, **kwargs)
+
+    SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]
+
+
+def _given_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a trainer by name; those of a user's subclass with a signature of its own, as far as named."""
+    try:
+        return dict(signature.bind_partial(None, *args, **kwargs).arguments)
+    except TypeError:
+        return kwargs
 
 
 def asks_for_plugin(cfg: TrainingSAEConfig) -> bool:
