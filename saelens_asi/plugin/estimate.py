@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
@@ -23,7 +22,7 @@ from saelens_asi.initialization import (
     initialize_,
     write_provenance,
 )
-from saelens_asi.plugin.fields import initializer_settings
+from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import WHITENING_EPS
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.spectra.moments import RunningMoments
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 _TOKENS_FOR_NORM = 8 * NORM_SAMPLE
 
 
-def check_settings(settings: ActiveSubspaceInit, sae: TrainingSAE[Any]) -> None:
+def check_settings(settings: ActiveSubspaceInit, sae: AnyTrainingSAE) -> None:
     """Raise ValueError, before anything long starts, for settings that cannot work for this SAE."""
     d_in, mode = sae.cfg.d_in, sae.cfg.normalize_activations
     settings.check_width(d_in)
@@ -86,7 +85,7 @@ def _warn_of_twins(estimates: Mapping[str, Sequence[_Estimate]]) -> None:
 class InitializedTrainer(Protocol):
     """What the estimate needs of a trainer, and what it leaves there."""
 
-    sae: TrainingSAE[Any]
+    sae: AnyTrainingSAE
     activation_scaler: ActivationScaler
     initialization_pending: bool
     unsaved_spectrum: Spectrum | None
@@ -182,7 +181,7 @@ class _Estimate:
         )
 
 
-def _fit_activation_fn(sae: TrainingSAE[Any]) -> TopK | None:
+def _fit_activation_fn(sae: AnyTrainingSAE) -> TopK | None:
     """Under what the norm is fitted, where that is not the SAE's own activation function.
 
     Untrained features fire by the length of a vector: of a batch, the longest take hundreds each, and many nothing. A

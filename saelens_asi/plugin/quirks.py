@@ -7,12 +7,11 @@ that ask.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE
 
 from saelens_asi.activations.sae_state import NORMALIZED_INSIDE
+from saelens_asi.plugin.fields import AnyTrainingSAE
 
 # Added by SAELens to the covariance's eigenvalues before it inverts them (ActivationScaler.estimate_whitening).
 WHITENING_EPS = 1e-3
@@ -23,7 +22,7 @@ def with_lr_end(cfg: SAETrainerConfig) -> SAETrainerConfig:
     return replace(cfg, lr_end=cfg.lr / 10) if cfg.lr_end is None else cfg
 
 
-def refuse_known_failures(cfg: SAETrainerConfig, sae: TrainingSAE[Any]) -> None:
+def refuse_known_failures(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> None:
     """Raise ValueError for settings with which SAELens itself fails later in the run."""
     topk_family = hasattr(sae, "calculate_topk_aux_loss")
     if topk_family and sae.cfg.use_sparse_activations and sae.cfg.rescale_acts_by_decoder_norm:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
 from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms
@@ -57,11 +58,11 @@ class SparseSteps:
 
     def take(
         self,
-        sae: TrainingSAE[Any],
+        sae: AnyTrainingSAE,
         optimizer: Optimizer,
         sae_in: Tensor,
         step_input: Callable[[], TrainStepInput],
-        autocast: AbstractContextManager[Any],
+        autocast: AbstractContextManager[object],
         replaced: str | None = None,
     ) -> SparseStep | str:
         """Make one step; or give the reason, without a step, why it has to be SAELens's own.
@@ -94,7 +95,7 @@ class SparseSteps:
             done = sparse_pass(sae, made, encoder, self._workspace, self.screen)
         return SparseStep(done.output, done.firings, self._move_rows(sae, optimizer, encoder, done))
 
-    def dense_path_reason(self, sae: TrainingSAE[Any], sae_in: Tensor, replaced: str | None) -> str | None:
+    def dense_path_reason(self, sae: AnyTrainingSAE, sae_in: Tensor, replaced: str | None) -> str | None:
         """Why this step is SAELens's own. Said once for an SAE of the TopK family, which could do better."""
         if not is_topk(sae):
             return "only TopK architectures are sparse"
@@ -189,14 +190,21 @@ def _contiguous_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: 
     state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()
 
 
-def sparse_adam(cfg: SAETrainerConfig, sae: TrainingSAE[Any]) -> SparseAdam:
+def sparse_adam(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
     """The optimizer of a run with ``optimizer="sparse_adam"``, at SAELens's settings for its own."""
     if torch.device(cfg.device).type == "cpu":
         load_kernels()  # here rather than in the first step: the first time, they are compiled
     return SparseAdam(feature_row_groups(sae), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
 
 
-def feature_row_groups(sae: TrainingSAE[Any]) -> list[dict[str, Any]]:
+class RowGroup(TypedDict):
+    """A parameter group of ``SparseAdam``: ``row_dim`` is the dimension along which features lie, None for none."""
+
+    params: list[nn.Parameter]
+    row_dim: int | None
+
+
+def feature_row_groups(sae: AnyTrainingSAE) -> list[RowGroup]:
     """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
 
     SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other

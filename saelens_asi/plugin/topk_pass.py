@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput, mse_loss
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
 from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, has_hooks, replaced_methods, stock_methods
+from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.sparse.gradients import TopKGradients, squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace
@@ -58,12 +59,12 @@ class SparsePass(NamedTuple):
     firings: Tensor
 
 
-def is_topk(sae: TrainingSAE[Any]) -> TypeGuard[TopKTrainingSAE]:
+def is_topk(sae: AnyTrainingSAE) -> TypeGuard[TopKTrainingSAE]:
     """Whether an SAE belongs to the family that can be trained sparsely."""
     return isinstance(sae, TopKTrainingSAE)
 
 
-def dense_path_reason(sae: TrainingSAE[Any], sae_in: Tensor) -> str | None:
+def dense_path_reason(sae: AnyTrainingSAE, sae_in: Tensor) -> str | None:
     """Why this SAE cannot be trained on the sparse path as it stands; None when it can, or is not a TopK at all."""
     if type(sae) not in _STOCK:
         return f"{type(sae).__name__} is not a TopK architecture of SAELens"

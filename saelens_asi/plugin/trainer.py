@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -24,7 +24,7 @@ from torch import Tensor
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.estimate import check_settings, initialize_together
-from saelens_asi.plugin.fields import DEFAULTS, initializer_settings
+from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import Recorder, Silence, StepFacts, count_firings, output_folder
 from saelens_asi.plugin.sparse_steps import SparseSteps, sparse_adam
@@ -55,7 +55,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
     def __init__(
         self,
         cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
+        sae: AnyTrainingSAE,
         data_provider: DataProvider,
         evaluator: Evaluator[Any] | None = None,
         save_checkpoint_fn: SaveCheckpointFn | None = None,
@@ -97,7 +97,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
             num_cycles=cfg.n_restart_cycles,
         )
 
-    def fit(self) -> TrainingSAE[Any]:
+    def fit(self) -> AnyTrainingSAE:
         own_prefetcher = self._restart_prefetching()
         try:
             self._initialize_if_pending()
@@ -167,7 +167,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         """The schedule counts what ``n_training_steps`` misses: SAELens's checkpoints hold one step too few of it."""
         return self.lr_scheduler.last_epoch
 
-    def _train_step(self, sae: TrainingSAE[Any], sae_in: Tensor) -> TrainStepOutput:
+    def _train_step(self, sae: AnyTrainingSAE, sae_in: Tensor) -> TrainStepOutput:
         stock = super()._train_step
         is_stock = stock.__func__ is SAETrainer._train_step  # type: ignore[attr-defined]
         step = self._sparse_steps.take(
@@ -256,7 +256,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if store.dataset is not None:
             store.iterable_sequences = store._iterate_tokenized_sequences()
 
-    def _restart_prefetching(self) -> PrefetchingIterator[Any] | None:
+    def _restart_prefetching(self) -> PrefetchingIterator[Tensor] | None:
         if self._prefetch_after_resume is None:
             return None
         store = find_store(self.data_provider, self.evaluator)
@@ -316,7 +316,7 @@ def plugin_trainer_class(base: type[SAETrainer[Any, Any]]) -> type[SAETrainer[An
     return type(f"{base.__name__}WithActiveSubspace", (PluginTrainer, base), {"__module__": __name__})
 
 
-def take_flags_from_runner(sae: TrainingSAE[Any], save_checkpoint_fn: SaveCheckpointFn | None) -> None:
+def take_flags_from_runner(sae: AnyTrainingSAE, save_checkpoint_fn: SaveCheckpointFn | None) -> None:
     """Carry the optimizer of a runner's config over to an SAE that the runner loaded from ``from_pretrained_path``.
 
     SAELens ignores ``cfg.sae`` there. Loaded weights are never initialised again.

@@ -236,7 +236,7 @@ def _stored(code: CodeType) -> Iterator[str]:
             yield from _stored(constant)
 
 
-def _fields(cls: Any) -> set[str]:
+def _fields(cls: type) -> set[str]:
     return set(getattr(cls, "__dataclass_fields__", ()))
 
 
