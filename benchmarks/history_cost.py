@@ -14,7 +14,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from saelens_asi.plugin.recorder import HistoryTrainer
+from saelens_asi.plugin.trainer import PluginTrainer
 
 D_IN, BATCH, WARM_UP = 576, 4096, 2
 
@@ -57,7 +57,7 @@ def main() -> None:
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=args.d_sae, k=32, **flags))
     without: list[float] = []
     recorded: list[float] = []
-    put_back = [timed(SAETrainer, without), timed(HistoryTrainer, recorded)]
+    put_back = [timed(SAETrainer, without), timed(PluginTrainer, recorded)]
     try:
         SAETrainer(cfg, sae, low_rank_batches()).fit()
     finally:

@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> tuple[list[CheckedStep], list[float]]:
         seconds.append(time.perf_counter() - start)
         trainer.n_training_steps += 1
         if expected is not None:
-            screen = trainer._screen.screen
+            screen = trainer._sparse_steps.screen.screen
             row: CheckedStep = {
                 "step": i,
                 "floor_s": floor,

@@ -3,12 +3,16 @@
 Importing this package adds two fields to SAELens's training configs: ``initializer`` and ``optimizer``.
 """
 
+# ruff: noqa: E402 - what follows imports from SAELens, which is checked first: one message names all that is missing
+from saelens_asi.plugin import register
+
+register()
+
 from saelens_asi.dead_features import Autopsy, autopsy
 from saelens_asi.evaluation import SAEEvaluation, evaluate
 from saelens_asi.history import read_history
 from saelens_asi.initialization import ActiveSubspaceInit, Initialization, initialize_, package_version
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
-from saelens_asi.plugin import register
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
@@ -45,5 +49,3 @@ __all__ = [
 ]
 
 __version__ = package_version()
-
-register()

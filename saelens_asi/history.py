@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from saelens_asi.resume import written_whole
+
 TRAINING_HISTORY = "training_history.jsonl"
 LORSA_HISTORY = "history.jsonl"
 
@@ -32,8 +34,9 @@ class History:
         self._path = path
 
     def copy_to(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(_line, self.records)))
+        """Write all records to a file, whole or not at all: what it held before stays until then."""
+        with written_whole(path) as unfinished:
+            unfinished.write_text("".join(map(_line, self.records)))
 
     def append(self, record: Record) -> None:
         self.records.append(record)

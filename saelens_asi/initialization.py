@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from saelens_asi.activations.sae_state import give_statistics, take_statistics
 from saelens_asi.spectra.spectrum import Spectrum
 
 INITIALIZER_NAME = "active_subspace"
@@ -421,9 +422,9 @@ def _reconstructions(sae: FreshSAE, sample: Tensor) -> Iterator[tuple[Tensor, Te
     for x in torch.split(sample, rows):
         acts = sae.encode(x)
         acts = acts.to_dense() if acts.is_sparse else acts
-        statistics = {name: vars(sae)[name] for name in ("ln_mu", "ln_std", "x_norm_coeff") if name in vars(sae)}
+        statistics = take_statistics(sae)
         reconstruction = sae.decode(acts)
-        vars(sae).update(statistics)  # decode() uses up the per-token statistics that encode() left
+        give_statistics(sae, statistics)  # decode() has used them up
         offset = sae.decode(torch.zeros_like(acts))
         yield x.float(), reconstruction.float(), offset.float()
 

@@ -63,3 +63,17 @@ def test_the_figure_draws_what_there_is() -> None:
     dead = plots.training_history({"a": [{"n_tokens": 1, "dead_fraction": 0.5, "never_fired": 3, "d_sae": 4}]}).axes[1]
     assert [line.get_ydata().tolist() for line in dead.lines] == [[0.5], [0.75]]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [32, 64, 96]
+
+
+def test_a_rewrite_that_fails_leaves_the_history_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / TRAINING_HISTORY
+    History([{"step": 1}, {"step": 2}]).copy_to(path)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        History([{"step": 1}]).write_to(path)
+    assert read_history(path) == [{"step": 1}, {"step": 2}]
+    assert list(tmp_path.iterdir()) == [path]

@@ -10,6 +10,8 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
+from saelens_asi.activations.sae_state import statistics_forgotten
+
 Rule = Literal["threshold", "top_k", "batch_top_k", "pursuit"]
 
 _RULES: dict[str, Rule] = {
@@ -117,9 +119,8 @@ class Encoding:
         sae = self.sae
         # SAELens folds the last two dimensions of hook_z activations into one: here they are folded already.
         folds = getattr(sae, "hook_z_reshaping_mode", False)
-        seen = sae.process_sae_in(x[:, None, :] if folds else x)
-        for name in ("ln_mu", "ln_std", "x_norm_coeff"):  # left behind for a decode that does not come
-            vars(sae).pop(name, None)
+        with statistics_forgotten(sae):
+            seen = sae.process_sae_in(x[:, None, :] if folds else x)
         return seen.to(self.rows.weight.dtype)
 
     def contests(self, x: Tensor) -> Iterator[Contest]:

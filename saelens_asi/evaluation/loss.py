@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from sae_lens import SAE
-from torch import Tensor, nn
+from torch import Tensor
 
-from saelens_asi.activations.hooks import Writer
+from saelens_asi.activations.hooks import HookedModel, Writer
 from saelens_asi.activations.replacement import Logits, prediction_losses, replacements_at
 from saelens_asi.evaluation.metrics import SAELossRecovered
 from saelens_asi.evaluation.saes import chunk_size, on_flat_vectors
@@ -42,7 +42,7 @@ class Place:
 
 @torch.no_grad()
 def sae_losses_recovered(
-    model: nn.Module,
+    model: HookedModel,
     saes: Mapping[str, tuple[SAE, Place]],
     tokens: Tensor,
     *,
@@ -108,7 +108,7 @@ def _at_columns(sae: SAE, place: Place, function: Writer) -> Writer:
 
 
 def sae_loss_recovered(
-    model: nn.Module, sae: SAE, tokens: Tensor, hook_name: str, batch_size: int = 8
+    model: HookedModel, sae: SAE, tokens: Tensor, hook_name: str, batch_size: int = 8
 ) -> SAELossRecovered:
     """Next-token predictions of a TransformerLens model with and without the SAE at ``hook_name``.
 

@@ -25,6 +25,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saelens_asi.activations.sae_state import SCALED_OUTSIDE, has_hooks, replaced_methods, stock_methods
 from saelens_asi.evaluation.metrics import RunningReconstruction
 from saelens_asi.sparse.topk import top_k
 
@@ -63,7 +64,7 @@ def check_sae(sae: SAE, name: str) -> None:
     if architecture == "temporal":
         raise ValueError(f"{which} is a temporal SAE, which encodes whole sequences: give SAEs of single activations")
     mode = sae.cfg.normalize_activations
-    if mode in ("expected_average_only_in", "covariance_whitening"):
+    if mode in SCALED_OUTSIDE:
         logger.warning(
             "%s was trained with normalize_activations=%r, and its weights do not hold that scale yet: they see raw "
             "activations. Fold it first (sae.fold_activation_norm_scaling_factor), or load a finished SAE",
@@ -179,8 +180,7 @@ Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _METHODS = ("encode", "encode_with_hidden_pre", "decode", "process_sae_in")
 _FAMILY = (TopKSAE, AbsTopKSAE, TopKTrainingSAE, AbsTopKTrainingSAE)
-_STOCK = {cls: {name: getattr(cls, name, None) for name in _METHODS} for cls in _FAMILY}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_STOCK = stock_methods(_FAMILY, _METHODS)
 
 
 def topk_reconstruction(sae: SAE) -> Reconstruct | None:
@@ -189,12 +189,9 @@ def topk_reconstruction(sae: SAE) -> Reconstruct | None:
     Pre-activations and their ranking are SAELens's, to the bit, but for which of equal ones is taken. Then only the k
     features of a token are counted and decoded: over (n, d_sae) there is one product and one pass that compares.
     """
-    stock = _STOCK.get(type(sae))
-    if stock is None or type(sae.activation_fn) not in (TopK, AbsTopK) or sae.dtype.itemsize < 4:
+    if type(sae) not in _STOCK or type(sae.activation_fn) not in (TopK, AbsTopK) or sae.dtype.itemsize < 4:
         return None
-    if any(name in vars(sae) or getattr(type(sae), name, None) is not stock[name] for name in _METHODS):
-        return None
-    if any(getattr(module, name) for module in sae.modules() for name in _HOOKS):
+    if replaced_methods(sae, _STOCK) or any(has_hooks(module, backward=False) for module in sae.modules()):
         return None
     norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
     by_magnitude = type(sae.activation_fn) is AbsTopK

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.topk_sae import TopK
+from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelens_asi.activations.sae_state import statistics_forgotten
 from saelens_asi.initialization import (
     NORM_SAMPLE,
     ActiveSubspaceInit,
@@ -20,7 +22,8 @@ from saelens_asi.initialization import (
     initialize_,
     write_provenance,
 )
-from saelens_asi.plugin.fields import initializer_settings
+from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
+from saelens_asi.plugin.quirks import WHITENING_EPS
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -30,11 +33,8 @@ logger = logging.getLogger(__name__)
 # With a spectrum file, activations are read for the norm alone: enough to spread its sample over many documents.
 _TOKENS_FOR_NORM = 8 * NORM_SAMPLE
 
-# Added by SAELens to the covariance's eigenvalues before it inverts them (ActivationScaler.estimate_whitening).
-_WHITENING_EPS = 1e-3
 
-
-def check_settings(settings: ActiveSubspaceInit, sae: Any) -> None:
+def check_settings(settings: ActiveSubspaceInit, sae: AnyTrainingSAE) -> None:
     """Raise ValueError, before anything long starts, for settings that cannot work for this SAE."""
     d_in, mode = sae.cfg.d_in, sae.cfg.normalize_activations
     settings.check_width(d_in)
@@ -51,7 +51,7 @@ def check_settings(settings: ActiveSubspaceInit, sae: Any) -> None:
         raise ValueError(f"spectrum={settings.spectrum!r} was made for width {width}, but the SAE has d_in={d_in}")
 
 
-def initialize_together(trainers: Mapping[str, Sequence[Any]], stream: ActivationStream) -> None:
+def initialize_together(trainers: Mapping[str, Sequence[InitializedTrainer]], stream: ActivationStream) -> None:
     """Initialise the SAEs of ``trainers`` (by hook name) from one pass over ``stream``, and record how.
 
     Raises:
@@ -82,10 +82,19 @@ def _warn_of_twins(estimates: Mapping[str, Sequence[_Estimate]]) -> None:
             logger.warning("SAEs on %s start with the same weights: give each an ActiveSubspaceInit(seed=...)", name)
 
 
+class InitializedTrainer(Protocol):
+    """What the estimate needs of a trainer, and what it leaves there."""
+
+    sae: AnyTrainingSAE
+    activation_scaler: ActivationScaler
+    initialization_pending: bool
+    unsaved_spectrum: Spectrum | None
+
+
 class _Estimate:
     """Moments and a small even sample of one SAE's activations, in the space that its encoder sees."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: InitializedTrainer) -> None:
         self.trainer = trainer
         self.sae = trainer.sae
         settings = initializer_settings(self.sae.cfg)
@@ -116,11 +125,8 @@ class _Estimate:
         self.sample.append(x[(index + 1) * sample_size // self.n_wanted > index * sample_size // self.n_wanted])
 
     def _as_encoder_sees(self, x: Tensor) -> Tensor:
-        before = set(vars(self.sae))
-        x = self.sae.run_time_activation_norm_fn_in(x)
-        for name in set(vars(self.sae)) - before:  # per-token statistics that only decode() would remove
-            delattr(self.sae, name)
-        return x
+        with statistics_forgotten(self.sae):
+            return self.sae.run_time_activation_norm_fn_in(x)
 
     def finish(self, is_training_stream: bool) -> None:
         n_tokens = self.moments.n_tokens
@@ -147,7 +153,7 @@ class _Estimate:
             return Spectrum.load(self.settings.spectrum).scaled(scaler.scaling_factor or 1.0)
         if scaler.whitening is not None:
             # Whitened activations have the identity as covariance, so the raw variances order the coordinates.
-            variances = (scaler.whitening.inverse_matrix.double().square().sum(dim=1) - _WHITENING_EPS).clamp(min=0)
+            variances = (scaler.whitening.inverse_matrix.double().square().sum(dim=1) - WHITENING_EPS).clamp(min=0)
             return Spectrum(self.moments.mean.cpu(), torch.diag(variances).cpu(), self.moments.n_tokens)
         return Spectrum.from_moments(self.moments).to("cpu")
 
@@ -175,7 +181,7 @@ class _Estimate:
         )
 
 
-def _fit_activation_fn(sae: Any) -> TopK | None:
+def _fit_activation_fn(sae: AnyTrainingSAE) -> TopK | None:
     """Under what the norm is fitted, where that is not the SAE's own activation function.
 
     Untrained features fire by the length of a vector: of a batch, the longest take hundreds each, and many nothing. A

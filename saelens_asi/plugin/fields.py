@@ -11,12 +11,15 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import simple_parsing
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
+
+# Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
+AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
 DEFAULTS = {"initializer": "default", "optimizer": "adam"}
 INITIALIZERS = ("default", INITIALIZER_NAME)
@@ -81,8 +84,8 @@ def add_fields() -> None:
     _decorate_subclasses(TrainingSAEConfig)
 
 
-def _decorate_subclasses(cls: type[Any]) -> None:
-    subclass: type[Any]
+def _decorate_subclasses(cls: type) -> None:
+    subclass: type
     for subclass in cls.__subclasses__():
         if "__dataclass_fields__" in subclass.__dict__:
             _decorate_again(subclass)
@@ -106,7 +109,7 @@ def _decorate_again(cls: Any, fresh: tuple[str, ...] = ()) -> None:
     dataclasses.dataclass(**options, kw_only=bool(fresh))(cls)
 
 
-def _copied(field: Any) -> Any:
+def _copied(field: dataclasses.Field[Any]) -> Any:
     options = {name: getattr(field, name) for name in ("init", "repr", "hash", "compare", "metadata", "kw_only")}
     if field.default is not dataclasses.MISSING:
         options["default"] = field.default
@@ -127,10 +130,10 @@ def _wrap_methods() -> None:
             value = _checked_optimizer(value)
         object.__setattr__(self, name, value)
 
-    def to_dict(self: TrainingSAEConfig) -> dict[str, Any]:
+    def to_dict(self: TrainingSAEConfig) -> dict[str, object]:
         return _as_saved(stock_to_dict(self))
 
-    def get_training_architecture_details(self: TrainingSAEConfig) -> dict[str, Any]:
+    def get_training_architecture_details(self: TrainingSAEConfig) -> dict[str, object]:
         return _as_saved(stock_details(self))
 
     for function, stock in (
@@ -142,8 +145,9 @@ def _wrap_methods() -> None:
         setattr(TrainingSAEConfig, function.__name__, function)
 
 
-def _as_saved(values: dict[str, Any]) -> dict[str, Any]:
+def _as_saved(values: dict[str, object]) -> dict[str, object]:
     values = {name: value for name, value in values.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-    if isinstance(values.get("initializer"), ActiveSubspaceInit):
-        values["initializer"] = values["initializer"].to_dict()
+    initializer = values.get("initializer")
+    if isinstance(initializer, ActiveSubspaceInit):
+        values["initializer"] = initializer.to_dict()
     return values

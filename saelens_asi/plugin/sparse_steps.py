@@ -1,22 +1,25 @@
-"""Training steps on the sparse path where the SAE allows it, and SAELens's own otherwise; SparseAdam, and Adam."""
+"""Training steps on the sparse path, with SparseAdam or Adam; or the reason why they are SAELens's own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple, TypedDict
 
 import torch
+from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.training.optim import get_lr_scheduler
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
+from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
 from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms
 from saelens_asi.sparse.screens import AdaptiveScreen
+from saelens_asi.sparse.topk import Encoder
 from saelens_asi.sparse_adam import SparseAdam
 
 logger = logging.getLogger(__name__)
@@ -24,158 +27,184 @@ logger = logging.getLogger(__name__)
 _MAX_GRAD_NORM = 1.0  # SAELens's own, which is no setting there either
 
 
-class SparseTrainer(SAETrainer[Any, Any]):
-    """A SAELens trainer whose steps cost what their active features cost; with Adam, all but the optimizer's part."""
+class SparseStep(NamedTuple):
+    """A step that was taken.
 
-    _workspace: Workspace | None = None
-    _decoder_norms: Tensor | None = None
-    _screen: AdaptiveScreen | None = None
-    _reason_given: str | None = None
-    _layout_hook: Any = None
-    _dense_gradients: dict[Tensor, Tensor]
-    gradient_norm: Tensor | None = None  # of the last step on the sparse path, before clipping
+    Attributes:
+        output: as SAELens's own step gives it.
+        firings: (d_sae,) int64, on how many tokens of the batch each feature fired.
+        gradient_norm: of all parameters, before clipping; a tensor without dimensions.
+    """
 
-    def use_sparse_adam(self) -> None:
-        """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
-        cfg = self.cfg
-        betas = (cfg.adam_beta1, cfg.adam_beta2)
-        if torch.device(cfg.device).type == "cpu":
-            load_kernels()  # here rather than in the first step: the first time, they are compiled
-        self.optimizer = SparseAdam(feature_row_groups(self.sae), lr=cfg.lr, betas=betas)
-        self.lr_scheduler = get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            lr=cfg.lr,
-            optimizer=self.optimizer,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            training_steps=cfg.total_training_steps,
-            lr_end=cfg.lr_end,
-            num_cycles=cfg.n_restart_cycles,
-        )
+    output: TrainStepOutput
+    firings: Tensor
+    gradient_norm: Tensor
 
-    def _train_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        if type(self.optimizer) not in (SparseAdam, Adam):
-            return super()._train_step(sae, sae_in)
-        reason = self._dense_path_reason(sae, sae_in)
-        if reason is None or isinstance(self.optimizer, SparseAdam):
-            self._lay_out_by_feature()
+
+class SparseSteps:
+    """The steps of a run that cost what their active features cost; with Adam, all but the optimizer's part.
+
+    What it keeps from step to step: buffers, the screen, the norms of the decoder rows, whole gradients for Adam, and
+    an encoder whose rows lie together in memory.
+    """
+
+    def __init__(self) -> None:
+        self.screen: AdaptiveScreen | None = None
+        self.decoder_norms: Tensor | None = None
+        self._workspace = Workspace()
+        self._dense_gradients: dict[Tensor, Tensor] = {}
+        self._laid_out: _FeatureLayout | None = None
+        self._reason_given: str | None = None
+
+    def take(
+        self,
+        sae: AnyTrainingSAE,
+        optimizer: Optimizer,
+        sae_in: Tensor,
+        step_input: Callable[[], TrainStepInput],
+        autocast: AbstractContextManager[object],
+        replaced: str | None = None,
+    ) -> SparseStep | str:
+        """Make one step; or give the reason, without a step, why it has to be SAELens's own.
+
+        The counterpart of ``SAETrainer._train_step`` up to the optimizer's step; counters and schedules are the
+        trainer's.
+
+        Args:
+            sae: whose weights are moved.
+            optimizer: of its parameters.
+            sae_in: (batch, d_in), scaled.
+            step_input: makes what SAELens's own step would give to the SAE.
+            autocast: what the forward pass runs in.
+            replaced: what of SAELens's own step somebody else has replaced, if anything.
+        """
+        if type(optimizer) not in (SparseAdam, Adam):
+            return f"no sparse step for {type(optimizer).__name__}"
+        reason = self.dense_path_reason(sae, sae_in, replaced)
+        if reason is None or isinstance(optimizer, SparseAdam):
+            self._lay_out_by_feature(sae, optimizer)
         if reason is not None:
-            self._decoder_norms = self._screen = None
-            return super()._train_step(sae, sae_in)
-        return self._sparse_step(sae, sae_in)
+            self.decoder_norms = self.screen = None
+            return reason
+        if isinstance(optimizer, SparseAdam):
+            self.screen = self.screen or AdaptiveScreen()
+        sae.train()
+        with autocast:
+            made = step_input()
+            encoder = encoder_of(sae, self.current_decoder_norms(sae))
+            done = sparse_pass(sae, made, encoder, self._workspace, self.screen)
+        return SparseStep(done.output, done.firings, self._move_rows(sae, optimizer, encoder, done))
 
-    def _dense_path_reason(self, sae: Any, sae_in: Tensor) -> str | None:
+    def dense_path_reason(self, sae: AnyTrainingSAE, sae_in: Tensor, replaced: str | None) -> str | None:
         """Why this step is SAELens's own. Said once for an SAE of the TopK family, which could do better."""
         if not is_topk(sae):
             return "only TopK architectures are sparse"
-        reason = dense_path_reason(sae, sae_in)
-        if reason is None and super()._train_step.__func__ is not SAETrainer._train_step:  # type: ignore[attr-defined]
-            reason = f"{type(self).__name__} has a _train_step of its own"
+        reason = dense_path_reason(sae, sae_in) or replaced
         if reason is not None and reason != self._reason_given:
             logger.warning("training steps take SAELens's dense path: %s", reason)
             self._reason_given = reason
         return reason
 
-    def _sparse_step(self, sae: Any, sae_in: Tensor) -> TrainStepOutput:
-        """The counterpart of ``SAETrainer._train_step``, line by line."""
-        if self._workspace is None:
-            self._workspace, self._dense_gradients = Workspace(), {}
-        if isinstance(self.optimizer, SparseAdam):
-            self._screen = self._screen or AdaptiveScreen()
-        sae.train()
-        with self.autocast_if_enabled:
-            step_input = TrainStepInput(
-                sae_in=sae_in,
-                dead_neuron_mask=self.dead_neurons,
-                coefficients=self.get_coefficients(),
-                n_training_steps=self.n_training_steps,
-                is_logging_step=self._is_logging_step(),
-            )
-            norms = self._current_decoder_norms(sae)
-            done = sparse_pass(sae, step_input, norms, self._workspace, self._screen)
-        self._count_firings(done.firings)
-        self._apply(sae, done)
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-        return done.output
-
     @torch.no_grad()
-    def _count_firings(self, firings: Tensor) -> None:
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[firings > 0] = 0
-        self.act_freq_scores += firings
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
-
-    @torch.no_grad()
-    def _apply(self, sae: Any, done: SparsePass) -> None:
-        """Clip the gradients, move the rows that have one, and bring their norms up to date."""
+    def _move_rows(self, sae: TopKTrainingSAE, optimizer: Optimizer, encoder: Encoder, done: SparsePass) -> Tensor:
+        """Clip the gradients, move the rows that have one, and bring their norms up to date; returns their norm."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
-        self.gradient_norm = done.gradients.norm()
-        divisor = ((self.gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
+        gradient_norm = done.gradients.norm()
+        divisor = ((gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
         sae.b_dec.grad = done.gradients.b_dec / divisor
-        if isinstance(self.optimizer, SparseAdam):
+        if isinstance(optimizer, SparseAdam):
             for param, gradient in by_row.items():
-                self.optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
-            if self._decoder_norms is not None:
-                self.optimizer.row_norms[sae.W_dec] = self._decoder_norms
+                optimizer.row_gradients[param] = gradient._replace(divisor=divisor)
+            if encoder.scale is not None:
+                optimizer.row_norms[sae.W_dec] = encoder.scale
         else:
-            self._spread(by_row, divisor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self._screen is None:  # Adam has moved every row
-            self._decoder_norms = None
-            return
-        self._screen.rows_changed(encoder_of(sae, self._decoder_norms), done.gradients.W_enc.rows)
+            self._spread(sae, by_row, divisor)
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.screen is None:  # Adam has moved every row
+            self.decoder_norms = None
+        else:
+            # Rows, bias and norms are moved in place: the encoder shows them as they are now.
+            self.screen.rows_changed(encoder, done.gradients.W_enc.rows)
+        return gradient_norm
 
-    def _spread(self, by_row: Mapping[Tensor, RowGradient], divisor: Tensor) -> None:
+    def _spread(self, sae: TopKTrainingSAE, by_row: Mapping[nn.Parameter, RowGradient], divisor: Tensor) -> None:
         """Whole gradients for an optimizer that moves every row."""
         for param, (rows, values, _) in by_row.items():
             whole = self._dense_gradients.get(param)
             whole = self._dense_gradients[param] = torch.zeros_like(param) if whole is None else whole.zero_()
-            whole.movedim(int(param is self.sae.W_enc), 0).index_copy_(0, rows, values.to(whole.dtype) / divisor)
+            whole.movedim(int(param is sae.W_enc), 0).index_copy_(0, rows, values.to(whole.dtype) / divisor)
             param.grad = whole
 
-    def _current_decoder_norms(self, sae: Any) -> Tensor | None:
+    def current_decoder_norms(self, sae: TopKTrainingSAE) -> Tensor | None:
         """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since."""
         if not sae.cfg.rescale_acts_by_decoder_norm:
             return None
         W_dec = sae.W_dec.detach()
         sample = slice(None, None, max(1, W_dec.shape[0] // 64))
-        known = self._decoder_norms
+        known = self.decoder_norms
         if known is None or not torch.allclose(known[sample], row_norms(W_dec[sample]), rtol=1e-5, atol=0):
-            self._decoder_norms = row_norms(W_dec)
-        return self._decoder_norms
+            self.decoder_norms = row_norms(W_dec)
+        return self.decoder_norms
 
-    def _lay_out_by_feature(self) -> None:
-        """Keep ``W_enc`` and its moments so that what belongs to a feature lies together; shapes stay as they are.
-
-        Files are written from contiguous copies, which a hook of ``state_dict`` makes.
-        """
-        W_enc = self.sae._parameters.get("W_enc")
+    def _lay_out_by_feature(self, sae: nn.Module, optimizer: Optimizer) -> None:
+        W_enc = dict(sae.named_parameters(recurse=False, remove_duplicate=False)).get("W_enc")
         if W_enc is None or W_enc.ndim != 2:
             return
-        for tensor in (W_enc, *(self.optimizer.state[W_enc].get(key) for key in ("exp_avg", "exp_avg_sq"))):
+        if self._laid_out is None:
+            self._laid_out = _FeatureLayout(sae)
+        self._laid_out.apply_(W_enc, optimizer)
+
+    def finish(self) -> None:
+        """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook. A further step starts anew."""
+        self.decoder_norms = self.screen = None
+        self._workspace, self._dense_gradients = Workspace(), {}
+        if self._laid_out is not None:
+            self._laid_out.undo_()
+            self._laid_out = None
+
+
+class _FeatureLayout:
+    """``W_enc`` and its moments with what belongs to a feature side by side in memory; shapes stay as they are.
+
+    Files are written from contiguous copies, which a hook of ``state_dict`` makes.
+    """
+
+    def __init__(self, sae: nn.Module) -> None:
+        self._sae = sae
+        self._hook = sae.register_state_dict_post_hook(_contiguous_state)
+
+    def apply_(self, W_enc: nn.Parameter, optimizer: Optimizer) -> None:
+        # Looked at in every step: a loaded optimizer state, or SAELens's own step, brings back the ordinary layout.
+        for tensor in (W_enc, *(optimizer.state[W_enc].get(key) for key in ("exp_avg", "exp_avg_sq"))):
             if tensor is not None and not tensor.t().is_contiguous():
                 tensor.data = tensor.data.t().contiguous().t()
-        if self._layout_hook is None:
-            self._layout_hook = self.sae.register_state_dict_post_hook(_contiguous_state)
 
-    def finish_sparse_steps(self) -> None:
-        """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook."""
-        self._workspace = self._decoder_norms = self._screen = None
-        self._dense_gradients = {}
-        if self._layout_hook is not None:
-            self._layout_hook.remove()
-            self._layout_hook = None
-            self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
-
-    def set_final_sae_metadata(self) -> None:
-        super().set_final_sae_metadata()
-        self.finish_sparse_steps()
+    def undo_(self) -> None:
+        self._hook.remove()
+        W_enc = self._sae.get_parameter("W_enc")
+        W_enc.data = W_enc.data.contiguous()
 
 
-def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
+def _contiguous_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()
+
+
+def sparse_adam(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
+    """The optimizer of a run with ``optimizer="sparse_adam"``, at SAELens's settings for its own."""
+    if torch.device(cfg.device).type == "cpu":
+        load_kernels()  # here rather than in the first step: the first time, they are compiled
+    return SparseAdam(feature_row_groups(sae), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
+
+
+class RowGroup(TypedDict):
+    """A parameter group of ``SparseAdam``: ``row_dim`` is the dimension along which features lie, None for none."""
+
+    params: list[nn.Parameter]
+    row_dim: int | None
+
+
+def feature_row_groups(sae: AnyTrainingSAE) -> list[RowGroup]:
     """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
 
     SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
@@ -189,7 +218,3 @@ def feature_row_groups(sae: Any) -> list[dict[str, Any]]:
         row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
         by_dim.setdefault(row_dim, []).append(param)
     return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
-
-
-def _contiguous_state(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-    state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any
 
 import torch
 from sae_lens.synthetic.training import SyntheticActivationIterator
@@ -18,6 +17,9 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+
+# What trainers draw from: batches of one hook, or of several by name.
+Provider = Iterator[Tensor] | Iterator[Batch]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ActivationStream:
     is_training_stream: bool
 
 
-def find_store(data_provider: Any, evaluator: Any) -> ActivationsStore | None:
+def find_store(data_provider: Provider, evaluator: object) -> ActivationsStore | None:
     """The store behind a provider that SAELens's runners make; None where the batches come from elsewhere."""
     if isinstance(data_provider, ActivationsStore):
         return data_provider
@@ -43,7 +45,7 @@ def find_store(data_provider: Any, evaluator: Any) -> ActivationsStore | None:
 
 
 @contextmanager
-def open_stream(data_provider: Any, evaluator: Any, hook_names: Collection[str]) -> Iterator[ActivationStream]:
+def open_stream(data_provider: Provider, evaluator: object, hook_names: Collection[str]) -> Iterator[ActivationStream]:
     """Give a second look at the data of ``data_provider``; draw from itself where it allows none.
 
     SAELens's own stores are read through a copy that starts at the beginning, and synthetic data is drawn with the
@@ -63,7 +65,7 @@ def open_stream(data_provider: Any, evaluator: Any, hook_names: Collection[str])
             yield ActivationStream(_with_hook_names(data_provider, hook_names), is_training_stream=not is_synthetic)
 
 
-def check_hooks(data_provider: Any, evaluator: Any, hook_widths: Mapping[str, int]) -> None:
+def check_hooks(data_provider: Provider, evaluator: object, hook_widths: Mapping[str, int]) -> None:
     """Look at one sequence, where there is a second look.
 
     Raises:
@@ -77,7 +79,7 @@ def check_hooks(data_provider: Any, evaluator: Any, hook_widths: Mapping[str, in
 
 
 @contextmanager
-def _undisturbed(data_provider: Any, store: ActivationsStore | None) -> Iterator[None]:
+def _undisturbed(data_provider: Provider, store: ActivationsStore | None) -> Iterator[None]:
     """Hold a prefetcher still, and put the random state back afterwards, where the data is looked at twice."""
     with ExitStack() as stack:
         if isinstance(data_provider, PrefetchingIterator) and store is not None:
@@ -111,12 +113,12 @@ def _read_store(store: ActivationsStore) -> Iterator[Batch]:
         return
 
 
-def _with_hook_names(data_provider: Iterator[Any], hook_names: Collection[str]) -> Iterator[Batch]:
+def _with_hook_names(data_provider: Provider, hook_names: Collection[str]) -> Iterator[Batch]:
     for batch in data_provider:
         yield batch if isinstance(batch, Mapping) else {name: batch for name in hook_names}
 
 
-def _is_multi_hook_loader(data_provider: Any) -> bool:
+def _is_multi_hook_loader(data_provider: Provider) -> bool:
     # By the generator's own name: its code is that of the decorator (torch.no_grad) around SAELens's function.
     return isinstance(data_provider, GeneratorType) and data_provider.__name__ == multi_hook_concat_split_iter.__name__
 

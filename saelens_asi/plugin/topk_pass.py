@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
@@ -13,6 +13,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
+from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, has_hooks, replaced_methods, stock_methods
+from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.sparse.gradients import TopKGradients, squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace
@@ -21,9 +23,6 @@ from saelens_asi.sparse.topk import Encoder, Query, encode_batch_top_k, encode_t
 
 # With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
 _MAX_DEAD_SHARE = 0.1
-
-# Normalizations that the SAE undoes itself, with statistics that serve once.
-_NORMALIZED_INSIDE = ("constant_norm_rescale", "layer_norm")
 
 _FAMILY = (TopKTrainingSAE, AbsTopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 _PARAMETERS = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -36,7 +35,7 @@ _METHODS = (
     "calculate_topk_aux_loss",
     "update_topk_threshold",
 )
-_STOCK = {cls: {name: getattr(cls, name, None) for name in _METHODS} for cls in _FAMILY}
+_STOCK = stock_methods(_FAMILY, _METHODS)
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,18 @@ class SparsePass(NamedTuple):
     firings: Tensor
 
 
-def is_topk(sae: Any) -> bool:
+def is_topk(sae: AnyTrainingSAE) -> TypeGuard[TopKTrainingSAE]:
     """Whether an SAE belongs to the family that can be trained sparsely."""
     return isinstance(sae, TopKTrainingSAE)
 
 
-def dense_path_reason(sae: Any, sae_in: Tensor) -> str | None:
+def dense_path_reason(sae: AnyTrainingSAE, sae_in: Tensor) -> str | None:
     """Why this SAE cannot be trained on the sparse path as it stands; None when it can, or is not a TopK at all."""
-    stock = _STOCK.get(type(sae))
-    if stock is None:
+    if type(sae) not in _STOCK:
         return f"{type(sae).__name__} is not a TopK architecture of SAELens"
-    replaced = [name for name in _METHODS if name in vars(sae) or getattr(type(sae), name, None) is not stock[name]]
-    if replaced:
+    if replaced := replaced_methods(sae, _STOCK):
         return f"{', '.join(replaced)} of the SAE is replaced (by compile_sae, for one)"
-    if any(_has_hooks(module) for module in sae.modules()):
+    if any(has_hooks(module) for module in sae.modules()):
         return "hooks are attached to the SAE"
     parameters = dict(sae.named_parameters())
     if parameters.keys() != _PARAMETERS or not all(param.requires_grad for param in parameters.values()):
@@ -85,15 +82,10 @@ def dense_path_reason(sae: Any, sae_in: Tensor) -> str | None:
     return None
 
 
-def _has_hooks(module: Any) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
-
-
 def sparse_pass(
-    sae: Any,
+    sae: TopKTrainingSAE,
     step_input: TrainStepInput,
-    decoder_norms: Tensor | None,
+    encoder: Encoder,
     workspace: Workspace,
     screen: AdaptiveScreen | None = None,
 ) -> SparsePass:
@@ -106,15 +98,15 @@ def sparse_pass(
     Args:
         sae: one for which ``dense_path_reason`` gave None.
         step_input: as the trainer makes it.
-        decoder_norms: (d_sae,), where ``rescale_acts_by_decoder_norm`` is set.
+        encoder: of the SAE, see ``encoder_of``.
         workspace: of the run.
         screen: of the run; without one, scores come from the whole product.
     """
     with torch.no_grad():
         x = sae.process_sae_in(step_input.sae_in)
         auxiliary = auxiliary_levels(sae, step_input)
-        active, answers = _encode(sae, x, encoder_of(sae, decoder_norms), auxiliary, workspace, screen)
-        hidden_pre, *auxiliary_entries = [_unscaled(entries, decoder_norms) for entries in (active, *answers)]
+        active, answers = _encode(sae, x, encoder, auxiliary, workspace, screen)
+        hidden_pre, *auxiliary_entries = [_unscaled(entries, encoder.scale) for entries in (active, *answers)]
         activations = stack_levels([*_by_level(sae, hidden_pre), *auxiliary_entries], x.shape[0])
         decoded = activations.decode(sae.W_dec)
     loss, losses, sae_out, d_decoded, d_b_dec = _losses_and_gradients(sae, step_input, decoded, auxiliary, workspace)
@@ -138,7 +130,7 @@ def sparse_pass(
     return SparsePass(output, gradients._replace(b_dec=d_b_dec), firings)
 
 
-def auxiliary_levels(sae: Any, step_input: TrainStepInput) -> list[AuxiliaryLevel]:
+def auxiliary_levels(sae: TopKTrainingSAE, step_input: TrainStepInput) -> list[AuxiliaryLevel]:
     """The dead features that take part in SAELens's auxiliary loss, level by level."""
     mask = step_input.dead_neuron_mask
     if mask is None or sae.cfg.aux_loss_coefficient == 0:
@@ -160,12 +152,19 @@ def auxiliary_levels(sae: Any, step_input: TrainStepInput) -> list[AuxiliaryLeve
     ]
 
 
-def _widths(sae: Any) -> list[int]:
+def _widths(sae: TopKTrainingSAE) -> list[int]:
     return getattr(sae.cfg, "matryoshka_widths", None) or [sae.cfg.d_sae]
 
 
-def encoder_of(sae: Any, decoder_norms: Tensor | None) -> Encoder:
-    """The features of an SAE as they are ranked; inside autocast, with its products."""
+def encoder_of(sae: TopKTrainingSAE, decoder_norms: Tensor | None) -> Encoder:
+    """The features of an SAE as they are ranked; inside autocast, with its products.
+
+    It shows the weights as they are, also after an optimizer has moved them in place.
+
+    Args:
+        sae: of the TopK family.
+        decoder_norms: (d_sae,) norms of the decoder rows where ``rescale_acts_by_decoder_norm`` is set.
+    """
     device = sae.W_enc.device.type
     return Encoder(
         rows=sae.W_enc.detach().t(),
@@ -177,7 +176,7 @@ def encoder_of(sae: Any, decoder_norms: Tensor | None) -> Encoder:
 
 
 def _encode(
-    sae: Any,
+    sae: TopKTrainingSAE,
     x: Tensor,
     encoder: Encoder,
     auxiliary: list[AuxiliaryLevel],
@@ -201,7 +200,7 @@ def _encode(
     return active, [entries_of(answer) for answer in answers]
 
 
-def _by_level(sae: Any, entries: Entries) -> list[Entries]:
+def _by_level(sae: TopKTrainingSAE, entries: Entries) -> list[Entries]:
     """The entries that each level of reconstruction adds to the one before."""
     widths = torch.tensor(_widths(sae), device=entries.features.device)
     level = torch.bucketize(entries.features, widths, right=True)
@@ -209,7 +208,11 @@ def _by_level(sae: Any, entries: Entries) -> list[Entries]:
 
 
 def _losses_and_gradients(
-    sae: Any, step_input: TrainStepInput, decoded: Tensor, auxiliary: list[AuxiliaryLevel], workspace: Workspace
+    sae: TopKTrainingSAE,
+    step_input: TrainStepInput,
+    decoded: Tensor,
+    auxiliary: list[AuxiliaryLevel],
+    workspace: Workspace,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
     """What ``_losses`` gives, and the gradients by the decoded rows and by b_dec."""
     b_dec = sae.b_dec.detach()
@@ -224,15 +227,15 @@ def _losses_and_gradients(
     return loss, losses, sae_out, d_decoded, d_b_dec
 
 
-def _is_squared_error(sae: Any, decoded: Tensor) -> bool:
+def _is_squared_error(sae: TopKTrainingSAE, decoded: Tensor) -> bool:
     """Whether the loss is the squared error of one level, without normalization of activations or another shape."""
-    if len(_widths(sae)) > 1 or sae.mse_loss_fn is not mse_loss or sae.cfg.normalize_activations in _NORMALIZED_INSIDE:
+    if len(_widths(sae)) > 1 or sae.mse_loss_fn is not mse_loss or sae.cfg.normalize_activations in NORMALIZED_INSIDE:
         return False
     return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(decoded), sae.d_head) is decoded
 
 
 def _losses(
-    sae: Any, step_input: TrainStepInput, decoded: Tensor, b_dec: Tensor, auxiliary: list[AuxiliaryLevel]
+    sae: TopKTrainingSAE, step_input: TrainStepInput, decoded: Tensor, b_dec: Tensor, auxiliary: list[AuxiliaryLevel]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, its parts by SAELens's names, and the reconstruction, from the decoded levels (n_levels, batch, d_in)."""
     widths, sae_in = _widths(sae), step_input.sae_in
@@ -249,10 +252,10 @@ def _losses(
     return sum(losses.values(), start=sae_out.new_tensor(0.0)), losses, sae_out
 
 
-def _unscaled(entries: Entries, decoder_norms: Tensor | None) -> Entries:
-    if decoder_norms is None:
+def _unscaled(entries: Entries, scale: Tensor | None) -> Entries:
+    if scale is None:
         return entries
-    return entries._replace(scores=entries.scores / decoder_norms[entries.features].to(entries.scores.dtype))
+    return entries._replace(scores=entries.scores / scale[entries.features].to(entries.scores.dtype))
 
 
 def _as_coo(entries: Entries, shape: tuple[int, int]) -> Tensor:

@@ -1,29 +1,159 @@
-"""What this plugin relies on in the packages it extends, checked once at import; and their known failures."""
+"""Everything of SAELens and TransformerLens that the package relies on, checked once at import.
+
+What is private or undocumented there may change in any release. It is named here by its place, so that a change is said
+at once and in one message, and not after an hour of training. ``tests/plugin/test_upstream.py`` reads the package's
+source for what this page has forgotten.
+"""
 
 from __future__ import annotations
 
+import dis
 import inspect
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
+from types import CodeType, ModuleType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.sae_trainer import SAETrainer
 
-REQUIREMENTS = {"torch": ">=2.6", "sae-lens": ">=6.52,<7", "transformer-lens": ">=2.16.1,<4"}
+REQUIREMENTS = {"torch": ">=2.6", "sae-lens": ">=6.54.9,<7", "transformer-lens": ">=2.16.1,<4"}
 
-_TRAINER_PARAMETERS = {"cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"}
-_PATCHED = {
-    TrainingSAEConfig: ("to_dict", "get_training_architecture_details", "add_training_info_to_metadata"),
-    SAETrainer: (
-        *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata"),
-        *("_train_step", "_is_logging_step", "get_coefficients"),
+_SAE, _TOPK = "sae_lens.saes.sae", "sae_lens.saes.topk_sae"
+_TRAINER, _STORE = "sae_lens.training.sae_trainer", "sae_lens.training.activations_store"
+
+# From modules to the names that the package imports from them, at its own import or when a command runs.
+IMPORTED = {
+    "sae_lens": (
+        *("LanguageModelSAERunnerConfig", "LanguageModelSAETrainingRunner", "LoggingConfig"),
+        *("MultiSAETrainingRunnerConfig", "SAE", "SAEConfig", "SAETrainer", "TrainingSAE"),
+        *("AbsTopKTrainingSAEConfig", "BatchTopKTrainingSAEConfig", "GatedTrainingSAEConfig"),
+        *("JumpReLUTrainingSAEConfig", "MatchingPursuitTrainingSAEConfig", "MatryoshkaBatchTopKTrainingSAEConfig"),
+        *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig"),
     ),
-    MultiSAETrainer: ("fit", "load_checkpoint", "_estimate_scaling_factors"),
+    "sae_lens.config": ("LanguageModelSAERunnerConfig", "SAETrainerConfig"),
+    "sae_lens.constants": (
+        *("ACTIVATION_SCALER_CFG_FILENAME", "SAE_CFG_FILENAME", "SAE_WEIGHTS_FILENAME", "TRAINER_STATE_FILENAME"),
+    ),
+    "sae_lens.llm_sae_training_runner": ("LanguageModelSAETrainingRunner", "_parse_cfg_args"),
+    "sae_lens.load_model": ("load_model",),
+    "sae_lens.loading.pretrained_saes_directory": ("get_pretrained_saes_directory",),
+    "sae_lens.registry": ("get_sae_training_class",),
+    "sae_lens.saes.abstopk_sae": ("AbsTopK", "AbsTopKSAE", "AbsTopKTrainingSAE"),
+    "sae_lens.saes.batchtopk_sae": ("BatchTopKTrainingSAE",),
+    "sae_lens.saes.matryoshka_batchtopk_sae": ("MatryoshkaBatchTopKTrainingSAE",),
+    _SAE: ("TrainStepInput", "TrainStepOutput", "TrainingSAE", "TrainingSAEConfig", "mse_loss"),
+    _TOPK: ("TopK", "TopKSAE", "TopKTrainingSAE"),
+    "sae_lens.synthetic": ("SyntheticSAERunnerConfig",),
+    "sae_lens.synthetic.training": ("SyntheticActivationIterator",),
+    "sae_lens.tokenization_and_batching": ("concat_and_batch_sequences",),
+    "sae_lens.training._interruption": ("InterruptedException",),
+    "sae_lens.training.activation_scaler": ("ActivationScaler",),
+    _STORE: ("ActivationsStore",),
+    "sae_lens.training.mixing_buffer": ("multi_hook_concat_split_iter",),
+    "sae_lens.training.multi_sae_trainer": ("MultiSAETrainer",),
+    "sae_lens.training.optim": ("get_lr_scheduler",),
+    "sae_lens.training.prefetch": ("PrefetchingIterator",),
+    _TRAINER: ("Evaluator", "SAETrainer", "SaveCheckpointFn"),
+    "sae_lens.training.types": ("DataProvider",),
+    "sae_lens.util": ("get_special_token_ids",),
+    "transformer_lens.model_bridge": ("TransformerBridge",),
 }
+
+# Modules that only newer releases have, and only some commands need.
+ONLY_IN_NEWER = frozenset({"transformer_lens.model_bridge"})
+
+# From classes to what they have: methods, class attributes, and what their methods set on an object.
+MEMBERS = {
+    f"{_TRAINER}:SAETrainer": (
+        *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata"),
+        *("_train_step", "_is_logging_step", "get_coefficients", "autocast_if_enabled"),
+        *("cfg", "sae", "data_provider", "evaluator", "activation_scaler", "checkpoint_thresholds"),
+        *("optimizer", "lr_scheduler", "coefficient_schedulers", "n_training_steps", "n_training_samples"),
+        *("act_freq_scores", "n_forward_passes_since_fired", "n_frac_active_samples", "dead_neurons"),
+    ),
+    "sae_lens.training.multi_sae_trainer:MultiSAETrainer": (
+        *("fit", "load_checkpoint", "_estimate_scaling_factors", "cfg", "trainers", "hook_names"),
+        *("data_provider", "evaluator", "save_checkpoint_fn", "checkpoint_thresholds", "n_training_samples"),
+    ),
+    f"{_STORE}:ActivationsStore": (
+        *("model", "model_kwargs", "dataset", "hook_name", "hook_head_index", "exclude_special_tokens"),
+        *("_hook_names", "_hook_head_indices", "_dataloader", "_iterate_tokenized_sequences", "iterable_sequences"),
+        *("n_dataset_processed", "cached_activation_dataset", "current_row_idx", "get_batch_tokens"),
+        *("get_activations", "get_filtered_llm_batch", "_get_filtered_multi_hook_llm_batch"),
+    ),
+    "sae_lens.training.prefetch:PrefetchingIterator": ("_queue", "paused", "close"),
+    "sae_lens.training.activation_scaler:ActivationScaler": (
+        *("scaling_factor", "whitening", "estimate_scaling_factor", "estimate_whitening", "load", "__call__"),
+    ),
+    "sae_lens.training.activation_scaler:ActivationWhitening": ("mean", "matrix", "inverse_matrix"),
+    f"{_SAE}:TrainingSAEConfig": (
+        *("to_dict", "get_training_architecture_details", "architecture"),
+        *("get_inference_config_class", "get_inference_sae_cfg_dict"),
+    ),
+    f"{_SAE}:SAE": (
+        *("from_dict", "from_pretrained", "load_from_disk", "encode", "decode", "process_sae_in", "reshape_fn_out"),
+        *("W_enc", "W_dec", "b_dec", "d_head", "device", "dtype", "activation_fn"),
+        *("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out", "ln_mu", "ln_std", "x_norm_coeff"),
+        *("hook_z_reshaping_mode", "turn_off_forward_pass_hook_z_reshaping"),
+        *("turn_on_forward_pass_hook_z_reshaping", "fold_activation_norm_scaling_factor", "fold_activation_whitening"),
+    ),
+    f"{_SAE}:TrainingSAE": (
+        *("training_forward_pass", "encode_with_hidden_pre", "calculate_aux_loss", "mse_loss_fn"),
+        *("process_state_dict_for_saving_inference", "save_inference_model"),
+    ),
+    f"{_TOPK}:TopK": ("k",),
+    f"{_TOPK}:TopKTrainingSAE": ("b_enc", "calculate_topk_aux_loss"),
+    "sae_lens.saes.batchtopk_sae:BatchTopKTrainingSAE": ("topk_threshold", "update_topk_threshold"),
+    "transformer_lens.hook_points:HookedRootModule": ("hook_dict", "run_with_cache"),
+    "transformer_lens.hook_points:HookPoint": ("fwd_hooks", "add_hook"),
+    "transformer_lens.hook_points:LensHandle": ("hook",),
+}
+
+# From dataclasses to the fields that are read.
+FIELDS = {
+    f"{_SAE}:TrainingSAEConfig": (*("d_in", "d_sae", "normalize_activations", "apply_b_dec_to_input", "metadata"),),
+    f"{_TOPK}:TopKTrainingSAEConfig": (
+        *("k", "use_sparse_activations", "rescale_acts_by_decoder_norm", "aux_loss_coefficient", "decoder_init_norm"),
+    ),
+    "sae_lens:MatryoshkaBatchTopKTrainingSAEConfig": ("matryoshka_widths",),
+    f"{_SAE}:TrainStepOutput": ("sae_in", "sae_out", "feature_acts", "hidden_pre", "loss", "losses", "metrics"),
+    "sae_lens.config:SAETrainerConfig": (
+        *("total_training_samples", "train_batch_size_samples", "dead_feature_window", "device", "logger"),
+        *("n_batches_for_norm_estimate", "checkpoint_path", "lr", "lr_end", "lr_scheduler_name"),
+        *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "adam_beta1", "adam_beta2"),
+    ),
+    "sae_lens:LanguageModelSAERunnerConfig": ("sae", "from_pretrained_path", "output_path"),
+    "sae_lens:LoggingConfig": ("wandb_log_frequency",),
+}
+
+# From functions to the parameters that they are called with: all that have no default, and some that do.
+PARAMETERS = {
+    f"{_TRAINER}:SAETrainer.__init__": ("cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"),
+    f"{_TRAINER}:SAETrainer._train_step": ("sae", "sae_in"),
+    f"{_SAE}:TrainStepInput": (*("sae_in", "coefficients", "dead_neuron_mask", "n_training_steps", "is_logging_step"),),
+    f"{_STORE}:ActivationsStore.get_batch_tokens": ("batch_size",),
+    f"{_STORE}:ActivationsStore.get_filtered_llm_batch": ("raise_on_epoch_end",),
+    f"{_STORE}:ActivationsStore._get_filtered_multi_hook_llm_batch": ("raise_on_epoch_end",),
+    "sae_lens.training.prefetch:PrefetchingIterator.__init__": ("source", "prefetch"),
+    "sae_lens.training.activation_scaler:ActivationScaler.estimate_scaling_factor": (
+        *("d_in", "data_provider", "n_batches_for_norm_estimate"),
+    ),
+    "sae_lens.training.activation_scaler:ActivationScaler.estimate_whitening": (
+        *("d_in", "data_provider", "n_batches_for_norm_estimate"),
+    ),
+    "sae_lens.training.optim:get_lr_scheduler": (
+        *("scheduler_name", "optimizer", "training_steps", "lr", "warm_up_steps", "decay_steps", "lr_end"),
+        "num_cycles",
+    ),
+    "sae_lens.tokenization_and_batching:concat_and_batch_sequences": (
+        *("tokens_iterator", "context_size", "begin_batch_token_id", "sequence_separator_token_id"),
+    ),
+    "sae_lens.util:get_special_token_ids": ("tokenizer",),
+}
+
+_OWN_FIELDS = ("initializer", "optimizer")
 
 
 def check_upstream() -> None:
@@ -34,39 +164,89 @@ def check_upstream() -> None:
             raise ImportError(
                 f"saelens_asi needs {package}{bounds}, found {installed}: pip install '{package}{bounds}'"
             )
-    moved = [
-        f"{owner.__name__}.{name}" for owner, names in _PATCHED.items() for name in names if not hasattr(owner, name)
-    ]
-    if not inspect.signature(SAETrainer.__init__).parameters.keys() >= _TRAINER_PARAMETERS:
-        moved.append("SAETrainer.__init__")
-    own = {"initializer", "optimizer"} & {field.name for field in fields(TrainingSAEConfig)}
-    moved += [f"TrainingSAEConfig.{name} (SAELens has this field itself now)" for name in sorted(own)]
+    moved = [*_missing_imports(), *_missing(MEMBERS, _members), *_missing(FIELDS, _fields)]
+    moved += [*_missing(PARAMETERS, _parameters), *_changed_calls()]
+    config = _resolve(f"{_SAE}:TrainingSAEConfig")
+    own = sorted(_fields(config).intersection(_OWN_FIELDS)) if config is not None else []
+    moved += [f"TrainingSAEConfig.{name} (SAELens has this field itself now)" for name in own]
     if moved:
         raise ImportError(
-            f"saelens_asi does not fit sae-lens {version('sae-lens')}: {', '.join(moved)} changed. Install a newer "
-            "saelens_asi, or sae-lens==6.54.12"
+            f"saelens_asi does not fit sae-lens {version('sae-lens')} with transformer-lens "
+            f"{version('transformer-lens')}: {', '.join(dict.fromkeys(moved))} changed. Install a newer saelens_asi, "
+            "or sae-lens==6.54.12"
         )
 
 
-def refuse_known_failures(cfg: SAETrainerConfig, sae: Any) -> None:
-    """Raise ValueError for settings with which SAELens itself fails later in the run (checked on 6.54.12)."""
-    topk_family = hasattr(sae, "calculate_topk_aux_loss")
-    if topk_family and sae.cfg.use_sparse_activations and sae.cfg.rescale_acts_by_decoder_norm:
-        raise ValueError(
-            "use_sparse_activations=True with rescale_acts_by_decoder_norm=True fails in SAELens's backward pass: "
-            "set use_sparse_activations=False (or rescale_acts_by_decoder_norm=False)"
-        )
-    if sae.cfg.normalize_activations not in ("layer_norm", "constant_norm_rescale") or not topk_family:
-        return
-    if hasattr(sae.cfg, "matryoshka_widths"):
-        raise ValueError(
-            f"normalize_activations={sae.cfg.normalize_activations!r} fails in SAELens's matryoshka decoder "
-            "(its statistics are used up by the first level): set 'none' or 'expected_average_only_in'"
-        )
-    if cfg.dead_feature_window < cfg.total_training_steps:
-        raise ValueError(
-            f"normalize_activations={sae.cfg.normalize_activations!r} with a TopK architecture: SAELens's auxiliary "
-            f"loss raises as soon as one feature is dead (dead_feature_window={cfg.dead_feature_window} of "
-            f"{cfg.total_training_steps} steps). Set dead_feature_window={cfg.total_training_steps} or more, or "
-            "normalize_activations='expected_average_only_in'"
-        )
+def _missing_imports() -> Iterator[str]:
+    for module, names in IMPORTED.items():
+        if module in ONLY_IN_NEWER and find_spec(module) is None:
+            continue
+        owner = _module(module)
+        if owner is None:
+            yield module
+        else:
+            yield from (f"{module}.{name}" for name in names if not hasattr(owner, name))
+
+
+def _missing(table: Mapping[str, tuple[str, ...]], names_of: Callable[[Any], Collection[str]]) -> Iterator[str]:
+    for place, names in table.items():
+        owner = _resolve(place)
+        if owner is None:
+            yield place.replace(":", ".")
+        else:
+            there, label = names_of(owner), place.partition(":")[2]
+            yield from (f"{label}.{name}" for name in names if name not in there)
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+def _resolve(place: str) -> Any:
+    """What stands at ``module:name`` or ``module:Class.name``; None where nothing does."""
+    module, _, path = place.partition(":")
+    found: Any = _module(module)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _members(cls: type) -> set[str]:
+    """What a class has, declares, or sets in its methods, as their code says: no object is there yet to ask."""
+    names = set(dir(cls))
+    for base in cls.__mro__:
+        names.update(inspect.get_annotations(base))
+        if base.__module__.startswith(("sae_lens", "transformer_lens")):
+            functions = (inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value))
+            names.update(name for function in functions for name in _stored(function.__code__))
+    return names
+
+
+def _stored(code: CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function within the method
+            yield from _stored(constant)
+
+
+def _fields(cls: type) -> set[str]:
+    return set(getattr(cls, "__dataclass_fields__", ()))
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(function).parameters.keys()
+
+
+def _changed_calls() -> Iterator[str]:
+    """Functions that want more than they are called with."""
+    for place, names in PARAMETERS.items():
+        owner = _resolve(place)
+        parameters = inspect.signature(owner).parameters.values() if callable(owner) else ()
+        needed = [one for one in parameters if one.default is one.empty and one.kind < one.VAR_POSITIONAL]
+        new = [one.name for one in needed if one.name not in (*names, "self")]
+        yield from (f"{place.partition(':')[2]}({name}=...)" for name in new)

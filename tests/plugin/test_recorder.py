@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, read_history
 from saelens_asi.history import TRAINING_HISTORY
+from saelens_asi.plugin.recorder import Recorder, Silence, StepFacts
 from tests.helpers import tiny
 
 FLAGS: dict[str, Any] = {"initializer": ActiveSubspaceInit(d_init=4, n_tokens=256), "optimizer": "sparse_adam"}
@@ -280,3 +282,29 @@ def test_a_users_own_history_is_left_alone(tmp_path: Path) -> None:
     trainer.fit()
     assert trainer.history == "mine"
     assert _steps(read_history(tmp_path)) == [3, 6, 9, 10]
+
+
+def test_a_recorder_needs_no_trainer(tmp_path: Path) -> None:
+    x = tiny.activations(8)
+    output = TrainStepOutput(
+        sae_in=x,
+        sae_out=x,
+        feature_acts=x,
+        hidden_pre=x,
+        loss=torch.tensor(0.5),
+        losses={"mse_loss": torch.tensor(0.5)},
+    )
+    facts = StepFacts(
+        step=2, n_tokens=16, lr=0.1, gradient_norm=torch.tensor(3.0), coefficients={"l1": 2}, l0=torch.tensor(1.5)
+    )
+    silence = Silence(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([False, False, True]), dead_window=1, batch=8)
+    recorder = Recorder()
+    recorder.place(None, tmp_path)
+    recorder.start_clock()
+    recorder.record(output, facts, silence)
+    (record,) = recorder.records
+    assert read_history(tmp_path) == [record]
+    assert {"step": 2, "n_tokens": 16, "lr": 0.1, "grad_norm": 3.0, "l0": 1.5}.items() <= record.items()
+    assert {"nmse": 0.0, "explained_variance": 1.0, "loss": 0.5}.items() <= record.items()
+    assert {"d_sae": 3, "dead_features": 1, "dead_window_tokens": 8, "never_fired": 1}.items() <= record.items()
+    assert record["coefficients"] == {"l1": 2.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.plugin import topk_pass as sparse_topk
-from saelens_asi.plugin.sparse_steps import SparseTrainer
-from saelens_asi.plugin.topk_pass import dense_path_reason, sparse_pass
+from saelens_asi.plugin.sparse_steps import SparseSteps
+from saelens_asi.plugin.topk_pass import dense_path_reason, encoder_of, sparse_pass
 from saelens_asi.sparse.rows import Workspace, row_norms
+from saelens_asi.sparse.screens import AdaptiveScreen
 from tests.helpers import tiny
 
 D_SAE, BATCH = 300, 24
@@ -57,7 +59,7 @@ def _input(n_dead: int, dtype: torch.dtype) -> TrainStepInput:
 
 def _sparse(sae: Any, step_input: TrainStepInput) -> tuple[Any, dict[str, Tensor], Tensor]:
     norms = row_norms(sae.W_dec.detach()) if sae.cfg.rescale_acts_by_decoder_norm else None
-    done = sparse_pass(sae, step_input, norms, Workspace())
+    done = sparse_pass(sae, step_input, encoder_of(sae, norms), Workspace())
     gradients = done.gradients
     whole = {"W_enc": gradients.W_enc.to_dense(D_SAE, 1), "b_dec": gradients.b_dec}
     whole |= {"b_enc": gradients.b_enc.to_dense(D_SAE), "W_dec": gradients.W_dec.to_dense(D_SAE)}
@@ -153,7 +155,7 @@ def _run(variant: str, sparse: bool, monkeypatch: Any, n_steps: int = 12, **chan
     trainer = tiny.trainer(architecture, **{**settings, **options, **changes})
     with monkeypatch.context() as patch:
         if not sparse:
-            patch.setattr(SparseTrainer, "_dense_path_reason", lambda *_: "asked for")
+            patch.setattr(SparseSteps, "dense_path_reason", lambda *_: "asked for")
         trainer.fit()
     return trainer
 
@@ -193,7 +195,7 @@ def test_a_decoder_written_to_from_outside_is_noticed():
     trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
     trainer.step(next(tiny.batches()))
     trainer.sae.W_dec.data *= 2
-    norms = trainer._current_decoder_norms(trainer.sae)
+    norms = trainer._sparse_steps.current_decoder_norms(trainer.sae)
     torch.testing.assert_close(norms, trainer.sae.W_dec.detach().norm(dim=1))
 
 
@@ -201,7 +203,9 @@ def test_a_decoder_written_to_from_outside_is_noticed():
 def test_norms_follow_the_decoder_from_step_to_step():
     trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
     trainer.step(next(tiny.batches()))
-    torch.testing.assert_close(trainer._decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        trainer._sparse_steps.decoder_norms, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0
+    )
 
 
 def test_a_loss_of_the_callers_own_is_kept():
@@ -230,6 +234,70 @@ def test_no_gradient_of_full_size_is_ever_made(monkeypatch):
     trainer.step(next(tiny.batches()))
     assert seen == [["b_dec"]]
     assert not trainer.optimizer.row_gradients  # forgotten, as gradients are
+
+
+def test_the_encoder_is_built_once_a_step(monkeypatch):
+    built = []
+
+    def counted(*args: Any) -> Any:
+        built.append(encoder_of(*args))
+        return built[-1]
+
+    monkeypatch.setattr("saelens_asi.plugin.sparse_steps.encoder_of", counted)
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    for n_steps in (1, 2, 3):
+        trainer.step(next(tiny.batches()))
+        assert len(built) == n_steps
+
+
+def test_the_encoder_of_a_step_shows_the_weights_that_the_step_has_moved(monkeypatch):
+    shown = []
+
+    class Watched(AdaptiveScreen):
+        def rows_changed(self, encoder: Any, rows: Tensor) -> None:
+            shown.append((encoder.rows.clone(), encoder.bias.clone(), encoder.scale.clone(), rows))
+            super().rows_changed(encoder, rows)
+
+    monkeypatch.setattr("saelens_asi.plugin.sparse_steps.AdaptiveScreen", Watched)
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam")
+    before = trainer.sae.W_enc.detach().t().clone()
+    trainer.step(next(tiny.batches()))
+    rows, bias, scale, moved = shown[0]
+    assert torch.equal(rows, trainer.sae.W_enc.t())
+    assert torch.equal(bias, trainer.sae.b_enc)
+    torch.testing.assert_close(scale, trainer.sae.W_dec.detach().norm(dim=1), rtol=1e-6, atol=0)
+    assert set((rows != before).any(dim=1).nonzero().flatten().tolist()) <= set(moved.tolist())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "make_optimizer", "reason"),
+    [
+        ("topk", lambda sae: torch.optim.SGD(sae.parameters(), lr=0.1), "no sparse step for SGD"),
+        ("standard", lambda sae: torch.optim.Adam(sae.parameters()), "only TopK architectures are sparse"),
+    ],
+)
+def test_a_step_that_is_not_taken_says_why_and_changes_nothing(architecture, make_optimizer, reason):
+    sae = tiny.training_sae(architecture)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    batch = next(tiny.batches())
+    steps = SparseSteps()
+    assert steps.take(sae, make_optimizer(sae), batch, _never_called, nullcontext()) == reason
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def _never_called() -> TrainStepInput:
+    raise AssertionError("no input is made for a step that is not taken")
+
+
+def test_a_step_carries_the_norm_of_its_gradients_before_clipping():
+    sae, twin = _sae("topk"), _sae("topk")
+    step_input = _input(0, sae.dtype)
+    optimizer = torch.optim.Adam(sae.parameters())
+    step = SparseSteps().take(sae, optimizer, step_input.sae_in, lambda: step_input, nullcontext())
+    twin.training_forward_pass(step_input).loss.backward()
+    expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    torch.testing.assert_close(step.gradient_norm, expected)
+    assert torch.equal(step.firings, (step.output.feature_acts.to_dense() != 0).sum(dim=0))
 
 
 class _OwnStep(SAETrainer):

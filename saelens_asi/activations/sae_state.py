@@ -1,0 +1,60 @@
+"""What an SAE of SAELens carries beside its weights: statistics, replaced methods, hooks. Knows no SAELens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+# Modes of normalize_activations that the SAE applies and undoes itself, with statistics of each token.
+NORMALIZED_INSIDE = ("constant_norm_rescale", "layer_norm")
+
+# Modes with one scale for all tokens, which SAELens applies in front of the SAE and folds into its weights at the end.
+SCALED_OUTSIDE = ("expected_average_only_in", "covariance_whitening")
+
+# run_time_activation_norm_fn_in leaves these on the SAE, and run_time_activation_norm_fn_out uses them up.
+_STATISTICS = ("ln_mu", "ln_std", "x_norm_coeff")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# From classes to their own methods by name; None for one that a class does not have.
+StockMethods = Mapping[type, Mapping[str, object]]
+
+
+def take_statistics(sae: object) -> dict[str, Tensor]:
+    """The per-token statistics of the last encoding, which stay on the SAE; for ``give_statistics``."""
+    return {name: vars(sae)[name] for name in _STATISTICS if name in vars(sae)}
+
+
+def give_statistics(sae: object, statistics: Mapping[str, Tensor]) -> None:
+    """Set the statistics that the next decoding uses up: one encoding is decoded twice this way."""
+    vars(sae).update(statistics)
+
+
+@contextmanager
+def statistics_forgotten(sae: object) -> Iterator[None]:
+    """For an encoding that no decoding follows: what it leaves on the SAE is removed.
+
+    An SAE of somebody else's class may leave attributes of other names: they go too where they are new.
+    """
+    before = set(vars(sae))
+    yield
+    for name in (set(vars(sae)) - before).union(_STATISTICS):
+        vars(sae).pop(name, None)
+
+
+def stock_methods(classes: Iterable[type], names: Sequence[str]) -> StockMethods:
+    """The methods of SAELens's classes as they are now, before anybody replaces one."""
+    return {cls: {name: getattr(cls, name, None) for name in names} for cls in classes}
+
+
+def replaced_methods(sae: nn.Module, stock: StockMethods) -> list[str]:
+    """Names of methods that are not the stock ones, on the object or on its class (which ``stock`` must know)."""
+    own = stock[type(sae)]
+    return [name for name in own if name in vars(sae) or getattr(type(sae), name, None) is not own[name]]
+
+
+def has_hooks(module: nn.Module, backward: bool = True) -> bool:
+    """Whether hooks are attached to a module itself; ``backward``: to its backward pass too."""
+    return any(getattr(module, name) for name in (_HOOKS if backward else _HOOKS[:2]))
