@@ -1,0 +1,370 @@
+"""What the commands share: flags that several have, how flags are parsed, and how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import simple_parsing
+import torch
+from datasets.exceptions import DatasetsError
+from sae_lens.training._interruption import InterruptedException
+from simple_parsing.helpers.custom_actions import BooleanOptionalAction
+from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
+from simple_parsing.wrappers.field_wrapper import DashVariant
+from tabulate import tabulate  # type: ignore[import-untyped]
+
+from saelens_asi.activations.hooks import layer_hooks, parse_layers
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What a wrong model, dataset, folder, flag or value raises, here and below; anything else is a bug, with its traceback.
+# The hub's errors are OSErrors.
+BAD_INPUT = (ValueError, OSError, ImportError, argparse.ArgumentError, DatasetsError)
+
+# TransformerLens answers a wrong name with all names of models there are.
+_LONGEST_ERROR = 600
+
+# Spellings of flags that went, and what they are called now.
+_OLD_FLAGS = {"--hook": "--hooks", "--hook-name": "--hooks"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutFlag:
+    """Where to.
+
+    Attributes:
+        out: folder for everything that is written.
+    """
+
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlag:
+    """Where it runs.
+
+    Attributes:
+        device: where the model runs, and what reads its activations: cpu, cuda, cuda:1, mps.
+    """
+
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """Model and text.
+
+    Attributes:
+        model: name on the hub, local folder, or smollm2.
+        dataset: of text or tokens: name on the hub, local folder, or bible.
+        context_size: tokens in a window.
+    """
+
+    model: str = EMBEDDED_MODEL
+    dataset: str = EMBEDDED_DATASET
+    context_size: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSourceFlags:
+    """Model and text, by default those that an SAE names.
+
+    Attributes:
+        model: name on the hub, local folder, or smollm2; without it, what the SAE was trained on, or smollm2.
+        dataset: of text or tokens: name on the hub, local folder, or bible; without it, that of the SAE, or bible.
+        context_size: tokens in a window; without it, as the SAE was trained, or 256.
+    """
+
+    model: str | None = None
+    dataset: str | None = None
+    context_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookFlags:
+    """Which activations.
+
+    Attributes:
+        hooks: where activations are read: attn_out, mlp_out, resid_pre, resid_mid, resid_post, hook_z in --layers, or
+            full names such as blocks.0.hook_attn_out.
+        layers: of the short names: numbers, ranges such as 10-15, all, or middle.
+    """
+
+    hooks: tuple[str, ...] = ("attn_out",)
+    layers: tuple[str, ...] = ("middle",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassFlags:
+    """How much text, and how it is read.
+
+    Attributes:
+        n_tokens: activations read of each hook, and, of an SAE, the number by which dead features are counted.
+        batch_size: windows in a forward pass.
+    """
+
+    n_tokens: int = 1_000_000
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeFlag:
+    """Precision of the model.
+
+    Attributes:
+        dtype: of the model.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokensFlag:
+    """Tokens that are none of the text's.
+
+    Attributes:
+        keep_special_tokens: count BOS, EOS and padding too.
+    """
+
+    keep_special_tokens: bool = simple_parsing.field(default=False, action="store_true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFlag:
+    """Text to evaluate on.
+
+    Attributes:
+        held_out_tokens: of text that nothing is trained on, to evaluate on.
+    """
+
+    held_out_tokens: int = 40_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFlag:
+    """Text to compare predictions on.
+
+    Attributes:
+        loss_tokens: in whole windows, on which the model's predictions are compared; 0 leaves it out.
+    """
+
+    loss_tokens: int = 4096
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that torch does not know, or that is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {device!r} cannot be used: {reason}") from None
+
+
+def layer_numbers(layers: Sequence[str], n_layers: int) -> list[int]:
+    """Layers of ``--layers``, sorted. Raises ValueError for one that is not there."""
+    return parse_layers([str(n_layers // 2)] if list(layers) == ["middle"] else layers, n_layers)
+
+
+def hook_names(hooks: Sequence[str], layers: Sequence[str], n_layers: Callable[[], int]) -> list[str]:
+    """Full names of ``--hooks`` in ``--layers``; ``n_layers`` of the model is asked for only where a name is short."""
+    if all("." in hook for hook in hooks):
+        return list(hooks)
+    return layer_hooks(hooks, layer_numbers(layers, n_layers()))
+
+
+def one_hook(hooks: Sequence[str], layers: Sequence[str], n_layers: Callable[[], int]) -> str:
+    """The full name of the one hook that a command reads. Raises ValueError for several."""
+    names = hook_names(hooks, layers, n_layers)
+    if len(names) != 1 or "*" in names[0]:
+        raise ValueError(f"--hooks {' '.join(hooks)} names {', '.join(names)}: this command reads one hook, name one")
+    return names[0]
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    align = ("left", *("right",) * (len(columns) - 1))
+    return tabulate(rows, columns, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+class _Formatter(simple_parsing.SimpleHelpFormatter):
+    """Help as the docstrings have it: no quotes of markup, per cent signs as they are, defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").replace("(default: %(default)s)", "").replace("``", "").strip().rstrip(".")
+        if action.required and action.option_strings:
+            text += " (required)"
+        if isinstance(action.default, list | tuple):
+            shown = " ".join(map(str, action.default))
+        else:
+            shown = "" if action.default in (None, False, argparse.SUPPRESS) else str(action.default)
+        if isinstance(action.default, int | float) and action.default is not False:
+            shown = str(action.default)
+        return (f"{text}; default: {shown}" if shown else text).replace("%", "%%")
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown = super()._format_args(action, default_metavar).replace("Literal", "word")
+        return shown[1:-1] if shown.startswith("[") and shown.endswith("]") else shown
+
+    def _format_usage(self, usage: str | None, actions: Iterable[argparse.Action], *args: Any) -> str:
+        """Positional arguments and flags that must be given; all others are listed below."""
+        needed = [action for action in actions if action.required]
+        words = [self._format_args(action, "") for action in needed if not action.option_strings]
+        words += [
+            f"{action.option_strings[-1]} {self._format_args(action, '')}" for action in needed if action.option_strings
+        ]
+        return f"usage: {' '.join([self._prog, *words])} [flags]\n\n"
+
+
+class _Group(DataclassWrapper):
+    """Flags of one settings class under its name; those of a command itself under ``flags``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Help comes from ``Attributes:`` alone. Python 3.13 indents docstrings in another way than the source, so that
+        # simple_parsing would take lines of them for fields, and what stands below for their help.
+        nothing = {"comment_above": "", "comment_inline": "", "docstring_below": ""}
+        for one in self.fields:
+            one._docstring = replace(one._docstring, **nothing)
+
+    @property
+    def title(self) -> str:
+        own = self.dataclass.__module__.startswith("saelens_asi.cli.")
+        return "flags" if own else self.dataclass.__name__
+
+    @property
+    def description(self) -> str:
+        return argparse.SUPPRESS
+
+
+class Parser(simple_parsing.ArgumentParser):
+    """Errors are one line; a flag that is given has a value."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+    def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
+        super()._preprocessing(*args, **kwargs)
+        for action in self._actions:
+            if not isinstance(action, BooleanOptionalAction):
+                action.nargs = {"?": None, "*": "+"}.get(str(action.nargs), action.nargs)
+            action.required = action.required or not action.option_strings
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its flags, what it does, and what to do after an interruption.
+
+    Attributes:
+        name: what follows ``saelens-asi``.
+        about: for ``--help``.
+        run: called with one object of each class of ``settings``.
+        settings: dataclasses. Every field is a flag; its help is what the class says of it under ``Attributes:``.
+        resume: what to do after an interruption, from the objects that ``run`` is called with.
+        prefixes: in front of the flags of a settings class.
+    """
+
+    name: str
+    about: str
+    run: Callable[..., object]
+    settings: tuple[type, ...]
+    resume: Callable[..., str]
+    prefixes: Mapping[type, str] = field(default_factory=dict)
+
+    def parser(self) -> Parser:
+        parser = Parser(
+            prog=f"saelens-asi {self.name}",
+            description=self.about,
+            formatter_class=_Formatter,
+            add_option_string_dash_variants=DashVariant.DASH,
+        )
+        for i, settings in enumerate(self.settings):
+            prefix = self.prefixes.get(settings, "")
+            parser.add_arguments(settings, f"settings_{i}", prefix=prefix, dataclass_wrapper_class=_Group)
+        return parser
+
+    def parse(self, args: Sequence[str]) -> list[Any]:
+        """One object of each class of ``settings``. Raises ValueError for a flag or a value that is wrong."""
+        parsed = self.parser().parse_args([_present_spelling(arg) for arg in args])
+        return [getattr(parsed, f"settings_{i}") for i in range(len(self.settings))]
+
+    def main(self, args: Sequence[str]) -> None:
+        """Parse and run. Bad input ends in one line and code 2, a signal in a line that says how to go on."""
+        set_up_logging()
+        settings: list[Any] = []
+
+        def resume() -> str:
+            return self.resume(*settings) if settings else "nothing has been done yet"
+
+        with ends_in_one_line(self.name, resume):
+            settings += self.parse(args)
+            self.run(*settings)
+
+
+def _present_spelling(arg: str) -> str:
+    """``--n_tokens`` as ``--n-tokens``, and flags that were renamed; a value stays as it is."""
+    if not arg.startswith("--"):
+        return arg
+    flag, equals, value = arg.partition("=")
+    flag = flag.replace("_", "-")
+    return _OLD_FLAGS.get(flag, flag) + equals + value
+
+
+def set_up_logging(level: int = logging.WARNING) -> None:
+    """Messages as they are: this package's from INFO on, those of all others from ``level`` on."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().setLevel(level)
+    logging.getLogger("saelens_asi").setLevel(logging.INFO)
+    # It says a second time, at length, what becomes the error of a flag.
+    logging.getLogger("simple_parsing").setLevel(logging.CRITICAL)
+
+
+class Terminated(BaseException):
+    """SIGTERM: from a scheduler, or ``kill``."""
+
+
+@contextmanager
+def ends_in_one_line(name: str, resume: Callable[[], str]) -> Iterator[None]:
+    """How every command ends: bad input with code 2, SIGINT with 130, SIGTERM with 143, one line each."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        yield
+    except BAD_INPUT as error:
+        message = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...") or type(error).__name__
+        print(f"saelens-asi {name}: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, Terminated, InterruptedException) as stop:
+        print(f"\nsaelens-asi {name}: interrupted: {resume()}", file=sys.stderr)
+        raise SystemExit(128 + _signal_of(stop)) from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _signal_of(stop: BaseException) -> int:
+    """Number of the signal; SAELens's handler, which replaces ours while it trains, has it in its frame alone."""
+    if isinstance(stop, Terminated):
+        return signal.SIGTERM
+    trace = stop.__traceback__ if isinstance(stop, InterruptedException) else None
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return signal.SIGINT if trace is None else trace.tb_frame.f_locals.get("sig_num", signal.SIGINT)
