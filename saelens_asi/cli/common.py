@@ -40,8 +40,14 @@ _LONGEST_ERROR = 600
 _OLD_FLAGS = {"--hook": "--hooks", "--hook-name": "--hooks"}
 
 
+class _Checked:
+    """The end of the chain of checks."""
+
+    def __post_init__(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class OutFlag:
+class OutFlag(_Checked):
     """Where to.
 
     Attributes:
@@ -50,9 +56,13 @@ class OutFlag:
 
     out: Path
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_folder(self.out)
+
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFlag:
+class DeviceFlag(_Checked):
     """Where it runs.
 
     Attributes:
@@ -62,6 +72,7 @@ class DeviceFlag:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
 
 
@@ -164,6 +175,15 @@ class LossFlag:
     """
 
     loss_tokens: int = 4096
+
+
+def check_folder(out: Path) -> None:
+    """Raise ValueError where a file is in the way, before anything is measured."""
+    for path in (out, *out.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"--out {str(out)!r}: {str(path)!r} is a file, give a folder")
+            return
 
 
 def check_device(device: str) -> None:

@@ -13,7 +13,7 @@ import simple_parsing
 from datasets import Dataset
 
 from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.cli.common import Command, DeviceFlag, HeldOutFlag, LossFlag, OutFlag, SourceFlags
+from saelens_asi.cli.common import Command, DeviceFlag, HeldOutFlag, LossFlag, OutFlag, SourceFlags, check_folder
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.attention import read_attention
 from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
@@ -78,6 +78,11 @@ class LorsaEvaluateFlags(_EvaluationFlags):
 
     lorsa: str = simple_parsing.field(positional=True, metavar="LORSA")
     out: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            check_folder(self.out)
 
 
 def train(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> None:

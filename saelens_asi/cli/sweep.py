@@ -63,13 +63,14 @@ class SweepFlags(OutFlag, HeldOutFlag, HookFlags, SourceFlags):
     """Flags of ``saelens-asi sweep``.
 
     Attributes:
-        methods: sets of the settings under Axes; without it the last.
         cached_tokens: activations to train on, read once.
         cache: folder of the activations, for several sweeps; without it OUT/activations.
         save_saes: keep each SAE as a SAELens folder in OUT/saes.
     """
 
-    methods: tuple[str, ...] = simple_parsing.field(default=(), nargs="*", choices=list(METHODS))
+    methods: tuple[str, ...] = simple_parsing.field(
+        default=(), help=f"sets of the settings under Axes: {', '.join(METHODS)}; without it the last"
+    )
     cached_tokens: int = 300_000
     held_out_tokens: int = 80_000
     cache: Path | None = None
