@@ -20,10 +20,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
 from saelens_asi.activations.reader import HookActivations
-from saelens_asi.cli.common import (
-    Command,
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
     DeviceFlag,
     HookFlags,
     OutFlag,
@@ -31,6 +31,8 @@ from saelens_asi.cli.common import (
     PassFlags,
     SpecialTokensFlag,
     one_hook,
+    open_model,
+    open_text,
 )
 from saelens_asi.dead_features.examine import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
@@ -97,10 +99,10 @@ def run(flags: AutopsyFlags) -> Autopsy:
     if not flags.hooks and own.hook_name is None:
         raise ValueError("the SAE names no hook: give --hooks")
     model_name = flags.model or _embedded(own.model_name) or EMBEDDED_MODEL
-    model = load_model(model_name, flags.device)
+    model = open_model(model_name, flags.device)
     hook = one_hook(flags.hooks, flags.layers, lambda: model.cfg.n_layers) if flags.hooks else own.hook_name
     print(f"{flags.source}: {sae.cfg.architecture()}, {sae.cfg.d_sae:,} features on {hook} of {model_name}", flush=True)
-    text, _ = load_documents(flags.dataset or own.dataset_path or EMBEDDED_DATASET, flags.n_tokens)
+    text, _ = open_text(flags.dataset or own.dataset_path or EMBEDDED_DATASET, flags.n_tokens)
     activations = HookActivations(
         model, text, hook, flags.n_tokens,
         batch_size=flags.batch_size,

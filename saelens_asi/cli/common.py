@@ -1,4 +1,4 @@
-"""What the commands share: flags that several have, how flags are parsed, and how a command ends."""
+"""What a command is: how its flags are parsed and explained, and how it ends."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import simple_parsing
-import torch
 from datasets.exceptions import DatasetsError
 from sae_lens.training._interruption import InterruptedException
 from simple_parsing.helpers.custom_actions import BooleanOptionalAction
 from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
 from simple_parsing.wrappers.field_wrapper import DashVariant
 from tabulate import tabulate  # type: ignore[import-untyped]
-
-from saelens_asi.activations.hooks import layer_hooks, parse_layers
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a wrong model, dataset, folder, flag or value raises, here and below; anything else is a bug, with its traceback.
 # The hub's errors are OSErrors.
@@ -38,181 +31,6 @@ _LONGEST_ERROR = 600
 
 # Spellings of flags that went, and what they are called now.
 _OLD_FLAGS = {"--hook": "--hooks", "--hook-name": "--hooks"}
-
-
-class _Checked:
-    """The end of the chain of checks."""
-
-    def __post_init__(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutFlag(_Checked):
-    """Where to.
-
-    Attributes:
-        out: folder for everything that is written.
-    """
-
-    out: Path
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_folder(self.out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceFlag(_Checked):
-    """Where it runs.
-
-    Attributes:
-        device: where the model runs, and what reads its activations: cpu, cuda, cuda:1, mps.
-    """
-
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_device(self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceFlags:
-    """Model and text.
-
-    Attributes:
-        model: name on the hub, local folder, or smollm2.
-        dataset: of text or tokens: name on the hub, local folder, or bible.
-        context_size: tokens in a window.
-    """
-
-    model: str = EMBEDDED_MODEL
-    dataset: str = EMBEDDED_DATASET
-    context_size: int = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnSourceFlags:
-    """Model and text, by default those that an SAE names.
-
-    Attributes:
-        model: name on the hub, local folder, or smollm2; without it, what the SAE was trained on, or smollm2.
-        dataset: of text or tokens: name on the hub, local folder, or bible; without it, that of the SAE, or bible.
-        context_size: tokens in a window; without it, as the SAE was trained, or 256.
-    """
-
-    model: str | None = None
-    dataset: str | None = None
-    context_size: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class HookFlags:
-    """Which activations.
-
-    Attributes:
-        hooks: where activations are read: attn_out, mlp_out, resid_pre, resid_mid, resid_post, hook_z in --layers, or
-            full names such as blocks.0.hook_attn_out.
-        layers: of the short names: numbers, ranges such as 10-15, all, or middle.
-    """
-
-    hooks: tuple[str, ...] = ("attn_out",)
-    layers: tuple[str, ...] = ("middle",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassFlags:
-    """How much text, and how it is read.
-
-    Attributes:
-        n_tokens: activations read of each hook, and, of an SAE, the number by which dead features are counted.
-        batch_size: windows in a forward pass.
-    """
-
-    n_tokens: int = 1_000_000
-    batch_size: int = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class DtypeFlag:
-    """Precision of the model.
-
-    Attributes:
-        dtype: of the model.
-    """
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokensFlag:
-    """Tokens that are none of the text's.
-
-    Attributes:
-        keep_special_tokens: count BOS, EOS and padding too.
-    """
-
-    keep_special_tokens: bool = simple_parsing.field(default=False, action="store_true")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutFlag:
-    """Text to evaluate on.
-
-    Attributes:
-        held_out_tokens: of text that nothing is trained on, to evaluate on.
-    """
-
-    held_out_tokens: int = 40_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossFlag:
-    """Text to compare predictions on.
-
-    Attributes:
-        loss_tokens: in whole windows, on which the model's predictions are compared; 0 leaves it out.
-    """
-
-    loss_tokens: int = 4096
-
-
-def check_folder(out: Path) -> None:
-    """Raise ValueError where a file is in the way, before anything is measured."""
-    for path in (out, *out.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise ValueError(f"--out {str(out)!r}: {str(path)!r} is a file, give a folder")
-            return
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError for a device that torch does not know, or that is not here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {device!r} cannot be used: {reason}") from None
-
-
-def layer_numbers(layers: Sequence[str], n_layers: int) -> list[int]:
-    """Layers of ``--layers``, sorted. Raises ValueError for one that is not there."""
-    return parse_layers([str(n_layers // 2)] if list(layers) == ["middle"] else layers, n_layers)
-
-
-def hook_names(hooks: Sequence[str], layers: Sequence[str], n_layers: Callable[[], int]) -> list[str]:
-    """Full names of ``--hooks`` in ``--layers``; ``n_layers`` of the model is asked for only where a name is short."""
-    if all("." in hook for hook in hooks):
-        return list(hooks)
-    return layer_hooks(hooks, layer_numbers(layers, n_layers()))
-
-
-def one_hook(hooks: Sequence[str], layers: Sequence[str], n_layers: Callable[[], int]) -> str:
-    """The full name of the one hook that a command reads. Raises ValueError for several."""
-    names = hook_names(hooks, layers, n_layers)
-    if len(names) != 1 or "*" in names[0]:
-        raise ValueError(f"--hooks {' '.join(hooks)} names {', '.join(names)}: this command reads one hook, name one")
-    return names[0]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -228,12 +46,11 @@ class _Formatter(simple_parsing.SimpleHelpFormatter):
         text = (action.help or "").replace("(default: %(default)s)", "").replace("``", "").strip().rstrip(".")
         if action.required and action.option_strings:
             text += " (required)"
-        if isinstance(action.default, list | tuple):
-            shown = " ".join(map(str, action.default))
+        default = action.default
+        if isinstance(default, list | tuple):
+            shown = " ".join(map(str, default))
         else:
-            shown = "" if action.default in (None, False, argparse.SUPPRESS) else str(action.default)
-        if isinstance(action.default, int | float) and action.default is not False:
-            shown = str(action.default)
+            shown = "" if default is None or default is False or default == argparse.SUPPRESS else str(default)
         return (f"{text}; default: {shown}" if shown else text).replace("%", "%%")
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
@@ -274,7 +91,7 @@ class _Group(DataclassWrapper):
 class Parser(simple_parsing.ArgumentParser):
     """Errors are one line; a flag that is given has a value."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
     def _preprocessing(self, *args: Any, **kwargs: Any) -> None:
@@ -353,27 +170,30 @@ def set_up_logging(level: int = logging.WARNING) -> None:
     logging.getLogger("simple_parsing").setLevel(logging.CRITICAL)
 
 
-class Terminated(BaseException):
-    """SIGTERM: from a scheduler, or ``kill``."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a scheduler or ``kill``; whatever saves its work on Ctrl-C saves it here too."""
 
 
 @contextmanager
 def ends_in_one_line(name: str, resume: Callable[[], str]) -> Iterator[None]:
     """How every command ends: bad input with code 2, SIGINT with 130, SIGTERM with 143, one line each."""
+    # SAELens's runner replaces both handlers, and leaves its own behind.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except BAD_INPUT as error:
         message = textwrap.shorten(str(error), _LONGEST_ERROR, placeholder=" ...") or type(error).__name__
         print(f"saelens-asi {name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, Terminated, InterruptedException) as stop:
+    except (KeyboardInterrupt, InterruptedException) as stop:
         print(f"\nsaelens-asi {name}: interrupted: {resume()}", file=sys.stderr)
         raise SystemExit(128 + _signal_of(stop)) from None
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items() if in_main_thread else ():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -23,17 +23,18 @@ from sae_lens import (
 
 from saelens_asi import plots
 from saelens_asi.activations.hooks import hook_points
-from saelens_asi.activations.loading import EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
-from saelens_asi.cli.common import (
-    Command,
+from saelens_asi.activations.loading import EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.cli.common import Command, markdown_table
+from saelens_asi.cli.flags import (
     DeviceFlag,
     HeldOutFlag,
     HookFlags,
     LossFlag,
     OutFlag,
     SourceFlags,
-    markdown_table,
     one_hook,
+    open_model,
+    open_text,
 )
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.run import evaluate
@@ -55,6 +56,7 @@ _COLUMNS = {
 }
 
 
+# Enough for the spectrum under the figure; all held-out tokens would be a second whole pass.
 _FIGURE_TOKENS_PER_DIMENSION = 32
 
 
@@ -84,9 +86,9 @@ class DemoSettings(OutFlag, DeviceFlag, LossFlag, HeldOutFlag, HookFlags, Source
 def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     """Train both SAEs, evaluate them, and write SAEs, table and figures to ``settings.out``; returns the table."""
     print(f"Loading {settings.model} and {settings.dataset}", flush=True)
-    model = load_model(settings.model, settings.device)
+    model = open_model(settings.model, settings.device)
     n_tokens = max(settings.training_tokens, 4 * settings.held_out_tokens)
-    training, held_out = load_documents(settings.dataset, n_tokens, columns=("text",))
+    training, held_out = open_text(settings.dataset, n_tokens, columns=("text",))
     hook_name = one_hook(settings.hooks, settings.layers, lambda: model.cfg.n_layers)
     d_in = _width(model, hook_name)
     saes, seconds = {}, {}

@@ -21,10 +21,10 @@ from datasets import Dataset, concatenate_datasets
 from sae_lens.load_model import load_model as load_hooked_transformer
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
-from saelens_asi.cli.common import (
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
     DTYPES,
-    Command,
     DeviceFlag,
     DtypeFlag,
     HookFlags,
@@ -33,6 +33,8 @@ from saelens_asi.cli.common import (
     OwnSourceFlags,
     PassFlags,
     one_hook,
+    open_model,
+    open_text,
 )
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import _Results, evaluation_rows, markdown_table
@@ -155,7 +157,7 @@ def _load_model(name: str, processing: Mapping[str, Any], flags: EvaluateFlags) 
     """The model as the SAEs saw it: SAELens's own loading where weights were changed."""
     dtype = DTYPES[flags.dtype]
     if not processing:
-        return load_model(name, flags.device, dtype)
+        return open_model(name, flags.device, dtype)
     return load_hooked_transformer("HookedTransformer", name, flags.device, {**processing, "dtype": dtype})
 
 
@@ -174,8 +176,8 @@ def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mappi
 def _documents(flags: EvaluateFlags, dataset: str) -> Dataset:
     n_tokens = flags.n_tokens + flags.loss_tokens
     if flags.all_text:
-        return concatenate_datasets(load_documents(dataset, n_tokens)[::-1])
-    return load_documents(dataset, _HELD_OUT_SHARE * n_tokens)[1]
+        return concatenate_datasets(open_text(dataset, n_tokens)[::-1])
+    return open_text(dataset, _HELD_OUT_SHARE * n_tokens)[1]
 
 
 def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource]) -> list[Path]:

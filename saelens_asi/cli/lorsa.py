@@ -12,8 +12,17 @@ from typing import Any, Literal
 import simple_parsing
 from datasets import Dataset
 
-from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.cli.common import Command, DeviceFlag, HeldOutFlag, LossFlag, OutFlag, SourceFlags, check_folder
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    DeviceFlag,
+    HeldOutFlag,
+    LossFlag,
+    OutFlag,
+    SourceFlags,
+    check_folder,
+    open_model,
+    open_text,
+)
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.attention import read_attention
 from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
@@ -88,8 +97,8 @@ class LorsaEvaluateFlags(_EvaluationFlags):
 def train(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> None:
     """Make, initialize, train, save and evaluate a Lorsa."""
     context = flags.context_size
-    model = load_model(flags.model, flags.device)
-    training_text, held_out_text = load_documents(flags.dataset, context * flags.n_sequences)
+    model = open_model(flags.model, flags.device)
+    training_text, held_out_text = open_text(flags.dataset, context * flags.n_sequences)
     layer = len(model.blocks) // 2 if flags.layer is None else flags.layer
     lorsa = Lorsa.from_attention(
         model,
@@ -118,8 +127,8 @@ def evaluate(flags: LorsaEvaluateFlags) -> None:
     layer = lorsa.provenance.get("layer") if flags.layer is None else flags.layer
     if layer is None:
         raise ValueError("this Lorsa does not say which layer it is for: give --layer")
-    model = load_model(flags.model, flags.device)
-    _, held_out_text = load_documents(flags.dataset, flags.context_size * flags.n_windows(flags.held_out_tokens))
+    model = open_model(flags.model, flags.device)
+    _, held_out_text = open_text(flags.dataset, flags.context_size * flags.n_windows(flags.held_out_tokens))
     _report(model, lorsa, layer, held_out_text, flags, flags.out)
 
 

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from saelens_asi import plots
 from saelens_asi.activations.hooks import layer_hooks, resolve_hook_names, split_name
-from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.replacement import Predictions
 from saelens_asi.activations.tokens import token_batches
-from saelens_asi.cli.common import (
+from saelens_asi.cli.common import Command, markdown_table
+from saelens_asi.cli.flags import (
     DTYPES,
-    Command,
     DeviceFlag,
     DtypeFlag,
     HookFlags,
@@ -35,7 +34,8 @@ from saelens_asi.cli.common import (
     SourceFlags,
     SpecialTokensFlag,
     layer_numbers,
-    markdown_table,
+    open_model,
+    open_text,
 )
 from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.plots import spectra as spectrum_plots
@@ -105,13 +105,13 @@ class SpectrumFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, SpecialTokensFlag,
 
 def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[Row]:
     """Do what the flags ask for; returns the rows of the table."""
-    model = load_model(flags.model, flags.device, DTYPES[flags.dtype])
+    model = open_model(flags.model, flags.device, DTYPES[flags.dtype])
     layers = layer_numbers(flags.layers, model.cfg.n_layers)
     names = resolve_hook_names(layer_hooks(flags.hooks, layers), model.hook_dict)
     detail = layers[len(layers) // 2] if flags.detail_layer is None else flags.detail_layer
     if not 0 <= detail < model.cfg.n_layers:
         raise ValueError(f"--detail-layer {detail}: this model has layers 0 to {model.cfg.n_layers - 1}")
-    training, held_out = load_documents(flags.dataset, flags.n_tokens)
+    training, held_out = open_text(flags.dataset, flags.n_tokens)
     spectra, files = _spectra(model, training, names, flags)
     rows = table_rows(spectra)
     written = write_table(rows, flags.out)

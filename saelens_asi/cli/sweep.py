@@ -23,8 +23,17 @@ from torch import Tensor
 
 from saelens_asi import plots
 from saelens_asi.activations.cache import cache_activations
-from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.cli.common import Command, HeldOutFlag, HookFlags, OutFlag, SourceFlags, check_device, hook_names
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    HeldOutFlag,
+    HookFlags,
+    OutFlag,
+    SourceFlags,
+    check_device,
+    hook_names,
+    open_model,
+    open_text,
+)
 from saelens_asi.plots import sweep_figures
 from saelens_asi.sweep.cells import METHODS, Cell, grid, read_sweep
 from saelens_asi.sweep.results import sweep_table
@@ -96,9 +105,9 @@ def run(flags: SweepFlags, axes: Any, training: SweepTraining) -> None:
 
 def _activations(flags: SweepFlags, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Activations to train and to evaluate on, by hook; the model is loaded only where they are not cached."""
-    model = functools.cache(lambda: load_model(flags.model, device))
+    model = functools.cache(lambda: open_model(flags.model, device))
     n_tokens = {"training": flags.cached_tokens, "held_out": flags.held_out_tokens}
-    texts = functools.cache(lambda: load_documents(flags.dataset, max(flags.cached_tokens, 4 * flags.held_out_tokens)))
+    texts = functools.cache(lambda: open_text(flags.dataset, max(flags.cached_tokens, 4 * flags.held_out_tokens)))
     names = hook_names(flags.hooks, flags.layers, lambda: model().cfg.n_layers)
     folder = flags.cache or flags.out / "activations"
     hooks = names[0] if len(names) == 1 else hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]

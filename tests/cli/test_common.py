@@ -19,7 +19,7 @@ import torch
 
 from saelens_asi import cli
 from saelens_asi import lorsa as lo
-from saelens_asi.cli import common
+from saelens_asi.cli import common, flags
 from tests.helpers import tiny
 
 Run = Callable[..., str]
@@ -212,6 +212,12 @@ def test_a_missing_argument_is_named_in_one_line(capsys: pytest.CaptureFixture[s
     assert line == "saelens-asi lorsa: error: a command is missing: give one of train, evaluate"
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_a_model_or_a_dataset_that_the_hub_does_not_have_is_named(ended: Run, name: str) -> None:
+    assert ended(name, "--model nowhere-model").startswith("--model 'nowhere-model' cannot be loaded: ")
+    assert ended(name, "--dataset no/where").startswith("--dataset 'no/where' cannot be loaded: ")
+
+
 @pytest.mark.parametrize("name", ["demo", "evaluate", "autopsy"])
 def test_a_command_that_reads_one_hook_refuses_several(ended: Run, name: str) -> None:
     assert "this command reads one hook, name one" in ended(name, "--hooks attn_out --layers 0-1")
@@ -227,14 +233,14 @@ def test_hooks_are_short_names_in_layers_or_full_names() -> None:
     def unasked() -> int:
         raise RuntimeError("a full name needs no model")
 
-    assert common.hook_names(["attn_out", "blocks.0.ln1"], ["0", "2-3"], lambda: 4) == [
+    assert flags.hook_names(["attn_out", "blocks.0.ln1"], ["0", "2-3"], lambda: 4) == [
         "blocks.0.hook_attn_out",
         "blocks.2.hook_attn_out",
         "blocks.3.hook_attn_out",
         "blocks.0.ln1",
     ]
-    assert common.hook_names(["mlp_out"], ["middle"], lambda: 30) == ["blocks.15.hook_mlp_out"]
-    assert common.one_hook(["blocks.0.ln1"], ["all"], unasked) == "blocks.0.ln1"
+    assert flags.hook_names(["mlp_out"], ["middle"], lambda: 30) == ["blocks.15.hook_mlp_out"]
+    assert flags.one_hook(["blocks.0.ln1"], ["all"], unasked) == "blocks.0.ln1"
 
 
 def test_old_spellings_and_underscores_still_work() -> None:
@@ -265,7 +271,7 @@ def test_axes_of_a_sweep_are_the_fields_of_a_cell() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flags(common.OutFlag):
+class _Flags(flags.OutFlag):
     """Flags of a command for these tests."""
 
     out: Path = Path("somewhere")
@@ -343,7 +349,7 @@ def test_importing_the_package_registers_the_flags() -> None:
 
 
 def test_a_device_that_is_not_here_is_named() -> None:
-    common.check_device("cpu")
+    flags.check_device("cpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device 'cuda' cannot be used"):
-            common.check_device("cuda")
+            flags.check_device("cuda")
