@@ -1,3 +1,3 @@
-from saelens_asi.cli import main
+from saelens_asi_cli import main
 
 main()

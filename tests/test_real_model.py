@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
     out = tmp_path_factory.mktemp("demo")
-    settings = DemoSettings(d_sae=1024, k=16, training_tokens=16 * 1024, held_out_tokens=4096, loss_windows=4, out=out)
+    settings = DemoSettings(d_sae=1024, k=16, training_tokens=16 * 1024, held_out_tokens=4096, loss_tokens=512, out=out)
     return out, run_demo(settings)
 
 

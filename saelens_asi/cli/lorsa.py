@@ -1,16 +1,28 @@
-"""Command line: ``saelens-asi lorsa train`` and ``saelens-asi lorsa evaluate``."""
+"""Train a sparse replacement of an attention layer (Lorsa), or evaluate a saved one."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+import simple_parsing
+from datasets import Dataset
+
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    DeviceFlag,
+    HeldOutFlag,
+    LossFlag,
+    OutFlag,
+    SourceFlags,
+    check_folder,
+    open_model,
+    open_text,
+)
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.attention import read_attention
 from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
@@ -21,125 +33,158 @@ from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, Sequenc
 from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
 
 
-def train(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _EvaluationFlags(DeviceFlag, LossFlag, HeldOutFlag, SourceFlags):
+    """What training and evaluation of a Lorsa share.
+
+    Attributes:
+        layer: index of the block; without it the Lorsa's own, or the middle one.
+    """
+
+    layer: int | None = None
+    held_out_tokens: int = 16_384
+
+    def n_windows(self, n_tokens: int) -> int:
+        """Whole windows that hold so many tokens."""
+        return -(-n_tokens // self.context_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LorsaTrainFlags(_EvaluationFlags, OutFlag):
+    """Flags of ``saelens-asi lorsa train``, beside those of LorsaTraining and LorsaInit.
+
+    Attributes:
+        n_ov_heads: features.
+        k: features active at a position.
+        n_qk_heads: attention patterns, a multiple of the layer's query heads; without it as many.
+        activation: topk, or batch_topk.
+        skip_positions: first positions of a window that are read but not reconstructed.
+        n_ctx: longest context of the Lorsa; without it --context-size.
+        n_sequences: windows of training text.
+        cache_activations: run the model once, and hold its activations in memory.
+        resume: go on from the last checkpoint in OUT.
+    """
+
+    n_ov_heads: int
+    k: int = 64
+    n_qk_heads: int | None = None
+    activation: Literal["topk", "batch_topk"] = "topk"
+    skip_positions: int = 1
+    n_ctx: int | None = None
+    n_sequences: int = 1024
+    cache_activations: bool = simple_parsing.field(default=False, action="store_true")
+    resume: bool = simple_parsing.field(default=False, action="store_true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LorsaEvaluateFlags(_EvaluationFlags):
+    """Flags of ``saelens-asi lorsa evaluate``.
+
+    Attributes:
+        lorsa: folder of a saved Lorsa.
+        out: folder for everything that is written; without it nothing is.
+    """
+
+    lorsa: str = simple_parsing.field(positional=True, metavar="LORSA")
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            check_folder(self.out)
+
+
+def train(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> None:
     """Make, initialize, train, save and evaluate a Lorsa."""
-    model, training_text, held_out_text = _model_and_text(args)
-    layer = len(model.blocks) // 2 if args.layer is None else args.layer
-    context = args.context_size
+    context = flags.context_size
+    model = open_model(flags.model, flags.device)
+    training_text, held_out_text = open_text(flags.dataset, context * flags.n_sequences)
+    layer = len(model.blocks) // 2 if flags.layer is None else flags.layer
     lorsa = Lorsa.from_attention(
         model,
         layer,
-        n_ov_heads=args.n_ov_heads,
-        k=args.k,
-        n_qk_heads=args.n_qk_heads,
-        activation=args.activation,
-        skip_positions=args.skip_positions,
-        n_ctx=context if args.n_ctx is None else args.n_ctx,
+        n_ov_heads=flags.n_ov_heads,
+        k=flags.k,
+        n_qk_heads=flags.n_qk_heads,
+        activation=flags.activation,
+        skip_positions=flags.skip_positions,
+        n_ctx=context if flags.n_ctx is None else flags.n_ctx,
     )
-    settings = LorsaTraining(**_given(args, LorsaTraining, ""))
-    initialization = LorsaInit(**_given(args, LorsaInit, "init_"))
-    tokens = token_windows(training_text, model.tokenizer, context, args.n_sequences)
+    tokens = token_windows(training_text, model.tokenizer, context, flags.n_sequences)
     data: Sequences = ModelSequences(model, layer, tokens)
-    if args.cache:
+    if flags.cache_activations:
         data = CachedSequences.collect(model, layer, tokens)
     done = initialize_lorsa_(lorsa, read_attention(model, layer), batches(data, settings.batch_size), initialization)
     print(f"initialized: d_init {done.d_init}, normalized MSE {done.initial_nmse:.3f} on {done.n_tokens} positions")
-    train_lorsa(lorsa, data, settings, out=args.out, resume=args.resume)
-    _report(model, lorsa, layer, held_out_text, args)
-    print(f"written: {args.out}")
+    train_lorsa(lorsa, data, settings, out=flags.out, resume=flags.resume)
+    _report(model, lorsa, layer, held_out_text, flags, flags.out)
+    print(f"written: {flags.out}")
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(flags: LorsaEvaluateFlags) -> None:
     """Measure a saved Lorsa on held-out text."""
-    lorsa = load_lorsa(args.lorsa, args.device)
-    layer = lorsa.provenance.get("layer") if args.layer is None else args.layer
+    lorsa = load_lorsa(flags.lorsa, flags.device)
+    layer = lorsa.provenance.get("layer") if flags.layer is None else flags.layer
     if layer is None:
         raise ValueError("this Lorsa does not say which layer it is for: give --layer")
-    model, _, held_out_text = _model_and_text(args)
-    _report(model, lorsa, layer, held_out_text, args)
+    model = open_model(flags.model, flags.device)
+    _, held_out_text = open_text(flags.dataset, flags.context_size * flags.n_windows(flags.held_out_tokens))
+    _report(model, lorsa, layer, held_out_text, flags, flags.out)
 
 
-def _report(model: Any, lorsa: Lorsa, layer: int, text: Any, args: argparse.Namespace) -> None:
-    tokens = token_windows(text, model.tokenizer, min(args.context_size, lorsa.cfg.n_ctx), args.held_out_sequences)
-    metrics = lorsa_metrics(lorsa, batches(ModelSequences(model, layer, tokens), 8))
-    loss = lorsa_loss_recovered(model, lorsa, layer, tokens[: args.loss_sequences])
-    found = metrics.to_dict() | {
-        "ce_clean": loss.clean,
-        "ce_attached": loss.reconstructed,
-        "ce_zero": loss.zero,
-        "ce_recovered": loss.recovered,
-        "kl_recovered": loss.kl_recovered,
-    }
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+def _report(model: Any, lorsa: Lorsa, layer: int, text: Dataset, flags: _EvaluationFlags, out: Path | None) -> None:
+    """Print, and write to ``out``, what the Lorsa does on held-out text, in whole windows."""
+    context, n_windows = min(flags.context_size, lorsa.cfg.n_ctx), flags.n_windows(flags.held_out_tokens)
+    tokens = token_windows(text, model.tokenizer, context, n_windows)
+    measured = lorsa_metrics(lorsa, batches(ModelSequences(model, layer, tokens), 8)).to_dict()
+    if flags.loss_tokens:
+        loss = lorsa_loss_recovered(model, lorsa, layer, tokens[: flags.n_windows(flags.loss_tokens)])
+        measured |= {
+            "ce_clean": loss.clean,
+            "ce_attached": loss.reconstructed,
+            "ce_zero": loss.zero,
+            "ce_recovered": loss.recovered,
+            "kl_recovered": loss.kl_recovered,
+        }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(json.dumps(measured, indent=2))
 
 
-def _model_and_text(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    n_tokens = args.context_size * getattr(args, "n_sequences", args.held_out_sequences)
-    return load_model(args.model, args.device), *load_documents(args.dataset, n_tokens)
+def _how_to_resume(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> str:
+    if not settings.checkpoint_every:
+        return "no checkpoint was kept, give --checkpoint-every to be able to continue"
+    return f"the same command with --resume continues from {flags.out}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="saelens-asi lorsa", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    training = commands.add_parser("train", help=train.__doc__, formatter_class=formatter)
-    evaluation = commands.add_parser("evaluate", help=evaluate.__doc__, formatter_class=formatter)
-    for command in (training, evaluation):
-        command.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or the embedded model")
-        command.add_argument(
-            "--dataset", default=EMBEDDED_DATASET, help="name on the hub, folder, or the embedded text"
-        )
-        command.add_argument("--layer", type=int, help="index of the block; the middle one, or the Lorsa's own")
-        command.add_argument("--device", default="cpu", help="of the model and the Lorsa")
-        command.add_argument("--context-size", type=int, default=128, help="positions of a window")
-        command.add_argument("--held-out-sequences", type=int, default=128, help="windows of held-out text")
-        command.add_argument("--loss-sequences", type=int, default=32, help="of these, for the model's loss")
-    evaluation.add_argument("lorsa", type=Path, help="folder of a saved Lorsa")
-    evaluation.add_argument("--out", type=Path, help="folder for metrics.json")
-    training.add_argument("--out", type=Path, required=True, help="folder of the run")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    training.add_argument("--n-ov-heads", type=int, required=True, help="features")
-    training.add_argument("--k", type=int, default=64, help="features active at a position")
-    training.add_argument("--n-qk-heads", type=int, help="a multiple of the layer's query heads")
-    training.add_argument("--activation", default="topk", help="topk or batch_topk")
-    training.add_argument("--skip-positions", type=int, default=1, help="first positions to read but not reconstruct")
-    training.add_argument("--n-ctx", type=int, help="longest context of the Lorsa; --context-size by default")
-    training.add_argument("--n-sequences", type=int, default=1024, help="windows of training text")
-    training.add_argument("--cache", action="store_true", help="run the model once and hold its activations in memory")
-    _add_fields(training.add_argument_group("training (LorsaTraining)"), LorsaTraining, "")
-    _add_fields(training.add_argument_group("initialization (LorsaInit)"), LorsaInit, "init_")
-    return parser
-
-
-def _add_fields(group: Any, settings: type, prefix: str) -> None:
-    """One flag for each field of a settings dataclass; values are JSON, or plain words."""
-    for field in fields(settings):
-        flag = f"--{prefix}{field.name}".replace("_", "-")
-        if field.default is MISSING:
-            group.add_argument(flag, type=_value, required=True, help=" ")
-        else:
-            group.add_argument(flag, type=_value, default=field.default, help=" ")
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except json.JSONDecodeError:
-        return None if text == "None" else text
-
-
-def _given(args: argparse.Namespace, settings: type, prefix: str) -> dict[str, Any]:
-    return {field.name: getattr(args, prefix + field.name) for field in fields(settings)}
+COMMANDS = {
+    "train": Command(
+        name="lorsa train",
+        about=train.__doc__ or "",
+        run=train,
+        settings=(LorsaTrainFlags, LorsaTraining, LorsaInit),
+        prefixes={LorsaInit: "init_"},
+        resume=_how_to_resume,
+    ),
+    "evaluate": Command(
+        name="lorsa evaluate",
+        about=evaluate.__doc__ or "",
+        run=evaluate,
+        settings=(LorsaEvaluateFlags,),
+        resume=lambda flags: "an evaluation keeps nothing on the way, the same command starts again",
+    ),
+}
 
 
 def main(args: Sequence[str]) -> None:
-    """Run a command. A flag with a bad value ends in one line, not in a traceback."""
-    parsed = _parser().parse_args(list(args))
-    try:
-        {"train": train, "evaluate": evaluate}[parsed.command](parsed)
-    except (ValueError, TypeError) as error:
-        print(f"saelens-asi lorsa {parsed.command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """``saelens-asi lorsa train`` and ``saelens-asi lorsa evaluate``."""
+    if args and args[0] in COMMANDS:
+        COMMANDS[args[0]].main(args[1:])
+    elif args and args[0] in ("-h", "--help"):
+        print(f"usage: saelens-asi lorsa {{{','.join(COMMANDS)}}} [flags]\n\n{__doc__}\n")
+        print("\n".join(f"  {name:9} {command.about}" for name, command in COMMANDS.items()))
+    else:
+        given = f"{args[0]!r} is no command" if args else "a command is missing"
+        print(f"saelens-asi lorsa: error: {given}: give one of {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)

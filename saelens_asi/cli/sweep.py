@@ -1,7 +1,7 @@
-"""Command line: ``saelens-asi sweep``. A grid of SAEs on hooks of a model, cell by cell.
+"""A grid of SAEs on hooks of a model, cell by cell, and the paper's figures from them.
 
-Every flag that takes several values is an axis of the grid. The same command continues after an interruption, and one
-with more values trains what is missing:
+Every flag under Axes takes several values, and is an axis of the grid. The same command continues after an
+interruption, and one with more values trains what is missing:
 
     saelens-asi sweep --out sweep --methods topk auxk asi_sparse_adam --d-sae 4096 8192 16384
     saelens-asi sweep --out sweep --d-init 32 64 128 256 --subspace active random --seed 0 1
@@ -9,22 +9,31 @@ with more values trains what is missing:
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import simple_parsing
+from simple_parsing.docstring import get_attribute_docstring
 from torch import Tensor
 
 from saelens_asi import plots
 from saelens_asi.activations.cache import cache_activations
-from saelens_asi.activations.hooks import SHORT_NAMES, layer_hooks, parse_layers
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.cli.common import Command
+from saelens_asi.cli.flags import (
+    HeldOutFlag,
+    HookFlags,
+    OutFlag,
+    SourceFlags,
+    check_device,
+    hook_names,
+    open_model,
+    open_text,
+)
 from saelens_asi.plots import sweep_figures
 from saelens_asi.sweep.cells import METHODS, Cell, grid, read_sweep
 from saelens_asi.sweep.results import sweep_table
@@ -40,87 +49,74 @@ def _number_or_word(text: str) -> int | float | str:
     return text
 
 
-# Axes of the grid: the type of each value, and choices.
-_AXES: dict[str, dict[str, Any]] = {
-    "architecture": {"choices": ARCHITECTURES},
-    "d_sae": {"type": int},
-    "k": {"type": int},
-    "initializer": {"choices": ("default", "active_subspace")},
-    "subspace": {"choices": ("active", "random", "full")},
-    "norm": {"type": _number_or_word},
-    "center": {"choices": ("mean", "zeros")},
-    "d_init": {"type": _number_or_word},
-    "optimizer": {"choices": ("adam", "sparse_adam")},
-    "aux_loss_coefficient": {"type": float},
-    "lr": {"type": float},
-    "seed": {"type": int},
-}
+def _axis(name: str, hint: Any, default: Any) -> Any:
+    """The flag of one field of ``Cell``: any number of values of its type."""
+    kinds = set(get_args(hint) or (hint,)) - {type(None)}
+    kind: Callable[[str], Any] = kinds.pop() if len(kinds) == 1 else _number_or_word
+    shown = "number or word" if kind is _number_or_word else kind.__name__
+    values = {"choices": ARCHITECTURES} if name == "architecture" else {"metavar": f"{shown} [{shown} ...]"}
+    said = get_attribute_docstring(Cell, name).desc_from_cls_docstring.rstrip(".")
+    return simple_parsing.field(default=(), help=f"{said}; default: {default}", type=kind, nargs="*", **values)
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(
-        prog="saelens-asi sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+# One flag for each field of Cell; an axis without values is no part of the grid.
+Axes = make_dataclass(
+    "Axes",
+    [(one.name, tuple[Any, ...], _axis(one.name, get_type_hints(Cell)[one.name], one.default)) for one in fields(Cell)],
+    frozen=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags(OutFlag, HeldOutFlag, HookFlags, SourceFlags):
+    """Flags of ``saelens-asi sweep``.
+
+    Attributes:
+        cached_tokens: activations to train on, read once.
+        cache: folder of the activations, for several sweeps; without it OUT/activations.
+        save_saes: keep each SAE as a SAELens folder in OUT/saes.
+    """
+
+    methods: tuple[str, ...] = simple_parsing.field(
+        default=(), help=f"sets of the settings under Axes: {', '.join(METHODS)}; without it the last"
     )
-    axes = parse.add_argument_group("axes of the grid", "each takes several values")
-    axes.add_argument("--methods", nargs="+", choices=list(METHODS), default=[], help="sets of the settings below")
-    defaults = {field.name: field.default for field in fields(Cell)}
-    for name, how in _AXES.items():
-        axes.add_argument(f"--{name.replace('_', '-')}", nargs="+", help=f"default: {defaults[name]}", **how)
-    data = parse.add_argument_group("activations")
-    data.add_argument("--model", default=EMBEDDED_MODEL, help="name on the hub, folder, or smollm2 (default)")
-    data.add_argument("--dataset", default=EMBEDDED_DATASET, help="of text or tokens: name, folder, or bible (default)")
-    data.add_argument("--hooks", nargs="+", default=["attn_out"],
-                      help=f"{', '.join(SHORT_NAMES)}, or full names; default: attn_out")  # fmt: skip
-    data.add_argument("--layers", nargs="+", help="of short names: numbers, ranges or all; default: the middle one")
-    data.add_argument("--cached-tokens", type=int, default=300_000, help="activations to train on; default: 300000")
-    data.add_argument("--held-out-tokens", type=int, default=80_000, help="activations to evaluate on; default: 80000")
-    data.add_argument("--context-size", type=int, default=128, help="tokens in a window; default: 128")
-    data.add_argument(
-        "--cache", type=Path, help="folder of the activations, for several sweeps; default: OUT/activations"
-    )
-    training = parse.add_argument_group("training")
-    for field in fields(SweepTraining):
-        kind = type(field.default)
-        training.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-                              help=f"default: {field.default}")  # fmt: skip
-    parse.add_argument("--save-saes", action="store_true", help="keep each SAE as a SAELens folder in OUT/saes")
-    parse.add_argument("--out", type=Path, default=Path("sweep_output"), help="folder; default: sweep_output")
-    return parse
+    cached_tokens: int = 300_000
+    held_out_tokens: int = 80_000
+    cache: Path | None = None
+    save_saes: bool = simple_parsing.field(default=False, action="store_true")
+    out: Path = Path("sweep_output")
 
 
-def run(args: argparse.Namespace) -> None:
-    training = SweepTraining(**{field.name: getattr(args, field.name) for field in fields(SweepTraining)})
-    axes = {name: getattr(args, name) for name in _AXES if getattr(args, name) is not None}
-    cells = grid(axes, args.methods)
-    activations = _activations(args)
-    sizes = {"cached_tokens": args.cached_tokens, "held_out_tokens": args.held_out_tokens}
-    source = {"model": args.model, "dataset": args.dataset, "context_size": args.context_size, **sizes}
+def run(flags: SweepFlags, axes: Any, training: SweepTraining) -> None:
+    """Train what is missing of the grid, and write the report of all that is there."""
+    check_device(training.device)
+    cells = grid({name: list(values) for name, values in vars(axes).items() if values}, flags.methods)
+    activations = _activations(flags, training.device)
+    sizes = {"cached_tokens": flags.cached_tokens, "held_out_tokens": flags.held_out_tokens}
+    source = {"model": flags.model, "dataset": flags.dataset, "context_size": flags.context_size, **sizes}
     print(f"{len(cells)} cells of {training.steps} steps on {', '.join(activations)}", flush=True)
     try:
-        rows = run_sweep(cells, training, activations, args.out, source=source, save_saes=args.save_saes)
+        rows = run_sweep(cells, training, activations, flags.out, source=source, save_saes=flags.save_saes)
         print(f"\n{sweep_table(rows)}")
     finally:
-        written = write_report(args.out)
+        written = write_report(flags.out)
         print("\n".join(["", "Written:", *(f"  {path}" for path in written)]) if written else "")
 
 
-def _activations(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+def _activations(flags: SweepFlags, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Activations to train and to evaluate on, by hook; the model is loaded only where they are not cached."""
-    model = functools.cache(lambda: load_model(args.model, args.device))
-    texts = functools.cache(lambda: load_documents(args.dataset, max(args.cached_tokens, 4 * args.held_out_tokens)))
-    names = [hook for hook in args.hooks if "." in hook]
-    if len(names) < len(args.hooks):
-        n_layers = model().cfg.n_layers
-        layers = parse_layers(args.layers or [str(n_layers // 2)], n_layers)
-        names = layer_hooks(args.hooks, layers)
-    folder = args.cache or args.out / "activations"
+    model = functools.cache(lambda: open_model(flags.model, device))
+    n_tokens = {"training": flags.cached_tokens, "held_out": flags.held_out_tokens}
+    texts = functools.cache(lambda: open_text(flags.dataset, max(flags.cached_tokens, 4 * flags.held_out_tokens)))
+    names = hook_names(flags.hooks, flags.layers, lambda: model().cfg.n_layers)
+    folder = flags.cache or flags.out / "activations"
     hooks = names[0] if len(names) == 1 else hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
-    own = re.sub(r"\W+", "_", f"{args.model}_{args.dataset}_{hooks}")
+    own = re.sub(r"\W+", "_", f"{flags.model}_{flags.dataset}_{hooks}")
     splits = []
-    for i, (split, n_tokens) in enumerate({"training": args.cached_tokens, "held_out": args.held_out_tokens}.items()):
-        path = folder / f"{own}_{n_tokens}_{split}"
-        how = {"context_size": args.context_size}
-        splits.append(cache_activations(path, model, lambda i=i: texts()[i], names, n_tokens, **how))
+    for i, (split, n) in enumerate(n_tokens.items()):
+        path = folder / f"{own}_{n}_{split}"
+        text = functools.partial(lambda i: texts()[i], i)
+        splits.append(cache_activations(path, model, text, names, n, context_size=flags.context_size))
     return {name: (splits[0][name], splits[1][name]) for name in splits[0]}
 
 
@@ -137,14 +133,14 @@ def write_report(out: str | Path) -> list[Path]:
     return [out / "cells.jsonl", table, *figures]
 
 
+COMMAND = Command(
+    name="sweep",
+    about=__doc__ or "",
+    run=run,
+    settings=(SweepFlags, Axes, SweepTraining),
+    resume=lambda flags, axes, training: f"the same command continues from {flags.out}",
+)
+
+
 def main(args: Sequence[str]) -> None:
-    """``saelens-asi sweep``. A flag with a bad value ends in one line, not in a traceback."""
-    settings = parser().parse_args(args)
-    try:
-        run(settings)
-    except ValueError as error:
-        print(f"saelens-asi sweep: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: the same command continues from {settings.out}", file=sys.stderr)
-        raise SystemExit(130) from None
+    COMMAND.main(args)

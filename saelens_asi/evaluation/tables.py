@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tabulate import DataRow, TableFormat, tabulate  # type: ignore[import-untyped]
+from tabulate import DataRow, TableFormat, tabulate
 
 _ROW = DataRow("|", "|", "|")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,6 @@ from statistics import mean
 from typing import Any
 
 from saelens_asi.activations.hooks import split_name
-from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
 from saelens_asi.spectra.spectrum import Spectrum
@@ -132,67 +129,3 @@ def _loss_sentence(kind: str, loss: ComponentLosses) -> str:
 
 def _number(k: int | None) -> str:
     return "more components than were measured" if k is None else f"{k} components"
-
-
-def advice(rows: Sequence[Row], files: Mapping[str, str]) -> str:
-    """What it means for an SAE on the lowest-rank hook; ``files`` leads from hooks to their spectrum files."""
-    # Where one direction holds most of the variance, a share of the variance chooses no subspace.
-    usual = [row for row in rows if row["first_component_variance_share"] <= 0.5] or rows
-    row = min(usual, key=lambda row: row["effective_rank_share"])
-    d_init = row["dimension_90"]
-    return (
-        f"An SAE on {row['hook']} that starts with random features spends them on {row['width']} dimensions, of which "
-        f"{d_init} hold {AUTO_VARIANCE_SHARE:.0%} of the variance; features outside hardly fire, and die. Start them "
-        "inside, from the file written here:\n\n"
-        f'TopKTrainingSAEConfig(d_in={row["width"]}, ..., optimizer="sparse_adam",\n'
-        f'    initializer=ActiveSubspaceInit(d_init={d_init}, spectrum="{files[row["hook"]]}"))'
-    )
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-img { max-width: 100%; } pre { background: #f3f5f8; padding: .8rem; overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: .15rem .6rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr:nth-child(even) { background: #f6f7f9; }
-.scroll { max-height: 26rem; overflow-y: auto; }
-"""
-_COLUMNS = {
-    "hook": "hook",
-    "width": "width",
-    "effective_rank_share": "effective rank / width",
-    "dimension_90": "dims for 90 %",
-    "dimension_99_share": "dims for 99 % / width",
-    "above_5_percent": "above 5 % of largest",
-    "mean_to_deviation": "mean / deviation",
-}
-
-
-def html_page(
-    title: str, command: str, said: Sequence[str], what_now: str, figures: Sequence[Path], rows: list[Row]
-) -> str:
-    """A page that stands alone: figures are inside it."""
-    images = "".join(
-        f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in figures
-    )
-    head = "".join(f"<th>{label}</th>" for label in _COLUMNS.values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(key, row[key]))}</td>" for key in _COLUMNS) + "</tr>" for row in rows
-    )
-    paragraph, _, code = what_now.partition("\n\n")
-    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in said)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><ul>{items}</ul>"
-        f"<h2>What it means for an SAE</h2><p>{html.escape(paragraph)}</p><pre>{html.escape(code)}</pre>"
-        f"<h2>Figures</h2>{images}"
-        f'<h2>All hooks</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-        f"<h2>Command</h2><pre>{html.escape(command)}</pre></html>\n"
-    )
-
-
-def _cell(key: str, value: Any) -> str:
-    if key.endswith("_share"):
-        return f"{value:.1%}"
-    return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)

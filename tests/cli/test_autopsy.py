@@ -69,7 +69,7 @@ def test_a_checkpoint_brings_its_optimizer_and_its_scale(trained: dict[str, Any]
 
 
 def test_model_hook_and_text_can_be_given(trained: dict[str, Any], llama_folder: Path, tmp_path: Path) -> None:
-    names = ["--model", str(llama_folder), "--dataset", str(trained["data"]), "--hook", "blocks.0.hook_attn_out"]
+    names = ["--model", str(llama_folder), "--dataset", str(trained["data"]), "--hooks", "blocks.0.hook_attn_out"]
     cli.main(["autopsy", str(trained["sae"]), *names, "--n-tokens", "200", "--n-sample", "50", "--out", str(tmp_path)])
     read = json.loads((tmp_path / "autopsy.json").read_text())
     assert (read["n_tokens"], read["n_sample"]) == (200, 50)
@@ -81,7 +81,7 @@ def test_model_hook_and_text_can_be_given(trained: dict[str, Any], llama_folder:
         (["nowhere"], "'nowhere' is no folder here and no release"),
         (["{empty}"], "holds no SAE"),
         (["{sae}", "--n-sample", "1", "--n-tokens", "50"], "n_sample=1"),
-        (["{sae}", "--hook", "blocks.7.hook_attn_out"], "no hook of this model"),
+        (["{sae}", "--hooks", "blocks.7.hook_attn_out"], "no hook of this model"),
     ],
 )
 def test_a_bad_argument_ends_in_one_line(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
+import saelens_asi
 from saelens_asi import cli
 
 
@@ -58,3 +60,16 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 def test_python_m_shows_the_commands() -> None:
     result = subprocess.run([sys.executable, "-m", "saelens_asi", "--help"], capture_output=True, text=True, check=True)
     assert "saelens-asi {train,demo,spectrum,evaluate,autopsy,sweep,lorsa}" in result.stdout
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"saelens-asi {saelens_asi.__version__}\n"
+
+
+def test_every_command_has_a_module_and_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    text = capsys.readouterr().out
+    for name, (about, _) in cli.COMMANDS.items():
+        assert f"  {name:9} {about}" in text
+        assert callable(importlib.import_module(f"saelens_asi.cli.{name}").main)

@@ -180,7 +180,7 @@ def test_errors_end_in_one_line(sae_folder: Path, tmp_path: Path, capsys: pytest
         ("gpt2-small-res-jb/blocks.99.hook_resid_pre", [], "has no SAE 'blocks.99.hook_resid_pre'"),
         (tmp_path / "mixed", [], "several models"),
         (sae_folder, ["--saes-per-pass", "0"], "--saes-per-pass 0 must be at least 1"),
-        (sae_folder, ["--hook-name", "blocks.7.hook_mlp_out"], "no hook of this model is called"),
+        (sae_folder, ["--hooks", "blocks.7.hook_mlp_out"], "no hook of this model is called"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             evaluate([saes], tmp_path / "out", *flags)

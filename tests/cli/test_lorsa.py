@@ -20,7 +20,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(llama_folder: Path, text_folder: Path) -> list[str]:
-    settings = f"--model {llama_folder} --dataset {text_folder} --context-size 16 --held-out-sequences 16"
+    settings = f"--model {llama_folder} --dataset {text_folder} --context-size 16 --held-out-tokens 256"
     return settings.split()
 
 
@@ -61,7 +61,7 @@ def test_train_resume_and_evaluate(
         ("--layer 7", "layer=7 does not exist: this model has layers 0 to 1"),
         ("--n-ov-heads 63", "n_ov_heads=63 must be divisible by n_qk_heads=4"),
         ("--init-method active", "norm='least_squares' needs an encoder tied"),
-        ("--optimizer sgd", "optimizer='sgd'"),
+        ("--optimizer sgd", "argument --optimizer: invalid choice: 'sgd'"),
         ("--context-size 100", "exceeds|exceed|gives"),
     ],
 )

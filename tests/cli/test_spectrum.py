@@ -1,10 +1,11 @@
-"""saelens-asi spectrum from the command line to the page: files, interruption, errors in one line."""
+"""saelens-asi spectrum from the command line to the report: files, interruption, errors in one line."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from saelens_asi import ActiveSubspaceInit, Spectrum, activation_spectra, cli
 from saelens_asi.activations import reader
+from saelens_asi.activations.hooks import parse_layers
 from saelens_asi.activations.loading import load_documents
 from saelens_asi.activations.tokens import token_batches
 from saelens_asi.spectra import hook_spectra as spectra_module
@@ -54,10 +56,11 @@ def test_it_writes_table_spectra_figures_and_page(finished: Path) -> None:
         assert row["effective_rank"] == pytest.approx(s.effective_rank)
         assert row["dimension_99.9"] == s.intrinsic_dimension(0.999)
         assert row["above_5_percent"] == s.components_above(0.05)
-    for name in ("ranks", "singular_values", "loss_recovered", "decomposition"):
+    figures = ("ranks", "singular_values", "loss_recovered", "decomposition")
+    for name in figures:
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    page = (finished / "report.md").read_text()
+    assert re.findall(r"^!\[.*\]\((.*)\)$", page, flags=re.MULTILINE) == [f"{name}.png" for name in figures]
     for part in (
         "attn_out is ",
         "Layer 1, why: ",
@@ -166,7 +169,7 @@ def test_a_few_hooks_and_layers_without_losses(llama_folder: Path, text_folder: 
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [row["hook"] for row in rows] == ["blocks.1.hook_mlp_out", "blocks.0.ln1.hook_out"]
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"spectra", "table.csv", "table.json", "ranks.png", "singular_values.png", "report.html"}
+    assert written == {"spectra", "table.csv", "table.json", "ranks.png", "singular_values.png", "report.md"}
 
 
 def test_a_dataset_of_tokens(llama_folder: Path, tmp_path: Path) -> None:
@@ -209,11 +212,11 @@ def test_a_bad_flag_ends_in_one_line(
 
 
 def test_layers_are_numbers_and_ranges() -> None:
-    assert command.parse_layers(["all"], 3) == [0, 1, 2]
-    assert command.parse_layers(["5", "0-2", "1"], 6) == [0, 1, 2, 5]
+    assert parse_layers(["all"], 3) == [0, 1, 2]
+    assert parse_layers(["5", "0-2", "1"], 6) == [0, 1, 2, 5]
     for words in (["-1"], ["1-"], ["2-1"], ["0-6"]):
         with pytest.raises(ValueError, match="--layers"):
-            command.parse_layers(words, 6)
+            parse_layers(words, 6)
 
 
 def test_a_folder_without_text_or_tokens_is_named(llama_folder: Path, tmp_path: Path) -> None:

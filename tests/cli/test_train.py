@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sae_lens.constants import TRAINER_STATE_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi
+from saelens_asi import cli
 from tests.helpers import tiny
 
 BASE = ["--model_name", "tiny", "--hook_name", tiny.ATTN_OUT, "--dataset_path", "tiny", "--d_in", "16"]
@@ -61,3 +71,99 @@ def test_help_shows_both_flags(capsys):
     text = capsys.readouterr().out
     assert "--initializer {default,active_subspace,JSON}" in text
     assert "--optimizer {adam,sparse_adam}" in text
+
+
+@pytest.fixture
+def trained(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``saelens-asi train`` on a tiny model and text, with more flags; a signal may be sent at a step."""
+    (tmp_path / "text").mkdir(exist_ok=True)
+    tiny.save_text(tmp_path / "text", 120, 100)
+    flags = f"--model_name {llama_folder} --model_class_name AutoModelForCausalLM --dataset_path {tmp_path / 'text'}"
+    flags += " --hook_name model.layers.1.self_attn.o_proj --architecture topk --d_in 16 --d_sae 48 --k 4"
+    flags += " --context_size 16 --training_tokens 1024 --train_batch_size_tokens 32 --n_batches_in_buffer 4"
+    flags += " --store_batch_size_prompts 4 --streaming false --is_dataset_tokenized false --lr 0.001"
+    flags += " --device cpu --log_to_wandb false --optimizer sparse_adam --initializer"
+    flags += f' {{"d_init":4,"n_tokens":64}} --output_path {tmp_path / "output"}'
+    stock = SAETrainer.step
+
+    def run(*more: str, number: signal.Signals | None = None, at: int = 8) -> None:
+        def step(self: Any, batch: Any) -> Any:
+            if self.n_training_steps == at and number is not None:
+                os.kill(os.getpid(), number)
+            return stock(self, batch)
+
+        monkeypatch.setattr(SAETrainer, "step", step)
+        cli.main(["train", *flags.split(), *more])
+
+    return run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_with_which_flag_it_continues_and_it_does(
+    number: signal.Signals,
+    code: int,
+    trained: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    places = ("--checkpoint_path", str(tmp_path / "checkpoints"))
+    with pytest.raises(SystemExit) as exit_info:
+        trained(*places, number=number)
+    assert exit_info.value.code == code
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    found = re.fullmatch(
+        r"saelens-asi train: interrupted: the same command with (--resume_from_checkpoint) (.*) continues", line
+    )
+    assert found is not None, line
+    assert (Path(found[2]) / TRAINER_STATE_FILENAME).exists()
+    with caplog.at_level(logging.INFO):
+        trained(*places, found[1], found[2])
+    assert f"Resuming from checkpoint: {found[2]}" in caplog.text
+    assert (tmp_path / "output" / "sae_weights.safetensors").exists()
+
+
+def test_without_checkpoints_a_signal_says_how_to_have_some(
+    trained: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        trained("--checkpoint_path", number=signal.SIGTERM)
+    assert exit_info.value.code == 143
+    assert "no checkpoint was kept, give --checkpoint_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model_name", "./nowhere"], "nowhere"),
+        (["--dataset_path", "nowhere/there"], "nowhere/there"),
+        (["--hook_name", "model.layers.9.mlp"], "model.layers.9.mlp"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+        (["--training_tokens", "many"], "argument --training_tokens: invalid int value: 'many'"),
+        (["--initializer", '{"d_init": 17}'], "d_init=17 exceeds d_in=16"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    flags: list[str], said: str, trained: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        trained(*flags)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "usage:" not in error
+    *_, line = error.strip().splitlines()
+    assert line.startswith("saelens-asi train: error: ")
+    assert said in line
+
+
+def test_help_is_under_our_name_and_has_help_for_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", "--architecture", "topk", "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: saelens-asi train [-h]" in text
+    assert not re.findall(r"(?:error|usage): (?!saelens-asi train)", text)
+    for flag in ("--initializer", "--optimizer"):
+        (said,) = re.findall(rf"^  {flag} .*\n((?: {{10,}}.*\n)+)", text, flags=re.MULTILINE)
+        assert len(said.split()) > 5

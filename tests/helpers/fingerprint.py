@@ -194,7 +194,7 @@ def commands() -> dict[str, Any]:
         window = ["--context-size", "16"]
         demo = ["demo", *source, "--d-sae", "64", "--k", "4", "--training-tokens", "8192", "--held-out-tokens", "600"]
         calls = {
-            "demo": [*demo, *window, "--loss-windows", "4", "--out", "demo"],
+            "demo": [*demo, *window, "--loss-tokens", "64", "--out", "demo"],
             "spectrum": ["spectrum", *source, *window, "--n-tokens", "900", "--loss-tokens", "64", "--out", "spectrum"],
             "evaluate": ["evaluate", "demo", *source, "--n-tokens", "500", "--loss-tokens", "64", "--out", "evaluate"],
             "autopsy": ["autopsy", "demo/stock", *source, "--n-tokens", "900", "--n-sample", "300", "--out", "autopsy"],
@@ -204,8 +204,8 @@ def commands() -> dict[str, Any]:
             ],
             "lorsa": [
                 *("lorsa", "train", *source, *window, "--n-ov-heads", "64", "--k", "8", "--steps", "20"),
-                *("--lr-warm-up-steps", "4", "--n-sequences", "64", "--held-out-sequences", "16"),
-                *("--loss-sequences", "4", "--out", "lorsa"),
+                *("--lr-warm-up-steps", "4", "--n-sequences", "64", "--held-out-tokens", "256"),
+                *("--loss-tokens", "64", "--out", "lorsa"),
             ],
         }
         for name, call in calls.items():
