@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from saelens_asi.spectra.hook_spectra import load_pass, save_pass
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum, principal_angles
 from tests.helpers.reference import effective_rank_by_svd, gaussian, maths, orthogonal, two_pass_moments
@@ -305,3 +306,14 @@ def test_a_file_of_the_first_format_is_read(tmp_path):
     with safe_open(path, "pt") as old, safe_open(spectrum.save(tmp_path / "new.safetensors"), "pt") as new:
         assert old.metadata() == new.metadata()
         assert sorted(old.keys()) == sorted(new.keys())
+
+
+@pytest.mark.parametrize("d", [3, 8, 17])
+def test_what_is_read_back_lies_in_memory_as_torch_allocates_it(tmp_path, d):
+    """Products of tensors that lie otherwise are added in another order on some processors."""
+    moments = RunningMoments.zeros(d).update_(gaussian(0, 50, d))
+    spectrum = Spectrum.load(Spectrum.from_moments(moments).save(tmp_path / "spectrum.safetensors"))
+    save_pass(tmp_path / "pass.safetensors", {"a hook": moments}, {}, {})
+    continued = load_pass(tmp_path / "pass.safetensors", {})[0]["a hook"]
+    for tensor in (spectrum.mean, spectrum.covariance, continued.mean, continued.scatter):
+        assert tensor.data_ptr() % 64 == 0
