@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import RowGradient, update_row_norms_
 
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
@@ -125,11 +126,21 @@ def _update_compiled_(
     lr, beta1, beta2, eps, divisor = settings
     step_size = torch.as_tensor(lr / _bias_correction(beta1, step), dtype=grad.dtype)
     root_scale = torch.as_tensor(_bias_correction(beta2, step), dtype=grad.dtype).rsqrt()
-    by_row = [tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in (*tensors, grad)]
-    corrections = [value.expand(rows.numel()).contiguous() for value in (step_size, root_scale)]
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1.0 if divisor is None else 1 / float(divisor))
-    norms = grad.new_empty(0) if norms is None else norms
-    run_kernel("adam_rows", rows.numel(), *by_row[:3], rows, by_row[3], norms, *corrections, *numbers)
+    param, exp_avg, exp_avg_sq, grad = (t.view(t.shape[0], math.prod(t.shape[1:])) for t in (*tensors, grad))
+    kernels.adam_rows(
+        param,
+        exp_avg,
+        exp_avg_sq,
+        grad,
+        rows,
+        norms,
+        step_size=step_size.expand(rows.numel()).contiguous(),
+        root_scale=root_scale.expand(rows.numel()).contiguous(),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        grad_scale=1.0 if divisor is None else 1 / float(divisor),
+    )
 
 
 def _update_gathered_(

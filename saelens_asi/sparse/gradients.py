@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import (
     Activations,
     Entries,
@@ -67,7 +68,7 @@ def squared_error_(
     """
     n_tokens = decoded.shape[0]
     gradient, errors = workspace.take("decoded gradient", decoded.shape, decoded), decoded.new_empty(n_tokens)
-    run_kernel("squared_errors", n_tokens, decoded, bias, target, gradient, errors, 2 / max(1, n_tokens))
+    kernels.squared_errors_(decoded, bias, target, gradient=gradient, errors=errors, scale=2 / max(1, n_tokens))
     return errors.mean(), gradient, gradient.sum(dim=0)
 
 
@@ -110,6 +111,17 @@ def _compiled_gradients(
     n_active, values = order.active.numel(), activations.values[order.order]
     d_W_enc, d_W_dec = (workspace.take(f"{name} gradient", (n_active, x.shape[1]), x) for name in ("W_enc", "W_dec"))
     d_b_enc, squares = x.new_empty(2, n_active)
-    entries = (order.active, order.starts, order.rows, values)
-    run_kernel("feature_gradients", n_active, d_decoded, x, W_dec, *entries, d_W_enc, d_W_dec, d_b_enc, squares)
+    kernels.feature_gradients(
+        d_decoded,
+        x,
+        W_dec,
+        order.active,
+        order.starts,
+        order.rows,
+        values,
+        d_encoder=d_W_enc,
+        d_decoder=d_W_dec,
+        d_bias=d_b_enc,
+        squares=squares,
+    )
     return *(RowGradient(order.active, values) for values in (d_W_enc, d_b_enc, d_W_dec)), squares

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 
 
 class Workspace:
@@ -112,7 +113,7 @@ class Activations:
         features = self.features.contiguous()
         starts = features.new_zeros(int(features.max()) + 3)
         order, rows = torch.empty_like(features), torch.empty_like(features)
-        run_kernel("sort_by_feature", 1, features, self.row_starts.contiguous(), starts, order, rows)
+        kernels.sort_by_feature(features, self.row_starts.contiguous(), starts=starts, order=order, rows=rows)
         active = (starts[1:-1] > starts[:-2]).nonzero().squeeze(1)
         return FeatureOrder(active, functional.pad(starts[active], (0, 1), value=features.numel()), order, rows)
 
@@ -165,7 +166,7 @@ def row_norms(table: Tensor) -> Tensor:
     """(n,) Euclidean norms of the rows of (n, d), in float32 or wider; to the bits that SparseAdam keeps up to date."""
     if kernels_take(table):
         norms = table.new_empty(table.shape[0])
-        run_kernel("row_lengths", table.shape[0], table, norms)
+        kernels.row_lengths(table, norms)
         return norms
     return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
 

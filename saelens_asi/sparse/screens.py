@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Activations, Workspace
 from saelens_asi.sparse.topk import TILE_ENTRIES, Encoder, Query, TopK, encode_top_k, top_k
 
@@ -95,8 +96,18 @@ class QuantizedScreen:
             tile = codes[part]
             sums = workspace.take("integer tile", (len(tile), d_sae), x, torch.int32)
             torch._int_mm(tile, self.codes.t(), out=sums)
-            fixed = (x[part], encoder.rows, encoder.bias, scale, tokens[:, part].contiguous(), self.terms, sums, most)
-            run_kernel("best_of_bounds", len(tile), *fixed, found.scores[part], found.indices[part])
+            kernels.top_k_by_bounds(
+                x[part],
+                encoder.rows,
+                encoder.bias,
+                scale,
+                tokens[:, part].contiguous(),
+                self.terms,
+                sums,
+                max_scored=most,
+                scores=found.scores[part],
+                indices=found.indices[part],
+            )
         failed = (found.indices[:, 0] < 0) | ~found.scores.isfinite().all(dim=1) | ~tokens.isfinite().all(dim=0)
         if not self.terms.isfinite().all():
             failed.fill_(True)
@@ -138,9 +149,15 @@ def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize(
     table: Tensor, scale: Tensor, rows: Tensor, codes: Tensor, step: Tensor, coded: Tensor, missed: Tensor
 ) -> None:
-    d_in = table.shape[1]
-    run_kernel(
-        "quantize_rows", rows.numel(), table, scale, rows, d_in & -d_in, _slack(d_in), codes, step, coded, missed
+    kernels.quantize_rows(
+        table,
+        scale,
+        rows,
+        codes=codes,
+        steps=step,
+        coded_lengths=coded,
+        residual_lengths=missed,
+        slack=_slack(table.shape[1]),
     )
 
 
