@@ -345,38 +345,36 @@ def _fold_maxima(family_maxima: Singles, group_maxima: Singles, n_groups: int) -
 
 
 @_inlined
+def _largest(numbers: Singles) -> int:
+    at = 0
+    for j in range(1, numbers.shape[0]):
+        if numbers[j] > numbers[at]:
+            at = j
+    return at
+
+
+@_inlined
 def _take_largest(
-    bounds: Singles,
-    group_maxima: Singles,
-    family_maxima: Singles,
-    n_groups: int,
-    threshold: np.float32,
-    lost: np.float32,
+    bounds: Singles, group_maxima: Singles, family_maxima: Singles, family: int, n_groups: int, lost: np.float32
 ) -> int:
-    """The feature with the largest bound, which is then marked as taken; -1 where none exceeds ``threshold``."""
+    """The feature with the largest bound of a family, which is then marked as taken."""
     n_families = family_maxima.shape[0]
-    family = 0
-    for j in range(1, n_families):
-        if family_maxima[j] > family_maxima[family]:
-            family = j
-    taken = -1
-    if family_maxima[family] > threshold:
-        group = family
-        while group_maxima[group] != family_maxima[family]:
-            group += n_families
-        taken = group
-        while bounds[taken] != group_maxima[group]:
-            taken += n_groups
-        bounds[taken] = lost
-        largest = lost
-        for j in range(group, n_groups * _GROUP, n_groups):
-            largest = bounds[j] if bounds[j] > largest else largest
-        group_maxima[group] = largest
-        largest = lost
-        for j in range(family, n_families * _GROUP, n_families):
-            largest = group_maxima[j] if group_maxima[j] > largest else largest
-        family_maxima[family] = largest
-    return taken
+    group = family
+    while group_maxima[group] != family_maxima[family]:
+        group += n_families
+    feature = group
+    while bounds[feature] != group_maxima[group]:
+        feature += n_groups
+    bounds[feature] = lost
+    largest = lost
+    for j in range(group, n_groups * _GROUP, n_groups):
+        largest = bounds[j] if bounds[j] > largest else largest
+    group_maxima[group] = largest
+    largest = lost
+    for j in range(family, n_families * _GROUP, n_families):
+        largest = group_maxima[j] if group_maxima[j] > largest else largest
+    family_maxima[family] = largest
+    return feature
 
 
 @_inlined
@@ -443,7 +441,7 @@ def top_k_by_bounds(
     family_maxima = np.empty(n_families, np.float32)
     picked, products = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.float32)
     for token in range(lo, hi):
-        heap, features = scores[token], indices[token]
+        row, heap, features = x[token], scores[token], indices[token]
         group_maxima[:] = lost
         family_maxima[:] = lost
         heap[:] = lost
@@ -454,10 +452,10 @@ def top_k_by_bounds(
         while True:
             n_picked = 0
             while n_picked < picked.shape[0]:
-                feature = _take_largest(bounds, group_maxima, family_maxima, n_groups, heap[0], lost)
-                if feature < 0:
+                family = _largest(family_maxima)
+                if family_maxima[family] <= heap[0]:
                     break
-                picked[n_picked] = feature
+                picked[n_picked] = _take_largest(bounds, group_maxima, family_maxima, family, n_groups, lost)
                 n_picked += 1
             if n_picked == 0:
                 break
@@ -467,7 +465,7 @@ def top_k_by_bounds(
                 break
             for i in range(n_picked, picked.shape[0]):
                 picked[i] = picked[0]
-            _four_products(products, x[token], encoder_rows, picked)
+            _four_products(products, row, encoder_rows, picked)
             for i in range(n_picked):
                 score = (products[i] + bias[picked[i]]) * scale[picked[i]]
                 if score > heap[0]:
