@@ -12,12 +12,20 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-import pytest
-import torch
-
-from saelens_asi.sparse import kernels
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parent.parent
+
+# Shapes and dtypes in annotations are checked while tests run, so this comes before the first import of what is checked.
+# Not in numba's kernels: numba compiles functions, and not what wraps them.
+_SPARSE = {f"saelens_asi.sparse.{path.stem}" for path in (ROOT / "saelens_asi" / "sparse").glob("*.py")}
+_UNCHECKED = {"saelens_asi.sparse.numba_kernels"}
+install_import_hook(["saelens_asi.spectra", *sorted(_SPARSE - _UNCHECKED)], "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from saelens_asi.sparse import kernels  # noqa: E402
 
 torch.set_num_threads(1)  # the models are too small for more
 

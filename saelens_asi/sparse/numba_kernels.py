@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import float32, float64, int8, int32, int64, njit, void
 from numba.core.types import Type
-from numba.core.typing import Signature
+from numba.core.typing.templates import Signature
 
 Floats: TypeAlias = npt.NDArray[np.float32 | np.float64]
 Float: TypeAlias = np.float32 | np.float64
