@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parent.parent
 
-# Shapes and dtypes in annotations are checked while tests run, so this comes before the first import of what is checked.
+# Shapes and dtypes in annotations are checked while tests run: this stands before the first import of what is checked.
 # Not in numba's kernels: numba compiles functions, and not what wraps them.
 _SPARSE = {f"saelens_asi.sparse.{path.stem}" for path in (ROOT / "saelens_asi" / "sparse").glob("*.py")}
 _UNCHECKED = {"saelens_asi.sparse.numba_kernels"}
