@@ -322,6 +322,7 @@ def _fill_bounds(
 ) -> None:
     """The bounds of a token, and the largest of each group."""
     d_sae = code_products.shape[0]
+    group_maxima[:] = np.float32(-np.inf)
     t0, t1, t2 = token_terms[0], token_terms[1], token_terms[2]
     f0, f1, f2, f3 = feature_terms[0], feature_terms[1], feature_terms[2], feature_terms[3]
     for first in range(0, d_sae, n_groups):
@@ -338,6 +339,7 @@ def _fill_bounds(
 @_inlined
 def _fold_maxima(family_maxima: Singles, group_maxima: Singles, n_groups: int) -> None:
     n_families = family_maxima.shape[0]
+    family_maxima[:] = np.float32(-np.inf)
     for first in range(0, n_groups, n_families):
         part = group_maxima[first : first + n_families]
         for j in range(n_families):
@@ -378,7 +380,9 @@ def _take_largest(
 
 
 @_inlined
-def _four_products(products: Singles, row: Singles, table: Singles, picked: Integers) -> None:
+def _four_products(products: Singles, row: Singles, table: Singles, picked: Integers, n_picked: int) -> None:
+    for i in range(n_picked, picked.shape[0]):
+        picked[i] = picked[0]
     a, b, c, d = table[picked[0]], table[picked[1]], table[picked[2]], table[picked[3]]
     sum_a, sum_b, sum_c, sum_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for j in range(row.shape[0]):
@@ -430,10 +434,9 @@ def top_k_by_bounds(
     hi: int,
 ) -> None:
     """See ``kernels.top_k_by_bounds``."""
-    d_sae = encoder_rows.shape[0]
     # Group g is every n_groups-th feature from g on, and a family every n_families-th group: members lie apart, so that
     # the maxima of all groups grow side by side, number by number, as vectors do.
-    n_groups = (d_sae + _GROUP - 1) // _GROUP
+    n_groups = (encoder_rows.shape[0] + _GROUP - 1) // _GROUP
     n_families = (n_groups + _GROUP - 1) // _GROUP
     lost = np.float32(-np.inf)
     bounds = np.full(n_groups * _GROUP, lost, np.float32)
@@ -442,8 +445,6 @@ def top_k_by_bounds(
     picked, products = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.float32)
     for token in range(lo, hi):
         row, heap, features = x[token], scores[token], indices[token]
-        group_maxima[:] = lost
-        family_maxima[:] = lost
         heap[:] = lost
         features[:] = -1
         _fill_bounds(bounds, group_maxima, code_products[token], token_terms[:, token], feature_terms, n_groups)
@@ -463,9 +464,7 @@ def top_k_by_bounds(
             if n_scored > max_scored:
                 features[0] = -1
                 break
-            for i in range(n_picked, picked.shape[0]):
-                picked[i] = picked[0]
-            _four_products(products, row, encoder_rows, picked)
+            _four_products(products, row, encoder_rows, picked, n_picked)
             for i in range(n_picked):
                 score = (products[i] + bias[picked[i]]) * scale[picked[i]]
                 if score > heap[0]:
