@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, cast
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import RowGradient, update_row_norms_
 
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
@@ -20,22 +23,30 @@ _CHUNK_ENTRIES = 2**20
 _IN_PLACE_SHARE = 0.75
 
 
+Step: TypeAlias = Float[Tensor, " ..."] | float
+
+
 class AdamSettings(NamedTuple):
     """Learning rate, decay rates of the two moments, what is added to the root of the second, and what divides the
     gradient first (a tensor, as of clipping); None for 1.
     """
 
-    lr: float | Tensor
+    lr: float | Float[Tensor, ""]
     beta1: float
     beta2: float
     eps: float
-    grad_divisor: Tensor | None = None
+    grad_divisor: Float[Tensor, ""] | None = None
 
 
 def adam_update_(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor | float, settings: AdamSettings
+    param: Float[Tensor, " *shape"],
+    grad: Float[Tensor, " *shape"],
+    exp_avg: Float[Tensor, " *shape"],
+    exp_avg_sq: Float[Tensor, " *shape"],
+    step: Step,
+    settings: AdamSettings,
 ) -> None:
-    """One Adam step in place (arXiv 1412.6980, algorithm 1). All tensors share a shape; ``step`` broadcasts to it.
+    """One Adam step in place (arXiv 1412.6980, algorithm 1); ``step``, the steps taken, broadcasts to the shape.
 
     The moments are computed in their own dtype, which may be wider than the parameter's.
     """
@@ -67,22 +78,22 @@ def adam_update_(
 
 
 def adam_update_rows_(
-    tensors: Sequence[Tensor],
-    rows: Tensor,
-    grad: Tensor,
-    step: Tensor | float,
+    tensors: Sequence[Float[Tensor, " n *row"]],
+    rows: Int64[Tensor, " n_rows"],
+    grad: Float[Tensor, " n_rows *row"],
+    step: Float[Tensor, " n_rows"] | float,
     settings: AdamSettings,
-    norms: Tensor | None = None,
+    norms: Float[Tensor, " n"] | None = None,
 ) -> None:
     """``adam_update_`` of some rows; all others keep their bits.
 
     Args:
-        tensors: parameter, first and second moment, each (n, ...); fastest where a row is contiguous.
-        rows: (n_rows,) int64, ascending, without repetition.
-        grad: (n_rows, ...) gradient of those rows.
-        step: steps taken: a number, or (n_rows,).
+        tensors: parameter, first and second moment; fastest where a row is contiguous.
+        rows: ascending, without repetition.
+        grad: gradient of those rows.
+        step: steps taken, by all rows or by each.
         settings: of the update.
-        norms: (n,) Euclidean norms of the rows of a parameter (n, d), of which those of ``rows`` are renewed.
+        norms: Euclidean norms of the rows of a parameter (n, d), of which those of ``rows`` are renewed.
     """
     if kernels_take(*tensors, grad, *([] if norms is None else [norms])):
         _update_compiled_(tensors, rows, grad, step, settings, norms)
@@ -93,7 +104,11 @@ def adam_update_rows_(
 
 
 def _update_by_torch_(
-    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+    tensors: Sequence[Float[Tensor, " n *row"]],
+    rows: Int64[Tensor, " n_rows"],
+    grad: Float[Tensor, " n_rows *row"],
+    step: Float[Tensor, " n_rows"] | float,
+    settings: AdamSettings,
 ) -> None:
     n, row_size = tensors[0].shape[0], max(1, grad[:1].numel())
     chunk = max(1, _CHUNK_ENTRIES // row_size)
@@ -114,26 +129,40 @@ def _update_by_torch_(
 
 
 def _update_compiled_(
-    tensors: Sequence[Tensor],
-    rows: Tensor,
-    grad: Tensor,
-    step: Tensor | float,
+    tensors: Sequence[Float[Tensor, " n *row"]],
+    rows: Int64[Tensor, " n_rows"],
+    grad: Float[Tensor, " n_rows *row"],
+    step: Float[Tensor, " n_rows"] | float,
     settings: AdamSettings,
-    norms: Tensor | None,
+    norms: Float[Tensor, " n"] | None,
 ) -> None:
     """Every number of the rows is read and written once."""
     lr, beta1, beta2, eps, divisor = settings
     step_size = torch.as_tensor(lr / _bias_correction(beta1, step), dtype=grad.dtype)
     root_scale = torch.as_tensor(_bias_correction(beta2, step), dtype=grad.dtype).rsqrt()
-    by_row = [tensor.view(tensor.shape[0], math.prod(tensor.shape[1:])) for tensor in (*tensors, grad)]
-    corrections = [value.expand(rows.numel()).contiguous() for value in (step_size, root_scale)]
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1.0 if divisor is None else 1 / float(divisor))
-    norms = grad.new_empty(0) if norms is None else norms
-    run_kernel("adam_rows", rows.numel(), *by_row[:3], rows, by_row[3], norms, *corrections, *numbers)
+    param, exp_avg, exp_avg_sq, grad = (t.view(t.shape[0], math.prod(t.shape[1:])) for t in (*tensors, grad))
+    kernels.adam_rows(
+        param,
+        exp_avg,
+        exp_avg_sq,
+        grad,
+        rows,
+        norms,
+        step_size=step_size.expand(rows.numel()).contiguous(),
+        root_scale=root_scale.expand(rows.numel()).contiguous(),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        grad_scale=1.0 if divisor is None else 1 / float(divisor),
+    )
 
 
 def _update_gathered_(
-    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+    tensors: Sequence[Float[Tensor, " n *row"]],
+    rows: Int64[Tensor, " n_rows"],
+    grad: Float[Tensor, " n_rows *row"],
+    step: Step,
+    settings: AdamSettings,
 ) -> None:
     param, exp_avg, exp_avg_sq = gathered = [tensor.index_select(0, rows) for tensor in tensors]
     adam_update_(param, grad, exp_avg, exp_avg_sq, step, settings)
@@ -142,16 +171,20 @@ def _update_gathered_(
 
 
 def _update_stretch_(
-    tensors: Sequence[Tensor], rows: Tensor, grad: Tensor, step: Tensor | float, settings: AdamSettings
+    tensors: Sequence[Float[Tensor, " n *row"]],
+    rows: Int64[Tensor, " n_rows"],
+    grad: Float[Tensor, " n_rows *row"],
+    step: float,
+    settings: AdamSettings,
 ) -> None:
     """Update all rows where they lie, and put back those that are not among ``rows``."""
     is_silent = torch.ones(tensors[0].shape[0], dtype=torch.bool).index_fill_(0, rows, False)
     silent = is_silent.nonzero().squeeze(1)
-    kept = [tensor.index_select(0, silent) for tensor in tensors]
+    before = [tensor.index_select(0, silent) for tensor in tensors]
     if silent.numel() > 0:
         grad = torch.empty_like(tensors[0], dtype=grad.dtype).index_copy_(0, rows, grad)  # the rest is put back
     adam_update_(tensors[0], grad, tensors[1], tensors[2], step, settings)
-    for tensor, values in zip(tensors, kept, strict=True):
+    for tensor, values in zip(tensors, before, strict=True):
         tensor.index_copy_(0, silent, values)
 
 
@@ -161,7 +194,7 @@ def _can_be_fused(*tensors: Tensor) -> bool:
     return same_dtype and tensors[0].device.type in ("cpu", "cuda") and all(t.is_contiguous() for t in tensors)
 
 
-def _bias_correction(beta: float, step: Tensor | float) -> Tensor | float:
+def _bias_correction(beta: float, step: Step) -> Step:
     """1 - beta^step, without the cancellation that costs a float32 ``step`` three digits where beta is near 1."""
     if isinstance(step, Tensor) and beta > 0:
         return -torch.expm1(step * math.log(beta))
@@ -170,6 +203,17 @@ def _bias_correction(beta: float, step: Tensor | float) -> Tensor | float:
 
 BiasCorrection = Literal["global", "per_row"]
 _BIAS_CORRECTIONS = ("global", "per_row")
+
+
+class _Group(TypedDict):
+    """A parameter group of ``SparseAdam``, with its options."""
+
+    params: list[Tensor]
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    bias_correction: BiasCorrection
+    row_dim: int | None
 
 
 class SparseAdam(Optimizer):
@@ -211,7 +255,7 @@ class SparseAdam(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -223,14 +267,14 @@ class SparseAdam(Optimizer):
         self.row_norms: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         self.row_gradients, self.row_norms = {}, {}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: StateDict) -> None:
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            _check_group(cast("_Group", self.param_groups[-1]))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -245,7 +289,7 @@ class SparseAdam(Optimizer):
             for param in group["params"]:
                 gradient = self.row_gradients.get(param, param.grad)
                 if gradient is not None:
-                    self._step_param(param, gradient, group)
+                    self._step_param(param, gradient, cast("_Group", group))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -253,7 +297,7 @@ class SparseAdam(Optimizer):
         self.row_gradients.clear()
         self.row_norms.clear()
 
-    def _step_param(self, param: Tensor, gradient: Tensor | RowGradient, group: dict[str, Any]) -> None:
+    def _step_param(self, param: Tensor, gradient: Tensor | RowGradient, group: _Group) -> None:
         row_dim = 0 if isinstance(gradient, Tensor) and gradient.is_sparse else group["row_dim"]
         state = self._state_of(param, row_dim, group["bias_correction"])
         state["step"] += 1
@@ -276,8 +320,8 @@ class SparseAdam(Optimizer):
         steps = step if row_step is None else row_step
         adam_update_rows_(by_row, rows, values, steps, settings, self.row_norms.get(param))
 
-    def _state_of(self, param: Tensor, row_dim: int | None, bias_correction: str) -> dict[str, Any]:
-        state = self.state[param]
+    def _state_of(self, param: Tensor, row_dim: int | None, bias_correction: str) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
         if not state:
             dtype = torch.promote_types(param.dtype, torch.float32)
             state["step"] = torch.zeros((), dtype=torch.float64)
@@ -292,7 +336,7 @@ class SparseAdam(Optimizer):
             state["row_step"] = seen.to(torch.int32) * steps
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore a state that a SparseAdam wrote. Raises ValueError for the state of another optimizer."""
         for group in state_dict.get("param_groups", ()):
             missing = {"row_dim", "bias_correction"} - group.keys()
@@ -330,7 +374,7 @@ def _active_rows(grad: Tensor, row_dim: int) -> RowGradient:
     return RowGradient(rows, by_row if rows.numel() == by_row.shape[0] else by_row.index_select(0, rows))
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: _Group) -> None:
     lr, betas, eps = group["lr"], group["betas"], group["eps"]
     if not lr >= 0:
         raise ValueError(f"lr={lr} must not be negative")

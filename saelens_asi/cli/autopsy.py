@@ -13,9 +13,9 @@ from typing import Any
 
 import simple_parsing
 import torch
+from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, llm_sae_training_runner
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import TRAINER_STATE_FILENAME
 
 from saelens_asi.cli.common import ends_in_one_line, set_up_logging
@@ -20,10 +20,12 @@ PROGRAM = "saelens-asi train"
 
 def parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
     """SAELens's parser, under our name. Raises ValueError or argparse.ArgumentError for a flag that is wrong."""
+    from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
     said = io.StringIO()
     with _program_called(PROGRAM), contextlib.redirect_stderr(said):
         try:
-            return llm_sae_training_runner._parse_cfg_args(list(args))
+            return _parse_cfg_args(list(args))
         except SystemExit as stop:
             if not stop.code:
                 raise
@@ -53,8 +55,10 @@ def how_to_resume(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
 
 
 def main(args: Sequence[str]) -> None:
+    from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+
     set_up_logging(logging.INFO)
     parsed: list[LanguageModelSAERunnerConfig[Any]] = []
     with ends_in_one_line("train", lambda: how_to_resume(parsed[0]) if parsed else "nothing has been done yet"):
         parsed.append(parse(args))
-        llm_sae_training_runner.LanguageModelSAETrainingRunner(cfg=parsed[0]).run()
+        LanguageModelSAETrainingRunner(cfg=parsed[0]).run()

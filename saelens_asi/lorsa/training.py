@@ -103,7 +103,7 @@ def make_optimizer(lorsa: Lorsa, settings: LorsaTraining) -> SparseAdam:
     rows = [lorsa.W_V, lorsa.W_O, lorsa.b_V]
     qk = [p for name, p in lorsa.named_parameters() if name[-2:] in ("_Q", "_K") or name.endswith("_norm")]
     row_dim = 0 if settings.optimizer == "sparse_adam" else None
-    groups = [{"params": rows, "row_dim": row_dim}, {"params": [lorsa.b_D]}]
+    groups: list[dict[str, object]] = [{"params": rows, "row_dim": row_dim}, {"params": [lorsa.b_D]}]
     if settings.train_qk:
         groups.append({"params": qk})
     return SparseAdam(groups, lr=settings.lr, betas=settings.betas)

@@ -194,7 +194,9 @@ def sparse_adam(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
     """The optimizer of a run with ``optimizer="sparse_adam"``, at SAELens's settings for its own."""
     if torch.device(cfg.device).type == "cpu":
         load_kernels()  # here rather than in the first step: the first time, they are compiled
-    return SparseAdam(feature_row_groups(sae), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2))
+    return SparseAdam(
+        [{**group} for group in feature_row_groups(sae)], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2)
+    )
 
 
 class RowGroup(TypedDict):

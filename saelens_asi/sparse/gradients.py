@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import (
     Activations,
     Entries,
@@ -22,19 +24,19 @@ from saelens_asi.sparse.rows import (
 
 
 class TopKGradients(NamedTuple):
-    """Gradients of a TopK autoencoder; ``b_dec`` (d_in,) is only what reaches it through the encoder's input.
+    """Gradients of a TopK autoencoder; ``b_dec`` is only what reaches it through the encoder's input.
 
-    ``squares`` (n_active,) are the squared lengths of the rows of the other three together, where they are known.
+    ``squares`` are the squared lengths of the rows of the other three together, where they are known.
     """
 
     W_enc: RowGradient
     b_enc: RowGradient
     W_dec: RowGradient
-    b_dec: Tensor
-    squares: Tensor | None = None
+    b_dec: Float[Tensor, " d_in"]
+    squares: Float[Tensor, " n_active"] | None = None
 
-    def norm(self) -> Tensor:
-        """The Euclidean norm of all four together; float64."""
+    def norm(self) -> Float64[Tensor, ""]:
+        """The Euclidean norm of all four together."""
         if self.squares is None:
             return total_norm([self.W_enc.values, self.b_enc.values, self.W_dec.values, self.b_dec])
         return (self.squares.sum(dtype=torch.float64) + self.b_dec.double().square().sum()).sqrt()
@@ -53,30 +55,33 @@ def stack_levels(levels: Sequence[Entries], n_tokens: int) -> Activations:
 
 
 def squared_error_(
-    decoded: Tensor, bias: Tensor, target: Tensor, workspace: Workspace
-) -> tuple[Tensor, Tensor, Tensor]:
+    decoded: Float[Tensor, "n_tokens d_in"],
+    bias: Float[Tensor, " d_in"],
+    target: Float[Tensor, "n_tokens d_in"],
+    workspace: Workspace,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n_tokens d_in"], Float[Tensor, " d_in"]]:
     """Add the bias in place; the mean squared distance to the target, and its gradients by decoded rows and bias.
 
     For tensors that ``kernels_take``: one look at each number, where autograd writes several tensors of their size.
 
     Args:
-        decoded: (n_tokens, d_in).
-        bias: (d_in,).
-        target: (n_tokens, d_in).
+        decoded: each row without its bias; with it afterwards.
+        bias: of the decoder.
+        target: what was to be decoded.
         workspace: holds the gradient of the decoded rows until it is used for the next step.
     """
     n_tokens = decoded.shape[0]
     gradient, errors = workspace.take("decoded gradient", decoded.shape, decoded), decoded.new_empty(n_tokens)
-    run_kernel("squared_errors", n_tokens, decoded, bias, target, gradient, errors, 2 / max(1, n_tokens))
+    kernels.squared_errors_(decoded, bias, target, gradient=gradient, errors=errors, scale=2 / max(1, n_tokens))
     return errors.mean(), gradient, gradient.sum(dim=0)
 
 
 def topk_gradients(
     activations: Activations,
-    d_decoded: Tensor,
-    x: Tensor,
-    W_enc: Tensor,
-    W_dec: Tensor,
+    d_decoded: Float[Tensor, "n_rows d_in"],
+    x: Float[Tensor, "n_tokens d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
     workspace: Workspace,
 ) -> TopKGradients:
     """Gradients of all parameters from those of ``activations.decode(W_dec)``.
@@ -85,11 +90,11 @@ def topk_gradients(
     must not be among them.
 
     Args:
-        activations: (n_levels * n_tokens, d_sae).
-        d_decoded: (n_levels * n_tokens, d_in) gradient of the loss with respect to the decoded rows.
-        x: (n_tokens, d_in) what the encoder read.
-        W_enc: (d_in, d_sae).
-        W_dec: (d_sae, d_in).
+        activations: n_rows = n_levels * n_tokens, as of ``stack_levels``.
+        d_decoded: gradient of the loss with respect to the decoded rows.
+        x: what the encoder read.
+        W_enc: of the encoder.
+        W_dec: of the decoder.
         workspace: holds the results until it is used for the next step.
     """
     order = activations.by_feature()
@@ -104,12 +109,28 @@ def topk_gradients(
 
 
 def _compiled_gradients(
-    activations: Activations, order: FeatureOrder, d_decoded: Tensor, x: Tensor, W_dec: Tensor, workspace: Workspace
-) -> tuple[RowGradient, RowGradient, RowGradient, Tensor]:
+    activations: Activations,
+    order: FeatureOrder,
+    d_decoded: Float[Tensor, "n_rows d_in"],
+    x: Float[Tensor, "n_tokens d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    workspace: Workspace,
+) -> tuple[RowGradient, RowGradient, RowGradient, Float[Tensor, " n_active"]]:
     """Gradients of W_enc, b_enc and W_dec, and their squared lengths, from one look at each token of a feature."""
     n_active, values = order.active.numel(), activations.values[order.order]
     d_W_enc, d_W_dec = (workspace.take(f"{name} gradient", (n_active, x.shape[1]), x) for name in ("W_enc", "W_dec"))
     d_b_enc, squares = x.new_empty(2, n_active)
-    entries = (order.active, order.starts, order.rows, values)
-    run_kernel("feature_gradients", n_active, d_decoded, x, W_dec, *entries, d_W_enc, d_W_dec, d_b_enc, squares)
+    kernels.feature_gradients(
+        d_decoded,
+        x,
+        W_dec,
+        order.active,
+        order.starts,
+        order.rows,
+        values,
+        d_encoder=d_W_enc,
+        d_decoder=d_W_dec,
+        d_bias=d_b_enc,
+        squares=squares,
+    )
     return *(RowGradient(order.active, values) for values in (d_W_enc, d_b_enc, d_W_dec)), squares

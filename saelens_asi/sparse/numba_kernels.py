@@ -1,106 +1,110 @@
-"""Loops of a training step, compiled by numba: each reads what it needs from memory once. See ``kernels.py``.
+"""Loops of a training step, compiled by numba: each reads what it needs from memory once. For ``kernels.py`` only.
 
-Every function works on rows ``lo`` to ``hi`` of its output, so that threads share the work without meeting, and is
-compiled for float32 and float64 when this module is imported; numba keeps the result on disk.
+Every kernel works on rows ``lo`` to ``hi`` of its output, so that threads share the work without meeting. Arguments
+are arrays, then whole numbers, then numbers in the dtype of the arrays, and ``kernels.py`` has checked them: a kernel
+looks at no bound. Kernels are compiled when this module is imported; numba keeps the result on disk.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 from numba import float32, float64, int8, int32, int64, njit, void
+from numba.core.types import Type
+from numba.core.typing.templates import Signature
 
-# Sums may be taken in the order that suits vectors; numbers that are not finite stay what they are.
+Floats: TypeAlias = npt.NDArray[np.float32 | np.float64]
+Float: TypeAlias = np.float32 | np.float64
+Singles: TypeAlias = npt.NDArray[np.float32]
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+# Sums may be taken in the order that suits vectors (reassoc, contract, nsz). Not nnan and not ninf: with them the
+# compiler may assume that no number is NaN or infinite, but a training step must show where one is, and a screen marks
+# by -inf what is taken.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
-_Function = Callable[..., Any]
+# Of a token's bounds only the maxima of groups, and of these only the maxima of families, are looked at again. Groups
+# and families of 32: an ordinary d_sae is 32^3 = 32,768, whose next bound then costs 32 comparisons on each level.
+_GROUP = 32
+
+# Exact scores are taken so many at a time: a product with a row of the encoder waits for memory, and the four requests
+# are under way together.
+_ROWS_AT_ONCE = 4
+
+# Lanes of a maximum. One running maximum is not made vectors (its order matters where numbers may be NaN), 64 are.
+_LANES = 64
 
 
-def _for_both_dtypes(*arguments: Any) -> Callable[[_Function], _Function]:
-    """Compile for float32 and float64; arguments are functions of the dtype."""
-    signatures = [void(*(argument(dtype) for argument in arguments), int64, int64) for dtype in (float32, float64)]
-    return njit(signatures, nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+def _compiled(*signatures: Signature) -> Callable[[_Function], _Function]:
+    """Compile for these signatures, now; without the interpreter's lock, so that threads run side by side."""
+    compiled = njit(list(signatures), nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")
+    return cast("Callable[[_Function], _Function]", compiled)
 
 
-def _scalar(dtype: Any) -> Any:
-    return dtype
+def _for_both_dtypes(signature: Callable[[Type], Signature]) -> Callable[[_Function], _Function]:
+    """Compile for float32 and float64; the signature is a function of the dtype."""
+    return _compiled(signature(float32), signature(float64))
 
 
-def _vector(dtype: Any) -> Any:
-    return dtype[::1]
+def _inlined(function: _Function) -> _Function:
+    """A part of a kernel: it becomes part of its caller before types are known, with the caller's options."""
+    return cast("_Function", njit(inline="always")(function))
 
 
-def _matrix(dtype: Any) -> Any:
-    return dtype[:, ::1]
+@_for_both_dtypes(lambda dtype: dtype(dtype[::1]))
+def _length(row: Floats) -> Float:
+    """The Euclidean norm of a row.
 
-
-def _integers(dtype: Any) -> Any:
-    return int64[::1]
-
-
-@njit([dtype(dtype[::1]) for dtype in (float32, float64)], nogil=True, cache=True, fastmath=FASTMATH)
-def _length(row: Any) -> Any:
-    """The Euclidean norm of a row, to the same bits wherever it is asked for."""
+    Compiled by itself and not inlined, so that the sum has one order: Adam renews norms to the bits that a resumed run
+    computes from the weights.
+    """
     total = row.dtype.type(0)
     for j in range(row.shape[0]):
         total += row[j] * row[j]
-    return math.sqrt(total)
+    return math.sqrt(total)  # type: ignore[return-value]  # compiled, the root has the dtype of the sum
 
 
-@_for_both_dtypes(_matrix, _vector)
-def row_lengths(table: Any, norms: Any, lo: int, hi: int) -> None:
-    """The norms of the rows of ``table`` (n, d) go to ``norms`` (n,)."""
+@_for_both_dtypes(lambda dtype: void(dtype[:, ::1], dtype[::1], int64, int64))
+def row_lengths(table: Floats, norms: Floats, lo: int, hi: int) -> None:
+    """See ``kernels.row_lengths``."""
     for i in range(lo, hi):
         norms[i] = _length(table[i])
 
 
 @_for_both_dtypes(
-    _matrix,
-    _matrix,
-    _matrix,
-    _integers,
-    _matrix,
-    _vector,
-    _vector,
-    _vector,
-    _scalar,
-    _scalar,
-    _scalar,
-    _scalar,
-    _scalar,
-    _scalar,
+    lambda dtype: void(*[dtype[:, ::1]] * 4, int64[::1], *[dtype[::1]] * 3, *[dtype] * 6, int64, int64),
 )
 def adam_rows(
-    param: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rows: Any,
-    grad: Any,
-    norms: Any,
-    step_size: Any,
-    root_scale: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    eps: Any,
-    grad_scale: Any,
+    param: Floats,
+    exp_avg: Floats,
+    exp_avg_sq: Floats,
+    grad: Floats,
+    rows: Integers,
+    norms: Floats,
+    step_size: Floats,
+    root_scale: Floats,
+    beta1: Float,
+    grad_share1: Float,
+    beta2: Float,
+    grad_share2: Float,
+    eps: Float,
+    grad_scale: Float,
     lo: int,
     hi: int,
 ) -> None:
-    """Adam for ``rows[lo:hi]``; ``step_size`` and ``root_scale`` (n_rows,) carry the bias corrections.
-
-    The new lengths of these rows go to ``norms`` (n,), unless that is empty.
-    """
+    """See ``kernels.adam_rows``; the shares are 1 - beta, taken before rounding to the dtype."""
     for i in range(lo, hi):
         p, m, v, g = param[rows[i]], exp_avg[rows[i]], exp_avg_sq[rows[i]], grad[i]
         for j in range(p.shape[0]):
             gradient = g[j] * grad_scale
-            mean = beta1 * m[j] + rest1 * gradient
-            square = beta2 * v[j] + rest2 * gradient * gradient
+            mean = beta1 * m[j] + grad_share1 * gradient
+            square = beta2 * v[j] + grad_share2 * gradient * gradient
             m[j] = mean
             v[j] = square
             p[j] -= step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
@@ -108,60 +112,77 @@ def adam_rows(
             norms[rows[i]] = _length(p)
 
 
+@_inlined
+def _product(width: int, a: Floats, weights: Floats, zero: Float) -> Float:
+    total = zero
+    for j in range(width):
+        total += a[j] * weights[j]
+    return total
+
+
+@_inlined
+def _two_products(width: int, a: Floats, b: Floats, weights: Floats, zero: Float) -> tuple[Float, Float]:
+    total_a, total_b = zero, zero
+    for j in range(width):
+        total_a += a[j] * weights[j]
+        total_b += b[j] * weights[j]
+    return total_a, total_b
+
+
+@_inlined
+def _add_(width: int, total: Floats, weight: Float, a: Floats) -> None:
+    for j in range(width):
+        total[j] += weight * a[j]
+
+
+@_inlined
+def _add_two_(width: int, total: Floats, weight_a: Float, a: Floats, weight_b: Float, b: Floats) -> None:
+    for j in range(width):
+        total[j] += weight_a * a[j] + weight_b * b[j]
+
+
 @_for_both_dtypes(
-    _matrix, _matrix, _matrix, _integers, _integers, _integers, _vector, _matrix, _matrix, _vector, _vector
+    lambda dtype: void(
+        *[dtype[:, ::1]] * 3, *[int64[::1]] * 3, dtype[::1], *[dtype[:, ::1]] * 2, *[dtype[::1]] * 2, int64, int64
+    ),
 )
 def feature_gradients(
-    d_decoded: Any,
-    x: Any,
-    table: Any,
-    active: Any,
-    starts: Any,
-    rows: Any,
-    values: Any,
-    d_encoder: Any,
-    d_decoder: Any,
-    d_bias: Any,
-    squares: Any,
+    d_decoded: Floats,
+    x: Floats,
+    W_dec: Floats,
+    active: Integers,
+    starts: Integers,
+    rows: Integers,
+    values: Floats,
+    d_encoder: Floats,
+    d_decoder: Floats,
+    d_bias: Floats,
+    squares: Floats,
     lo: int,
     hi: int,
 ) -> None:
-    """Gradients of the active features, of which feature ``active[i]`` has entries ``starts[i]`` to ``starts[i + 1]``.
-
-    Entry e is in row ``rows[e]`` of ``d_decoded`` with ``values[e]``, and its gradient d is the product of that row and
-    the feature's of ``table``. ``d_decoder[i]`` sums ``values * d_decoded``, ``d_encoder[i]`` sums ``d * x``,
-    ``d_bias[i]`` sums d, and ``squares[i]`` is the squared length of all three.
-    """
+    """See ``kernels.feature_gradients``."""
     width, n_tokens = x.shape[1], x.shape[0]
     zero = d_bias.dtype.type(0)
     for i in range(lo, hi):
-        weights, encoder, decoder = table[active[i]], d_encoder[i], d_decoder[i]
+        weights, encoder, decoder = W_dec[active[i]], d_encoder[i], d_decoder[i]
         encoder[:] = 0
         decoder[:] = 0
         total, square = zero, zero
         e, stop = starts[i], starts[i + 1]
+        # Two entries at a time: the sums, which are read and written for every entry, are so half as often.
         while e + 1 < stop:
-            a, b, va, vb = d_decoded[rows[e]], d_decoded[rows[e + 1]], values[e], values[e + 1]
-            da, db = zero, zero
-            for j in range(width):
-                da += a[j] * weights[j]
-                db += b[j] * weights[j]
-            for j in range(width):
-                decoder[j] += va * a[j] + vb * b[j]
-            a, b = x[rows[e] % n_tokens], x[rows[e + 1] % n_tokens]
-            for j in range(width):
-                encoder[j] += da * a[j] + db * b[j]
+            a, b = d_decoded[rows[e]], d_decoded[rows[e + 1]]
+            da, db = _two_products(width, a, b, weights, zero)
+            _add_two_(width, decoder, values[e], a, values[e + 1], b)
+            _add_two_(width, encoder, da, x[rows[e] % n_tokens], db, x[rows[e + 1] % n_tokens])
             total += da + db
             e += 2
         if e < stop:
-            a, va, da = d_decoded[rows[e]], values[e], zero
-            for j in range(width):
-                da += a[j] * weights[j]
-            for j in range(width):
-                decoder[j] += va * a[j]
-            a = x[rows[e] % n_tokens]
-            for j in range(width):
-                encoder[j] += da * a[j]
+            a = d_decoded[rows[e]]
+            da = _product(width, a, weights, zero)
+            _add_(width, decoder, values[e], a)
+            _add_(width, encoder, da, x[rows[e] % n_tokens])
             total += da
         for j in range(width):
             square += encoder[j] * encoder[j] + decoder[j] * decoder[j]
@@ -169,36 +190,39 @@ def feature_gradients(
         squares[i] = square + total * total
 
 
-@_for_both_dtypes(_matrix, _vector, _matrix, _matrix, _vector, _scalar)
+@_for_both_dtypes(
+    lambda dtype: void(dtype[:, ::1], dtype[::1], *[dtype[:, ::1]] * 2, dtype[::1], dtype, int64, int64),
+)
 def squared_errors(
-    decoded: Any, bias: Any, target: Any, gradient: Any, errors: Any, scale: Any, lo: int, hi: int
+    decoded: Floats, bias: Floats, target: Floats, gradient: Floats, errors: Floats, scale: Float, lo: int, hi: int
 ) -> None:
-    """``bias`` is added to ``decoded``; its squared distance from ``target`` goes to ``errors`` (n_rows,), and
-    ``scale`` times the difference to ``gradient``.
-    """
+    """See ``kernels.squared_errors_``."""
     for i in range(lo, hi):
-        row, wanted, slope = decoded[i], target[i], gradient[i]
+        output, expected, slope = decoded[i], target[i], gradient[i]
         total = errors.dtype.type(0)
-        for j in range(row.shape[0]):
-            number = row[j] + bias[j]
-            difference = number - wanted[j]
-            row[j] = number
+        for j in range(output.shape[0]):
+            number = output[j] + bias[j]
+            difference = number - expected[j]
+            output[j] = number
             slope[j] = scale * difference
             total += difference * difference
         errors[i] = total
 
 
-@njit([void(*[int64[::1]] * 5, int64, int64)], nogil=True, cache=True)
-def sort_by_feature(features: Any, row_starts: Any, starts: Any, order: Any, rows: Any, lo: int, hi: int) -> None:
-    """A stable counting sort of all entries, which one thread does alone: it has the only row, 0 to 1.
+@_compiled(void(*[int64[::1]] * 5, int64, int64))
+def sort_by_feature(
+    features: Integers, row_starts: Integers, starts: Integers, order: Integers, rows: Integers, lo: int, hi: int
+) -> None:
+    """See ``kernels.sort_by_feature``. One thread does all of it (it has the only row, 0 to 1).
 
-    ``order`` and ``rows`` get position and row of each entry, feature after feature. ``starts`` (n_features + 2,),
-    zeros before, gets where each feature begins, and the number of entries twice.
+    A counting sort, in two passes over the entries, since features are small numbers; stable, so that the entries of
+    a feature keep the order of their tokens and sums over them their bits.
     """
     for e in range(features.shape[0]):
         starts[features[e] + 2] += 1
     for f in range(2, starts.shape[0]):
         starts[f] += starts[f - 1]
+    # starts[f + 1] is now where feature f begins, and moves on to where f + 1 does: at the end starts[f] is f's.
     for row in range(row_starts.shape[0] - 1):
         for e in range(row_starts[row], row_starts[row + 1]):
             place = starts[features[e] + 1]
@@ -206,202 +230,242 @@ def sort_by_feature(features: Any, row_starts: Any, starts: Any, order: Any, row
             starts[features[e] + 1] = place + 1
 
 
-_FLOATS, _INTS = float32[::1], int64[::1]
+@_inlined
+def _rotate_(values: Singles, block: int) -> None:
+    """Multiply by a Hadamard matrix over ``block`` coordinates, each width / block apart; lengths grow by its root."""
+    width = values.shape[0]
+    # Neighbours ``distance`` apart and not next to each other, so that the inner loop runs over consecutive numbers.
+    distance = width // block
+    while distance < width:
+        if width % (2 * distance) != 0:
+            break
+        for first in range(0, width, 2 * distance):
+            left, right = values[first : first + distance], values[first + distance : first + 2 * distance]
+            for j in range(distance):
+                a, b = left[j], right[j]
+                left[j] = a + b
+                right[j] = a - b
+        distance *= 2
 
 
-@njit(
-    void(float32[:, ::1], _FLOATS, _INTS, int64, float32, int8[:, ::1], _FLOATS, _FLOATS, _FLOATS, int64, int64),
-    nogil=True,
-    cache=True,
-    fastmath=FASTMATH,
-    error_model="numpy",
+@_inlined
+def _largest_magnitude(values: Singles, maxima: Singles) -> np.float32:
+    maxima[:] = 0
+    for first in range(0, values.shape[0], maxima.shape[0]):
+        part = values[first : first + maxima.shape[0]]
+        for j in range(part.shape[0]):
+            maxima[j] = abs(part[j]) if abs(part[j]) > maxima[j] else maxima[j]
+    largest = np.float32(0)
+    for j in range(maxima.shape[0]):
+        largest = max(largest, maxima[j])
+    return largest
+
+
+@_compiled(
+    void(
+        *(float32[:, ::1], float32[::1], int64[::1]),
+        *(int8[:, ::1], float32[::1], float32[::1], float32[::1]),
+        *(int64, float32, int64, int64),
+    )
 )
 def quantize_rows(
-    table: Any,
-    scale: Any,
-    rows: Any,
+    table: Singles,
+    scale: Singles,
+    rows: Integers,
+    codes: npt.NDArray[np.int8],
+    steps: Singles,
+    coded_lengths: Singles,
+    residual_lengths: Singles,
     block: int,
-    slack: Any,
-    codes: Any,
-    steps: Any,
-    lengths: Any,
-    rests: Any,
+    slack: np.float32,
     lo: int,
     hi: int,
 ) -> None:
-    """``steps * codes`` for some rows of ``scale * table``, rotated, its length, and the length of what it misses.
-
-    The rotation is a Hadamard matrix over ``block`` coordinates (a power of two that divides their number), which
-    makes the largest coordinate of a row small. ``slack`` times the length of the row is added to ``rests``.
-    """
+    """See ``kernels.quantize_rows``."""
     width = table.shape[1]
-    values, peaks = np.empty(width, np.float32), np.empty(64, np.float32)
-    half_turn = np.float32(1 / math.sqrt(block))
+    values, maxima = np.empty(width, np.float32), np.empty(_LANES, np.float32)
+    normalization = np.float32(1 / math.sqrt(block))
     for i in range(lo, hi):
         row = rows[i]
-        factor = scale[row] * half_turn
+        factor = scale[row] * normalization
         source, target = table[row], codes[row]
         for j in range(width):
             values[j] = source[j] * factor
-        distance = width // block
-        while distance < width:
-            if width % (2 * distance) != 0:
-                break
-            for first in range(0, width, 2 * distance):
-                left, right = values[first : first + distance], values[first + distance : first + 2 * distance]
-                for j in range(distance):
-                    a, b = left[j], right[j]
-                    left[j] = a + b
-                    right[j] = a - b
-            distance *= 2
-        peaks[:] = 0
-        for first in range(0, width, peaks.shape[0]):
-            part = values[first : first + peaks.shape[0]]
-            for j in range(part.shape[0]):
-                peaks[j] = abs(part[j]) if abs(part[j]) > peaks[j] else peaks[j]
-        largest = np.float32(0)
-        for j in range(peaks.shape[0]):
-            largest = max(largest, peaks[j])
+        _rotate_(values, block)
+        largest = _largest_magnitude(values, maxima)
         square = np.float32(0)
         for j in range(width):
             square += values[j] * values[j]
         step = largest / np.float32(127)
+        # A row of (nearly) zeros has codes of zero: 127 / largest would not be finite.
         inverse = np.float32(127) / largest if largest > np.float32(1e-30) else np.float32(0)
-        inside = np.float32(0)
-        outside = np.float32(0)
+        coded = np.float32(0)
+        missed = np.float32(0)
         for j in range(width):
             code = np.rint(values[j] * inverse)
             target[j] = np.int8(code)
-            inside += code * code
-            outside += (values[j] - step * code) ** 2
+            coded += code * code
+            missed += (values[j] - step * code) ** 2
         steps[row] = step
-        lengths[row] = step * math.sqrt(inside)
-        rests[row] = math.sqrt(outside) + slack * math.sqrt(square)
+        coded_lengths[row] = step * math.sqrt(coded)
+        residual_lengths[row] = math.sqrt(missed) + slack * math.sqrt(square)
 
 
-@njit(
+@_inlined
+def _fill_bounds(
+    bounds: Singles,
+    group_maxima: Singles,
+    code_products: npt.NDArray[np.int32],
+    token_terms: Singles,
+    feature_terms: Singles,
+    n_groups: int,
+) -> None:
+    """The bounds of a token, and the largest of each group."""
+    d_sae = code_products.shape[0]
+    group_maxima[:] = np.float32(-np.inf)
+    t0, t1, t2 = token_terms[0], token_terms[1], token_terms[2]
+    f0, f1, f2, f3 = feature_terms[0], feature_terms[1], feature_terms[2], feature_terms[3]
+    for first in range(0, d_sae, n_groups):
+        part = bounds[first : min(first + n_groups, d_sae)]
+        sums, g0, g1, g2, g3 = code_products[first:], f0[first:], f1[first:], f2[first:], f3[first:]
+        for j in range(part.shape[0]):
+            part[j] = t0 * (g0[j] * np.float32(sums[j])) + g1[j] + t1 * g2[j] + t2 * g3[j]
+        # A loop of its own: with more arrays in one the compiler makes no vectors, since there are too many pairs of
+        # them that could overlap.
+        for j in range(part.shape[0]):
+            group_maxima[j] = part[j] if part[j] > group_maxima[j] else group_maxima[j]
+
+
+@_inlined
+def _fold_maxima(family_maxima: Singles, group_maxima: Singles, n_groups: int) -> None:
+    n_families = family_maxima.shape[0]
+    family_maxima[:] = np.float32(-np.inf)
+    for first in range(0, n_groups, n_families):
+        part = group_maxima[first : first + n_families]
+        for j in range(n_families):
+            family_maxima[j] = part[j] if part[j] > family_maxima[j] else family_maxima[j]
+
+
+@_inlined
+def _largest(numbers: Singles) -> int:
+    at = 0
+    for j in range(1, numbers.shape[0]):
+        if numbers[j] > numbers[at]:
+            at = j
+    return at
+
+
+@_inlined
+def _take_largest(
+    bounds: Singles, group_maxima: Singles, family_maxima: Singles, family: int, n_groups: int, lost: np.float32
+) -> int:
+    """The feature with the largest bound of a family, which is then marked as taken."""
+    n_families = family_maxima.shape[0]
+    group = family
+    while group_maxima[group] != family_maxima[family]:
+        group += n_families
+    feature = group
+    while bounds[feature] != group_maxima[group]:
+        feature += n_groups
+    bounds[feature] = lost
+    largest = lost
+    for j in range(group, n_groups * _GROUP, n_groups):
+        largest = bounds[j] if bounds[j] > largest else largest
+    group_maxima[group] = largest
+    largest = lost
+    for j in range(family, n_families * _GROUP, n_families):
+        largest = group_maxima[j] if group_maxima[j] > largest else largest
+    family_maxima[family] = largest
+    return feature
+
+
+@_inlined
+def _four_products(products: Singles, row: Singles, table: Singles, picked: Integers, n_picked: int) -> None:
+    for i in range(n_picked, picked.shape[0]):
+        picked[i] = picked[0]
+    a, b, c, d = table[picked[0]], table[picked[1]], table[picked[2]], table[picked[3]]
+    sum_a, sum_b, sum_c, sum_d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for j in range(row.shape[0]):
+        sum_a += row[j] * a[j]
+        sum_b += row[j] * b[j]
+        sum_c += row[j] * c[j]
+        sum_d += row[j] * d[j]
+    products[0], products[1], products[2], products[3] = sum_a, sum_b, sum_c, sum_d
+
+
+@_inlined
+def _replace_smallest(heap: Singles, features: Integers, score: np.float32, feature: int) -> None:
+    """Put a score in the place of the smallest, which is the root: in a heap a parent is at most its children."""
+    k = heap.shape[0]
+    at = 0
+    while True:
+        child = 2 * at + 1
+        if child >= k:
+            break
+        if child + 1 < k and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= score:
+            break
+        heap[at], features[at] = heap[child], features[child]
+        at = child
+    heap[at], features[at] = score, feature
+
+
+@_compiled(
     void(
-        float32[:, ::1],
-        float32[:, ::1],
-        _FLOATS,
-        _FLOATS,
-        float32[:, ::1],
-        float32[:, ::1],
-        int32[:, ::1],
-        int64,
-        float32[:, ::1],
-        int64[:, ::1],
-        int64,
-        int64,
-    ),
-    nogil=True,
-    cache=True,
-    fastmath=FASTMATH,
-    error_model="numpy",
+        *(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1]),
+        *(float32[:, ::1], float32[:, ::1], int32[:, ::1]),
+        *(float32[:, ::1], int64[:, ::1]),
+        *(int64, int64, int64),
+    )
 )
-def best_of_bounds(
-    x: Any,
-    table: Any,
-    bias: Any,
-    scale: Any,
-    tokens: Any,
-    features: Any,
-    sums: Any,
-    most: int,
-    scores: Any,
-    indices: Any,
+def top_k_by_bounds(
+    x: Singles,
+    encoder_rows: Singles,
+    bias: Singles,
+    scale: Singles,
+    token_terms: Singles,
+    feature_terms: Singles,
+    code_products: npt.NDArray[np.int32],
+    scores: Singles,
+    indices: Integers,
+    max_scored: int,
     lo: int,
     hi: int,
 ) -> None:
-    """The largest scores ``(x . table + bias) * scale`` of each token, exactly, best bound first.
-
-    The bound of a token's feature is ``t0 * (f0 * sum) + f1 + t1 * f2 + t2 * f3`` with its column of ``tokens`` (3, n)
-    and of ``features`` (4, d_sae). Exact scores are taken in the order of bounds, until the k-th best of them reaches
-    the next bound. A token that needs more than ``most`` of them is given up: its first index is -1.
-    """
-    d_sae, width, k = table.shape[0], x.shape[1], scores.shape[1]
-    n_groups = (d_sae + 31) // 32  # a group is every n_groups-th feature, a family every n_families-th group
-    n_families = (n_groups + 31) // 32
-    lost, zero = np.float32(-np.inf), np.float32(0)
-    picked, products = np.empty(4, np.int64), np.empty(4, np.float32)
-    bounds = np.full(n_groups * 32, lost, np.float32)
-    groups = np.full(n_families * 32, lost, np.float32)
-    families = np.empty(n_families, np.float32)
-    f0, f1, f2, f3 = features[0], features[1], features[2], features[3]
+    """See ``kernels.top_k_by_bounds``."""
+    # Group g is every n_groups-th feature from g on, and a family every n_families-th group: members lie apart, so that
+    # the maxima of all groups grow side by side, number by number, as vectors do.
+    n_groups = (encoder_rows.shape[0] + _GROUP - 1) // _GROUP
+    n_families = (n_groups + _GROUP - 1) // _GROUP
+    lost = np.float32(-np.inf)
+    bounds = np.full(n_groups * _GROUP, lost, np.float32)
+    group_maxima = np.full(n_families * _GROUP, lost, np.float32)
+    family_maxima = np.empty(n_families, np.float32)
+    picked, products = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.float32)
     for token in range(lo, hi):
-        t0, t1, t2 = tokens[0, token], tokens[1, token], tokens[2, token]
-        row, own, heap, who = sums[token], x[token], scores[token], indices[token]
-        groups[:] = lost
-        families[:] = lost
-        for first in range(0, d_sae, n_groups):
-            part = bounds[first : min(first + n_groups, d_sae)]
-            own_sums, g0, g1, g2, g3 = row[first:], f0[first:], f1[first:], f2[first:], f3[first:]
-            for j in range(part.shape[0]):
-                part[j] = t0 * (g0[j] * np.float32(own_sums[j])) + g1[j] + t1 * g2[j] + t2 * g3[j]
-            for j in range(part.shape[0]):  # a loop of its own: with more arrays in one it is not made vectors
-                groups[j] = part[j] if part[j] > groups[j] else groups[j]
-        for first in range(0, n_groups, n_families):
-            part = groups[first : first + n_families]
-            for j in range(n_families):
-                families[j] = part[j] if part[j] > families[j] else families[j]
+        row, heap, features = x[token], scores[token], indices[token]
         heap[:] = lost
-        who[:] = -1
+        features[:] = -1
+        _fill_bounds(bounds, group_maxima, code_products[token], token_terms[:, token], feature_terms, n_groups)
+        _fold_maxima(family_maxima, group_maxima, n_groups)
         n_scored = 0
         while True:
             n_picked = 0
             while n_picked < picked.shape[0]:
-                family = 0
-                for j in range(1, n_families):
-                    if families[j] > families[family]:
-                        family = j
-                if families[family] <= heap[0]:
+                family = _largest(family_maxima)
+                if family_maxima[family] <= heap[0]:
                     break
-                group = family
-                while groups[group] != families[family]:
-                    group += n_families
-                f = group
-                while bounds[f] != groups[group]:
-                    f += n_groups
-                picked[n_picked] = f
+                picked[n_picked] = _take_largest(bounds, group_maxima, family_maxima, family, n_groups, lost)
                 n_picked += 1
-                bounds[f] = lost
-                largest = lost
-                for j in range(group, n_groups * 32, n_groups):
-                    largest = bounds[j] if bounds[j] > largest else largest
-                groups[group] = largest
-                largest = lost
-                for j in range(family, n_families * 32, n_families):
-                    largest = groups[j] if groups[j] > largest else largest
-                families[family] = largest
             if n_picked == 0:
                 break
             n_scored += n_picked
-            if n_scored > most:
-                who[0] = -1
+            if n_scored > max_scored:
+                features[0] = -1
                 break
-            for i in range(n_picked, picked.shape[0]):
-                picked[i] = picked[0]
-            # Four rows at once, since what this waits for is memory.
-            a, b, c, d = table[picked[0]], table[picked[1]], table[picked[2]], table[picked[3]]
-            sa, sb, sc, sd = zero, zero, zero, zero
-            for j in range(width):
-                sa += own[j] * a[j]
-                sb += own[j] * b[j]
-                sc += own[j] * c[j]
-                sd += own[j] * d[j]
-            products[0], products[1], products[2], products[3] = sa, sb, sc, sd
+            _four_products(products, row, encoder_rows, picked, n_picked)
             for i in range(n_picked):
                 score = (products[i] + bias[picked[i]]) * scale[picked[i]]
                 if score > heap[0]:
-                    at = 0  # the root of a heap in which a parent is at most its children
-                    while True:
-                        child = 2 * at + 1
-                        if child >= k:
-                            break
-                        if child + 1 < k and heap[child + 1] < heap[child]:
-                            child += 1
-                        if heap[child] >= score:
-                            break
-                        heap[at], who[at] = heap[child], who[child]
-                        at = child
-                    heap[at], who[at] = score, picked[i]
+                    _replace_smallest(heap, features, score, picked[i])

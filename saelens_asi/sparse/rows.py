@@ -10,10 +10,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from saelens_asi.sparse.kernels import kernels_take, run_kernel
+from saelens_asi.sparse import kernels
+from saelens_asi.sparse.kernels import kernels_take
 
 
 class Workspace:
@@ -22,7 +24,9 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def take(
+        self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Shaped[Tensor, " ..."]:
         """A contiguous tensor of ``shape`` on the device of ``like``, and of its dtype unless given."""
         key = (name, dtype or like.dtype, like.device)
         size = math.prod(shape)
@@ -43,16 +47,16 @@ class RowGradient(NamedTuple):
     """The gradient of a parameter of which only some rows have one.
 
     Attributes:
-        rows: (n_rows,) int64, ascending, without repetition.
-        values: (n_rows, ...) gradient of those rows; the row dimension comes first, wherever the parameter has it.
-        divisor: number (a tensor without dimensions) that ``values`` are yet to be divided by; None for 1.
+        rows: ascending, without repetition.
+        values: gradient of those rows; the row dimension comes first, wherever the parameter has it.
+        divisor: number that ``values`` are yet to be divided by; None for 1.
     """
 
-    rows: Tensor
-    values: Tensor
-    divisor: Tensor | None = None
+    rows: Int64[Tensor, " n_rows"]
+    values: Float[Tensor, " n_rows *row"]
+    divisor: Float[Tensor, ""] | None = None
 
-    def to_dense(self, n_rows: int, row_dim: int = 0) -> Tensor:
+    def to_dense(self, n_rows: int, row_dim: int = 0) -> Float[Tensor, " ..."]:
         """The gradient as autograd would have made it, zeros included."""
         values = self.values if self.divisor is None else self.values / self.divisor
         dense = values.new_zeros(n_rows, *values.shape[1:])
@@ -61,40 +65,42 @@ class RowGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Activations:
-    """A sparse (n_rows, d_sae) matrix in CSR form: who is active where, and how much.
+    """A sparse (n_rows, d_sae) matrix in CSR form: which features are active in which row, and how much.
 
     Attributes:
-        row_starts: (n_rows + 1,) int64: entries row_starts[i] to row_starts[i + 1] belong to row i.
-        features: (n_entries,) int64.
-        values: (n_entries,).
+        row_starts: entries row_starts[i] to row_starts[i + 1] belong to row i.
+        features: of the entries.
+        values: of the entries; may be empty where only products are asked for.
     """
 
-    row_starts: Tensor
-    features: Tensor
-    values: Tensor
+    row_starts: Int64[Tensor, " n_rows_and_1"]
+    features: Int64[Tensor, " n_entries"]
+    values: Float[Tensor, " n_values"]
 
     @property
     def n_rows(self) -> int:
         return self.row_starts.numel() - 1
 
-    def row_of_entry(self) -> Tensor:
-        """(n_entries,) int64."""
+    def row_of_entry(self) -> Int64[Tensor, " n_entries"]:
+        """The row of each entry."""
         counts = self.row_starts.diff()
         rows = torch.arange(self.n_rows, device=counts.device)
         return rows.repeat_interleave(counts, output_size=self.features.numel())
 
-    def decode(self, W_dec: Tensor) -> Tensor:
-        """(n_rows, d_in): each row's sum of ``values * W_dec[features]``."""
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n_rows d_in"]:
+        """Each row's sum of ``values * W_dec[features]``."""
         return _weighted_sums(W_dec, self.features, self.row_starts, self.values)
 
-    def products(self, left: Tensor, W_dec: Tensor) -> Tensor:
-        """(n_entries,): products of each entry's row of ``left`` (n_rows, d_in) with its feature's of ``W_dec``."""
+    def products(
+        self, left: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, " n_entries"]:
+        """Products of each entry's row of ``left`` with its feature's of ``W_dec``."""
         if self.features.numel() == 0:
             return self.values.new_zeros(0)
         if W_dec.device.type == "cpu" and W_dec.dtype in (torch.float32, torch.float64):
             return _sampled_product(self.row_starts, self.features, left, W_dec)
         wide = torch.promote_types(W_dec.dtype, torch.float32)
-        parts = zip(self.row_of_entry().split(_CHUNK_ROWS), self.features.split(_CHUNK_ROWS), strict=True)
+        parts = zip(torch.split(self.row_of_entry(), _CHUNK_ROWS), torch.split(self.features, _CHUNK_ROWS), strict=True)
         return torch.cat(
             [torch.linalg.vecdot(left[rows].to(wide), W_dec[features].to(wide)) for rows, features in parts]
         )
@@ -112,7 +118,7 @@ class Activations:
         features = self.features.contiguous()
         starts = features.new_zeros(int(features.max()) + 3)
         order, rows = torch.empty_like(features), torch.empty_like(features)
-        run_kernel("sort_by_feature", 1, features, self.row_starts.contiguous(), starts, order, rows)
+        kernels.sort_by_feature(features, self.row_starts.contiguous(), starts=starts, order=order, rows=rows)
         active = (starts[1:-1] > starts[:-2]).nonzero().squeeze(1)
         return FeatureOrder(active, functional.pad(starts[active], (0, 1), value=features.numel()), order, rows)
 
@@ -122,30 +128,36 @@ class FeatureOrder:
     """The entries of ``Activations`` sorted by feature.
 
     Attributes:
-        active: (n_active,) features that have an entry, ascending.
-        starts: (n_active + 1,) where the entries of each begin.
-        order: (n_entries,) position of each entry in ``Activations``.
-        rows: (n_entries,) row of each entry.
+        active: features that have an entry, ascending.
+        starts: where the entries of each begin, and where all end.
+        order: position of each entry in ``Activations``.
+        rows: row of each entry.
     """
 
-    active: Tensor
-    starts: Tensor
-    order: Tensor
-    rows: Tensor
+    active: Int64[Tensor, " n_active"]
+    starts: Int64[Tensor, " n_active_and_1"]
+    order: Int64[Tensor, " n_entries"]
+    rows: Int64[Tensor, " n_entries"]
 
-    def sums(self, weights: Tensor) -> RowGradient:
-        """For each active feature the sum of its entries of ``weights`` (n_entries, in the order of Activations)."""
+    def sums(self, weights: Float[Tensor, " n_entries"]) -> RowGradient:
+        """For each active feature the sum of its entries of ``weights`` (in the order of Activations)."""
         totals = torch.zeros(self.active.numel(), dtype=weights.dtype, device=weights.device)
         owner = torch.arange(self.active.numel(), device=weights.device)
         owner = owner.repeat_interleave(self.starts.diff(), output_size=self.order.numel())
         return RowGradient(self.active, totals.index_add_(0, owner, weights[self.order]))
 
-    def weighted_sums(self, weights: Tensor, source: Tensor, name: str, workspace: Workspace) -> RowGradient:
+    def weighted_sums(
+        self,
+        weights: Float[Tensor, " n_entries"],
+        source: Float[Tensor, "n_rows d_in"],
+        name: str,
+        workspace: Workspace,
+    ) -> RowGradient:
         """For each active feature the sum of ``weights * source[row]`` over its entries.
 
         Args:
-            weights: (n_entries,) in the order of Activations.
-            source: (n_rows, d_in); rows repeat when there are more of them in Activations (row i reads i modulo n).
+            weights: in the order of Activations.
+            source: rows repeat when there are more of them in Activations (row i reads i modulo n_rows).
             name: of the buffer in ``workspace`` that holds the result until the same name is asked for again.
             workspace: see ``name``.
         """
@@ -161,60 +173,77 @@ class FeatureOrder:
         return RowGradient(self.active, out)
 
 
-def row_norms(table: Tensor) -> Tensor:
-    """(n,) Euclidean norms of the rows of (n, d), in float32 or wider; to the bits that SparseAdam keeps up to date."""
+def row_norms(table: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Euclidean norms of the rows, in float32 or wider; to the bits that SparseAdam keeps up to date."""
     if kernels_take(table):
-        norms = table.new_empty(table.shape[0])
-        run_kernel("row_lengths", table.shape[0], table, norms)
-        return norms
-    return torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
+        lengths = table.new_empty(table.shape[0])
+        kernels.row_lengths(table, lengths)
+        return lengths
+    norms: Tensor = torch.linalg.vector_norm(table, dim=1, dtype=torch.promote_types(table.dtype, torch.float32))
+    return norms
 
 
-def update_row_norms_(norms: Tensor, table: Tensor, rows: Tensor, chunk: int = 2048) -> None:
+def update_row_norms_(
+    norms: Float[Tensor, " n"], table: Float[Tensor, "n d"], rows: Int64[Tensor, " n_rows"], chunk: int = 2048
+) -> None:
     """Renew the norms of some rows. Where most rows are meant, reading all in order is quicker than picking them."""
     if rows.numel() > table.shape[0] // 4:
         norms.copy_(row_norms(table))
         return
-    for part in rows.split(chunk):
+    for part in torch.split(rows, chunk):
         norms[part] = row_norms(table[part])
 
 
-def weighted_row_sum(table: Tensor, weights: RowGradient) -> Tensor:
-    """(d,): the sum of ``weights.values * table[weights.rows]``, for a table (n, d)."""
+def weighted_row_sum(table: Float[Tensor, "n d"], weights: RowGradient) -> Float[Tensor, " d"]:
+    """The sum of ``weights.values * table[weights.rows]``."""
     n = weights.rows.numel()
     starts = torch.arange(0, n + _BAG_ROWS, _BAG_ROWS, device=table.device).clamp(max=n)
     return _weighted_sums(table, weights.rows, starts, weights.values).sum(dim=0)
 
 
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` takes it; float64."""
+def total_norm(gradients: Iterable[Float[Tensor, " ..."]]) -> Float64[Tensor, ""]:
+    """The Euclidean norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` takes it."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+    return total
 
 
-def _weighted_sums(table: Tensor, indices: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """(n_bags, d): in each bag the sum of weights * table[indices], bags being starts[i] to starts[i + 1]."""
+def _weighted_sums(
+    table: Float[Tensor, "n d"],
+    indices: Int64[Tensor, " n_entries"],
+    starts: Int64[Tensor, " n_bags_and_1"],
+    weights: Float[Tensor, " n_entries"],
+) -> Float[Tensor, "n_bags d"]:
+    """In each bag the sum of weights * table[indices], bags being starts[i] to starts[i + 1]."""
     return functional.embedding_bag(
         indices, table, starts, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
     )
 
 
-def _sampled_product(row_starts: Tensor, features: Tensor, left: Tensor, W_dec: Tensor) -> Tensor:
+def _sampled_product(
+    row_starts: Int64[Tensor, " n_rows_and_1"],
+    features: Int64[Tensor, " n_entries"],
+    left: Float[Tensor, "n_rows d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+) -> Float[Tensor, " n_entries"]:
+    """``Activations.products`` by torch's sparse product, which reads both tables in place and copies no rows."""
     zeros, shape = left.new_zeros(features.numel()), (left.shape[0], W_dec.shape[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(row_starts, features, zeros, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, left, W_dec.t(), beta=0.0).values()
+    products: Tensor = torch.sparse.sampled_addmm(pattern, left, W_dec.t(), beta=0.0).values()
+    return products
 
 
 class Entries(NamedTuple):
-    """Active features, one by one: int64 tokens and features, and their scores, each (n_entries,)."""
+    """Active features, one by one: the token, the feature and its score of each."""
 
-    tokens: Tensor
-    features: Tensor
-    scores: Tensor
+    tokens: Int64[Tensor, " n_entries"]
+    features: Int64[Tensor, " n_entries"]
+    scores: Float[Tensor, " n_entries"]
 
-    def where(self, mask: Tensor) -> Entries:
+    def where(self, mask: Bool[Tensor, " n_entries"]) -> Entries:
+        """Those for which ``mask`` is true."""
         if mask.all():
             return self
         return Entries(self.tokens[mask], self.features[mask], self.scores[mask])

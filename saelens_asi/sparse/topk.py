@@ -8,25 +8,24 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from saelens_asi.sparse.rows import (
-    Entries,
-    Workspace,
-)
+from saelens_asi.sparse.rows import Entries, Workspace
 
 # Scores of one tile (256 MiB in float32) and features in it: large enough for the matrix product to run at full speed.
 TILE_ENTRIES = 2**26
 TILE_FEATURES = 2**15
 
+# Columns of a group, and groups of a group: both passes shrink what is to be sorted, and a third would shrink little.
 _GROUP_SIZES = (16, 8)
 
 
 class TopK(NamedTuple):
-    """The k largest scores of each row, in no particular order: scores (n_rows, k), int64 columns (n_rows, k)."""
+    """The k largest scores of each row, in no particular order, and their columns."""
 
-    scores: Tensor
-    indices: Tensor
+    scores: Float[Tensor, "n_rows k"]
+    indices: Int64[Tensor, "n_rows k"]
 
 
 @dataclass(frozen=True)
@@ -34,41 +33,41 @@ class Encoder:
     """Scores of features, ``(x @ W_enc + b_enc) * scale``, of which only the largest are wanted.
 
     Attributes:
-        rows: (d_sae, d_in), ``W_enc`` transposed: one row a feature.
-        bias: (d_sae,).
-        scale: (d_sae,) factor of each feature (SAELens ranks by the norm of its decoder row); None for 1.
+        rows: ``W_enc`` transposed: one row a feature.
+        bias: of each feature.
+        scale: factor of each feature (SAELens ranks by the norm of its decoder row); None for 1.
         magnitude: rank by absolute value; the scores keep their sign.
         matmul_dtype: dtype in which autocast multiplies; None for that of the rows.
     """
 
-    rows: Tensor
-    bias: Tensor
-    scale: Tensor | None = None
+    rows: Float[Tensor, "d_sae d_in"]
+    bias: Float[Tensor, " d_sae"]
+    scale: Float[Tensor, " d_sae"] | None = None
     magnitude: bool = False
     matmul_dtype: torch.dtype | None = None
 
-    def among(self, features: Tensor) -> Encoder:
-        """Some of the features (n,) as an encoder of their own."""
+    def among(self, features: Int64[Tensor, " n_features"]) -> Encoder:
+        """Some of the features as an encoder of their own."""
         scale = None if self.scale is None else self.scale[features]
         return replace(self, rows=self.rows[features], bias=self.bias[features], scale=scale)
 
 
 @dataclass(frozen=True)
 class Query:
-    """How many features of which set: ``features`` is sorted int64, None for all; k is at most their number."""
+    """How many features of which set: ``features`` is sorted, None for all; k is at most their number."""
 
     k: int
-    features: Tensor | None = None
+    features: Int64[Tensor, " n_features"] | None = None
 
 
-def top_k(scores: Tensor, k: int, group_sizes: Sequence[int] = _GROUP_SIZES) -> TopK:
+def top_k(scores: Float[Tensor, "n_rows n_columns"], k: int, group_sizes: Sequence[int] = _GROUP_SIZES) -> TopK:
     """``scores.topk(k, sorted=False)`` in about a third of the time; ties may resolve otherwise.
 
     The k largest entries lie in the k groups of columns with the largest maxima. So the maxima are ranked first (by
     the same method), then the entries of k groups: one pass over the scores that only compares.
 
     Args:
-        scores: (n_rows, n_columns).
+        scores: any numbers.
         k: at most n_columns.
         group_sizes: columns in a group, for each level of nesting.
     """
@@ -77,22 +76,25 @@ def top_k(scores: Tensor, k: int, group_sizes: Sequence[int] = _GROUP_SIZES) -> 
         return TopK(*scores.topk(k, dim=1, sorted=False))
     size = group_sizes[0]
     n_groups = n_columns // size
-    grouped = scores[:, : n_groups * size].unflatten(1, (size, n_groups))  # a group is every n_groups-th column
+    # A group is every n_groups-th column, so that maxima are taken between rows of numbers, as vectors.
+    grouped = scores[:, : n_groups * size].view(n_rows, size, n_groups)
     groups = top_k(grouped.amax(dim=1), k, group_sizes[1:]).indices
     members = grouped.gather(2, groups[:, None].expand(n_rows, size, k)).flatten(1)
-    rest = scores[:, n_groups * size :]
-    values, positions = torch.cat([members, rest], dim=1).topk(k, dim=1, sorted=False)
+    ungrouped = scores[:, n_groups * size :]
+    values, positions = torch.cat([members, ungrouped], dim=1).topk(k, dim=1, sorted=False)
     columns = positions.div(k, rounding_mode="floor") * n_groups + groups.gather(1, positions % k)
     return TopK(values, torch.where(positions < k * size, columns, positions + (n_groups - k) * size))
 
 
-def encode_top_k(x: Tensor, encoder: Encoder, queries: Sequence[Query], workspace: Workspace) -> list[TopK]:
+def encode_top_k(
+    x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, queries: Sequence[Query], workspace: Workspace
+) -> list[TopK]:
     """The largest scores of each token for every query, from one pass over the encoder.
 
     Scores exist a tile at a time: memory is that of ``TILE_ENTRIES`` numbers, whatever n_tokens x d_sae is.
 
     Args:
-        x: (n_tokens, d_in), what the encoder reads.
+        x: what the encoder reads.
         encoder: the features.
         queries: what to look for.
         workspace: holds the tile between calls.
@@ -102,25 +104,31 @@ def encode_top_k(x: Tensor, encoder: Encoder, queries: Sequence[Query], workspac
     """
     d_sae = encoder.rows.shape[0]
     n_features = min(d_sae, TILE_FEATURES)
-    tiles = list(x.split(max(1, TILE_ENTRIES // n_features)))
-    found: list[list[TopK | None]] = [[None] * len(tiles) for _ in queries]
+    tiles = torch.split(x, max(1, TILE_ENTRIES // n_features))
+    results: list[list[TopK | None]] = [[None] * len(tiles) for _ in queries]
     for first in range(0, d_sae, n_features):
         block = _EncoderBlock(encoder, first, min(d_sae, first + n_features), workspace)
         subsets = [block.columns_of(query.features) for query in queries]
         for i, tile in enumerate(tiles):
             scores = block.scores(tile)
-            for best, query, columns in zip(found, queries, subsets, strict=True):
+            for best, query, columns in zip(results, queries, subsets, strict=True):
                 if columns is None or columns.numel() > 0:
                     here = _top_k_of_columns(scores, columns, query.k, encoder.magnitude)
                     here = TopK(here.scores, here.indices + first)
                     best[i] = _merge(best[i], here, query.k, encoder.magnitude)
-    return [_concatenate(best, query.k, x) for best, query in zip(found, queries, strict=True)]
+    return [_concatenate(best, query.k, x) for best, query in zip(results, queries, strict=True)]
 
 
-def encode_top_k_among(x: Tensor, encoder: Encoder, features: Tensor, k: int, workspace: Workspace) -> TopK:
-    """The k largest scores of each token among few features (n,): only their rows are multiplied."""
-    (found,) = encode_top_k(x, encoder.among(features), [Query(k)], workspace)
-    return TopK(found.scores, features[found.indices])
+def encode_top_k_among(
+    x: Float[Tensor, "n_tokens d_in"],
+    encoder: Encoder,
+    features: Int64[Tensor, " n_features"],
+    k: int,
+    workspace: Workspace,
+) -> TopK:
+    """The k largest scores of each token among few features: only their rows are multiplied."""
+    (best,) = encode_top_k(x, encoder.among(features), [Query(k)], workspace)
+    return TopK(best.scores, features[best.indices])
 
 
 class _EncoderBlock:
@@ -144,7 +152,7 @@ class _EncoderBlock:
         if self.scale is not None:
             self.weights *= self.scale[:, None]
 
-    def columns_of(self, features: Tensor | None) -> Tensor | None:
+    def columns_of(self, features: Int64[Tensor, " n_features"] | None) -> Int64[Tensor, " n_columns"] | None:
         """Those of the given sorted features that are in this block, by their columns; None for all."""
         if features is None:
             return None
@@ -152,8 +160,8 @@ class _EncoderBlock:
         lo, hi = torch.searchsorted(features, bounds).tolist()
         return features[lo:hi] - self.first
 
-    def scores(self, x: Tensor) -> Tensor:
-        """(n_tokens, n_features) of this tile of tokens, in memory that the next call overwrites."""
+    def scores(self, x: Float[Tensor, "n_tokens d_in"]) -> Float[Tensor, "n_tokens n_features"]:
+        """Those of this tile of tokens, in memory that the next call overwrites."""
         shape = (x.shape[0], self.stop - self.first)
         tile = self.workspace.take("tile", shape, x, self.matmul_dtype)
         if self.fold:
@@ -163,7 +171,9 @@ class _EncoderBlock:
         return wide if self.scale is None else wide.mul_(self.scale)
 
 
-def _top_k_of_columns(scores: Tensor, columns: Tensor | None, k: int, magnitude: bool) -> TopK:
+def _top_k_of_columns(
+    scores: Float[Tensor, "n_tokens n_features"], columns: Int64[Tensor, " n_columns"] | None, k: int, magnitude: bool
+) -> TopK:
     if columns is not None:
         scores = scores.index_select(1, columns)
     k = min(k, scores.shape[1])
@@ -172,32 +182,36 @@ def _top_k_of_columns(scores: Tensor, columns: Tensor | None, k: int, magnitude:
     return TopK(signed, best.indices if columns is None else columns[best.indices])
 
 
-def _merge(found: TopK | None, here: TopK, k: int, magnitude: bool) -> TopK:
-    if found is None:
+def _merge(before: TopK | None, here: TopK, k: int, magnitude: bool) -> TopK:
+    if before is None:
         return here
-    both = TopK(torch.cat([found.scores, here.scores], 1), torch.cat([found.indices, here.indices], 1))
+    both = TopK(torch.cat([before.scores, here.scores], 1), torch.cat([before.indices, here.indices], 1))
     if both.scores.shape[1] <= k:
         return both
     best = _top_k_of_columns(both.scores, None, k, magnitude)
     return TopK(best.scores, both.indices.gather(1, best.indices))
 
 
-def _concatenate(tiles: Sequence[TopK | None], k: int, x: Tensor) -> TopK:
-    found = [tile for tile in tiles if tile is not None]
-    if x.shape[0] == 0 or not found:
+def _concatenate(tiles: Sequence[TopK | None], k: int, x: Float[Tensor, "n_tokens d_in"]) -> TopK:
+    filled = [tile for tile in tiles if tile is not None]
+    if x.shape[0] == 0 or not filled:
         return TopK(x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64))
-    return TopK(torch.cat([tile.scores for tile in found]), torch.cat([tile.indices for tile in found]))
+    return TopK(torch.cat([tile.scores for tile in filled]), torch.cat([tile.indices for tile in filled]))
 
 
-def entries_of(found: TopK) -> Entries:
+def entries_of(best: TopK) -> Entries:
     """The same, one by one, token after token."""
-    n_tokens, k = found.indices.shape
-    tokens = torch.arange(n_tokens, device=found.indices.device).repeat_interleave(k)
-    return Entries(tokens, found.indices.flatten(), found.scores.flatten())
+    n_tokens, k = best.indices.shape
+    tokens = torch.arange(n_tokens, device=best.indices.device).repeat_interleave(k)
+    return Entries(tokens, best.indices.flatten(), best.scores.flatten())
 
 
 def encode_batch_top_k(
-    x: Tensor, encoder: Encoder, n_entries: int, queries: Sequence[Query], workspace: Workspace
+    x: Float[Tensor, "n_tokens d_in"],
+    encoder: Encoder,
+    n_entries: int,
+    queries: Sequence[Query],
+    workspace: Workspace,
 ) -> tuple[Entries, list[TopK]]:
     """The largest positive scores of a whole batch (BatchTopK, arXiv 2412.06410), and what ``queries`` ask for.
 
@@ -205,7 +219,7 @@ def encode_batch_top_k(
     up again for twice as many, until none could.
 
     Args:
-        x: (n_tokens, d_in).
+        x: what the encoder reads.
         encoder: the features.
         n_entries: how many scores of the n_tokens x d_sae to keep; fewer are returned where fewer are positive.
         queries: further questions per token, answered in the same pass.
@@ -213,9 +227,9 @@ def encode_batch_top_k(
     """
     n_tokens, d_sae = x.shape[0], encoder.rows.shape[0]
     k = min(d_sae, 2 * math.ceil(n_entries / max(1, n_tokens)))
-    found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
-    entries = entries_of(found)
-    lowest = found.scores.amin(dim=1) if k else found.scores.new_zeros(n_tokens)
+    best, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+    entries = entries_of(best)
+    lowest = best.scores.amin(dim=1) if k else best.scores.new_zeros(n_tokens)
     while True:
         positive = entries.where(entries.scores > 0)
         n_surplus = positive.scores.numel() - n_entries
@@ -231,7 +245,7 @@ def encode_batch_top_k(
         entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
 
 
-def _drop_smallest(entries: Entries, n: int, threshold: Tensor) -> Entries:
+def _drop_smallest(entries: Entries, n: int, threshold: Float[Tensor, ""]) -> Entries:
     """All but the n smallest entries, of which ``threshold`` is the largest."""
     if n <= 0:
         return entries

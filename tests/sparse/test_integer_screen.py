@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelens_asi.sparse import kernels
-from saelens_asi.sparse import screens as quantized_screen
-from saelens_asi.sparse import screens as screening
+from saelens_asi.sparse import screens as module
 from saelens_asi.sparse.rows import Workspace
-from saelens_asi.sparse.screens import AdaptiveScreen, QuantizedScreen, Screen, can_be_quantized, choose_screen
+from saelens_asi.sparse.screens import (
+    AdaptiveScreen,
+    ProjectionScreen,
+    QuantizedScreen,
+    adds_in_32_bits,
+    can_be_quantized,
+    choose_screen,
+)
 from saelens_asi.sparse.topk import Encoder, Query, encode_top_k
 
 D_IN, D_SAE = 48, 1500
@@ -28,15 +35,55 @@ def _encoder(d_in: int = D_IN, d_sae: int = D_SAE, scaled: bool = True, seed: in
     return Encoder(rows, 0.1 * torch.randn(d_sae, generator=generator), scale)
 
 
-pytestmark = pytest.mark.skipif(not can_be_quantized(_encoder()), reason="needs numba and a processor with VNNI")
+pytest.importorskip("numba")
+
+_TORCH_PRODUCT = module._integer_product
+
+
+def _exact_product(tokens: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
+    """What the integer product is, in float64, which holds every sum of 8-bit products."""
+    product = (tokens.double() @ features.double().t()).int()
+    return product if out is None else out.copy_(product)
+
+
+def _saturating_product(tokens: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
+    """As instructions without VNNI have it: tokens made unsigned, and two products added in 16 bits."""
+    n_tokens, d_in = tokens.shape
+    unsigned, signed = (tokens.int() + 128).view(n_tokens, 1, d_in // 2, 2), features.int().view(-1, d_in // 2, 2)
+    pairs = (unsigned * signed).sum(dim=3).clamp(-(2**15), 2**15 - 1)
+    return (pairs.sum(dim=2) - 128 * signed.sum(dim=(1, 2))).int()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _any_processor():
+    """Where the processor does not add exactly, which the screen refuses, the rest of it is tested without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not adds_in_32_bits(D_IN):
+            patch.setattr(module, "_integer_product", _exact_product)
+            adds_in_32_bits.cache_clear()
+        yield
+    adds_in_32_bits.cache_clear()
+
+
+@pytest.fixture
+def set_product(monkeypatch):
+    """Give the processor another integer product."""
+
+    def set_product(product: Callable[..., Tensor]) -> None:
+        monkeypatch.setattr(module, "_integer_product", product)
+        adds_in_32_bits.cache_clear()
+
+    yield set_product
+    adds_in_32_bits.cache_clear()
 
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """Costs at which the screen pays off for weights as small as those of a test."""
+    """Costs at which the screen pays off for weights as small as those of a test, on any processor."""
+    monkeypatch.setattr(module, "multiplies_integers_fast", lambda: True)
     for name in ("_INTEGER_COMPARE_COST", "_ROUND_COST", "_FIND_COST"):
-        monkeypatch.setattr(screening, name, 0)
-    monkeypatch.setattr(screening, "_SCORE_COST", 1)
+        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "_SCORE_COST", 1)
 
 
 def _assert_same(found: Any, x: Tensor, encoder: Encoder, k: int) -> None:
@@ -62,9 +109,9 @@ def test_the_selection_is_that_of_the_whole_product(d_in, d_sae, k, scaled, size
     x = size * torch.randn(19, d_in, generator=torch.Generator().manual_seed(1))
     encoder = replace(encoder, bias=size * encoder.bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_screen, "_MAX_SCORED_SHARE", share)
-        patch.setattr(quantized_screen, "_TILE_TOKENS", 8)
-        patch.setattr(quantized_screen, "_TILE_ENTRIES", 1)
+        patch.setattr(module, "_MAX_SCORED_SHARE", share)
+        patch.setattr(module, "_TILE_TOKENS", 8)
+        patch.setattr(module, "_TILE_ENTRIES", 1)
         _assert_same(QuantizedScreen.of(encoder).top_k(x, encoder, k, Workspace()), x, encoder, k)
 
 
@@ -80,7 +127,7 @@ def test_bounds_are_never_exceeded_and_nearly_reached(d_in, skew):
 
 def test_no_token_is_given_up_where_scores_spread(monkeypatch):
     encoder, x = _encoder(d_sae=4096), torch.randn(40, D_IN)
-    monkeypatch.setattr(quantized_screen, "encode_top_k", None)  # not to be called
+    monkeypatch.setattr(module, "encode_top_k", None)  # not to be called
     found = QuantizedScreen.of(encoder).top_k(x, encoder, 4, Workspace())
     monkeypatch.undo()
     _assert_same(found, x, encoder, 4)
@@ -156,11 +203,36 @@ def test_what_bounds_do_not_cover_is_not_rounded(encoder):
 def test_the_screen_is_chosen_where_it_is_cheapest(cheap, monkeypatch):
     x, encoder = torch.randn(100, D_IN), _encoder(d_sae=4096)
     assert isinstance(choose_screen(x, encoder, 4), QuantizedScreen)
-    monkeypatch.setattr(screening, "_INTEGER_COMPARE_COST", 10**9)
+    monkeypatch.setattr(module, "_INTEGER_COMPARE_COST", 10**9)
     assert not isinstance(choose_screen(x, encoder, 4), QuantizedScreen)
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "enabled", False)
-    assert isinstance(choose_screen(x, encoder, 4), Screen | None)
+    assert isinstance(choose_screen(x, encoder, 4), ProjectionScreen | None)
+
+
+def test_the_screen_is_not_chosen_where_the_processor_is_slow_at_it(cheap, monkeypatch):
+    x, encoder = torch.randn(100, D_IN), _encoder(d_sae=4096)
+    monkeypatch.setattr(module, "multiplies_integers_fast", lambda: False)
+    assert can_be_quantized(encoder)
+    assert isinstance(choose_screen(x, encoder, 4), ProjectionScreen | None)
+
+
+def test_a_processor_that_adds_in_16_bits_is_refused(cheap, set_product):
+    x, encoder = torch.randn(100, D_IN), _encoder(d_sae=4096)
+    set_product(_saturating_product)
+    assert not can_be_quantized(encoder)
+    assert isinstance(choose_screen(x, encoder, 4), ProjectionScreen | None)
+
+
+def test_the_product_of_this_processor_is_exact_or_refused(set_product):
+    codes = torch.randint(-127, 128, (40, 576), dtype=torch.int8)
+    set_product(_TORCH_PRODUCT)
+    assert torch.equal(_TORCH_PRODUCT(codes, codes), _exact_product(codes, codes)) or not adds_in_32_bits(576)
+
+
+def test_rows_so_long_that_32_bits_overflow_are_refused():
+    assert adds_in_32_bits(133_144)
+    assert not adds_in_32_bits(133_145)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

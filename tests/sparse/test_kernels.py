@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,13 +130,34 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_an_error_in_another_thread_is_raised(monkeypatch):
-    def fail(out: object, lo: int, hi: int) -> None:
+def test_an_error_in_another_thread_is_raised():
+    def fail(out: np.ndarray, lo: int, hi: int) -> None:
         if lo > 0:
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(kernels, "load_kernels", lambda: {"fail": fail})
     torch.set_num_threads(3)
     with pytest.raises(RuntimeError, match="broken"):
-        kernels.run_kernel("fail", 100, torch.zeros(100))
+        kernels._run_rows(fail, 100, [torch.zeros(100)])
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("norms", "problem"),
+    [
+        (torch.zeros(4, dtype=torch.float64), r"float64 \(4,\) on cpu"),
+        (torch.zeros(5), r"float32 \(5,\) on cpu"),
+        (torch.zeros(4, device="meta"), r"float32 \(4,\) on meta"),
+        (torch.zeros(4, 2)[:, 0], r"float32 \(4,\) on cpu, not contiguous"),
+    ],
+)
+def test_what_does_not_fit_a_kernel_is_refused_by_name(norms, problem):
+    # The annotations, which are checked while tests run, would refuse most of these first.
+    unchecked = inspect.unwrap(kernels.row_lengths)
+    with pytest.raises(ValueError, match=rf"row_lengths: norms is torch.{problem}; it must be torch.float32 \(4,\)"):
+        unchecked(torch.zeros(4, 3), norms)
+
+
+def test_a_kernel_without_numba_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
+    with pytest.raises(RuntimeError, match=r'pip install "saelens_asi\[fast\]"'):
+        kernels.row_lengths(torch.zeros(4, 3), torch.zeros(4))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelens_asi.sparse import screens as module
 from saelens_asi.sparse.rows import Workspace
-from saelens_asi.sparse.screens import AdaptiveScreen, Screen, can_be_screened, choose_screen, screened_top_k
+from saelens_asi.sparse.screens import AdaptiveScreen, ProjectionScreen, can_be_screened, choose_screen
 from saelens_asi.sparse.topk import Encoder, Query, encode_top_k
 from tests.helpers import tiny
 
@@ -58,7 +58,7 @@ def test_the_selection_is_that_of_the_whole_product(rank, screen_rank, noise, k,
     x, encoder = _low_rank(20, rank, noise), _encoder(rank, noise)
     encoder = encoder if scaled else replace(encoder, scale=None)
     basis = torch.linalg.qr(torch.randn(D_IN, D_IN))[0][:, :screen_rank]  # a screen need not suit the activations
-    _assert_same(screened_top_k(x, encoder, Screen.of(encoder, basis), k, Workspace()), x, encoder, k)
+    _assert_same(ProjectionScreen.of(encoder, basis).top_k(x, encoder, k, Workspace()), x, encoder, k)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
@@ -66,7 +66,7 @@ def test_bounds_are_never_exceeded(noise):
     x, encoder = 100 * _low_rank(50, 6, noise), _encoder(noise=noise)
     basis = torch.linalg.qr(torch.randn(D_IN, 6))[0]
     scores = (x.double() @ encoder.rows.double().t() + encoder.bias) * encoder.scale
-    assert (Screen.of(encoder, basis).bounds(x).double() >= scores).all()
+    assert (ProjectionScreen.of(encoder, basis).bounds(x).double() >= scores).all()
 
 
 def test_few_candidates_are_left_where_the_screen_suits(cheap):
@@ -86,11 +86,11 @@ def test_no_screen_where_the_whole_product_is_cheaper():
 
 def test_too_many_candidates_send_a_tile_to_the_whole_product(monkeypatch):
     x, encoder = torch.randn(30, D_IN), replace(_encoder(), rows=torch.randn(D_SAE, D_IN))
-    screen = Screen.of(encoder, torch.eye(D_IN)[:, :1])
+    screen = ProjectionScreen.of(encoder, torch.eye(D_IN)[:, :1])
     calls = []
     dense = module.encode_top_k
     monkeypatch.setattr(module, "encode_top_k", lambda *args: calls.append(1) or dense(*args))
-    _assert_same(screened_top_k(x, encoder, screen, 8, Workspace()), x, encoder, 8)
+    _assert_same(screen.top_k(x, encoder, 8, Workspace()), x, encoder, 8)
     assert calls
 
 
@@ -130,7 +130,7 @@ def test_changed_rows_are_projected_again(cheap):
     rows = torch.arange(0, D_SAE, 3)
     encoder.rows[rows] += 0.1 * torch.randn(len(rows), D_IN)
     adaptive.rows_changed(encoder, rows)
-    torch.testing.assert_close(screen.rows, Screen.of(encoder, screen.basis).rows)
+    torch.testing.assert_close(screen.rows, ProjectionScreen.of(encoder, screen.basis).rows)
     _assert_same(adaptive.top_k(x, encoder, 4, Workspace()), x, encoder, 4)
     assert adaptive.screen is screen
 
