@@ -19,6 +19,10 @@ from saelens_asi.lorsa.model import Lorsa
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
 Replacement = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+# Where the key-value cache stands in the call of an attention: HookedTransformer's name, then those that transformers
+# has used. Newer versions say "cache".
+_CACHE_ARGUMENTS = ("past_kv_cache_entry", "past_key_values", "layer_past", "cache")
+
 
 @contextmanager
 def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
@@ -28,6 +32,10 @@ def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
     ``run_with_cache`` (hook_attn_out shows the Lorsa's output), for a HookedTransformer and a TransformerBridge. The
     layer's own attention still runs, so its hooks show what it would have done. The first ``skip_positions`` positions
     keep the layer's output. On exit, also after an error, the model is as before.
+
+    A TransformerBridge of TransformerLens 3.9 ignores the cache that transformers 5.24 hands it under a new name, and
+    then generates wrong text with a key-value cache, with a Lorsa and without: generate with
+    ``use_past_kv_cache=False`` there.
 
     Raises:
         ValueError: for a layer that does not exist, or a Lorsa of another width.
@@ -64,7 +72,7 @@ def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
     past = _Past()
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_kv_cache_entry", kwargs.get("past_key_values", kwargs.get("layer_past")))
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         call.update(cache=cache, offset=_cached_positions(cache, module), mask=kwargs.get("attention_mask"))
         if not bridge:
             call["x"] = kwargs["query_input"] if "query_input" in kwargs else args[0]
