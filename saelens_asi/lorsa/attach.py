@@ -34,11 +34,12 @@ def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
     keep the layer's output. On exit, also after an error, the model is as before.
 
     A TransformerBridge of TransformerLens 3.9 ignores the cache that transformers 5.24 hands it under a new name, and
-    then generates wrong text with a key-value cache, with a Lorsa and without: generate with
-    ``use_past_kv_cache=False`` there.
+    then generates wrong text with a key-value cache, with a Lorsa and without. Inside the block that is an error:
+    generate with ``use_past_kv_cache=False`` there.
 
     Raises:
-        ValueError: for a layer that does not exist, or a Lorsa of another width.
+        ValueError: for a layer that does not exist, or a Lorsa of another width; in a forward pass, for a key-value
+            cache that was filled before the block, or that the layer's own attention does not fill.
     """
     d_model = int(model.cfg.d_model)
     if lorsa.cfg.d_model != d_model:
@@ -87,6 +88,7 @@ def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
                 "use_attn_in off while a Lorsa is attached"
             )
         x = past.extended(call["cache"], call["offset"], call["x"])
+        past.filled(call["cache"], _cached_positions(call["cache"], attention) > call["offset"])
         return function(x, output, _allowed(call["mask"], output.shape[1], x.shape[1]))
 
     bridge = is_bridge(attention)
@@ -109,12 +111,18 @@ class _Past:
 
     def __init__(self) -> None:
         self._inputs: dict[int, tuple[Any, Tensor]] = {}
+        self._unfilled: dict[int, Any] = {}
 
     def extended(self, cache: Any, offset: int, x: Tensor) -> Tensor:
         """Inputs of all positions, those of ``x`` last."""
         if cache is None:
             return x
         key = id(cache)
+        if not offset and key in self._unfilled and self._unfilled[key]() is cache:
+            raise ValueError(
+                "the layer's own attention does not fill the key-value cache, so that the model ignores what came "
+                "before: generate with use_past_kv_cache=False, or install a TransformerLens that fits transformers"
+            )
         if offset:
             owner, seen = self._inputs.get(key, (lambda: None, x[:, :0]))
             if owner() is not cache or seen.shape[1] < offset:
@@ -125,6 +133,18 @@ class _Past:
             x = torch.cat([seen[:, :offset].expand(x.shape[0], -1, -1), x], dim=1)
         self._inputs[key] = (weakref.ref(cache, lambda _: self._inputs.pop(key, None)), x.detach())
         return x
+
+    def filled(self, cache: Any, grown: bool) -> None:
+        """Note whether the layer's attention put its keys and values into the cache.
+
+        A cache that stays empty harms nothing in a single forward pass, which may come with one; it does when it comes
+        again.
+        """
+        if cache is not None and not grown:
+            key = id(cache)
+            self._unfilled[key] = weakref.ref(cache, lambda _: self._unfilled.pop(key, None))
+        else:
+            self._unfilled.pop(id(cache), None)
 
 
 def _cached_positions(cache: Any, module: Any) -> int:

@@ -155,6 +155,20 @@ def test_a_cache_filled_before_is_refused(build: Callable[[str], Any]) -> None:
         model(tokens[:, 5:], past_kv_cache=cache)
 
 
+@pytest.mark.parametrize("name", ["bridge", "bridge, gpt2"])
+def test_a_cache_that_the_layer_does_not_fill_is_refused_when_it_comes_again(
+    name: str, build: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = build(name), tiny_attention.tokens(1, 6)
+    settings = {"max_new_tokens": 2, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    monkeypatch.setattr(model.blocks[1].attn, "_update_kv_cache", lambda k, v, **_: (k, v))
+    with attached(small(model), model, 1), cache_that_reaches_a_bridge(model):
+        logits(model, tokens)  # a single pass is right, with or without a cache
+        model.generate(tokens, use_past_kv_cache=False, **settings)
+        with pytest.raises(ValueError, match="use_past_kv_cache=False"):
+            model.generate(tokens, use_past_kv_cache=True, **settings)
+
+
 @pytest.mark.parametrize("skip", [0, 1, 2])
 def test_padding_on_the_left_does_not_matter(skip: int, build: Callable[[str], Any]) -> None:
     for name in ("hooked, rotary", "bridge"):
