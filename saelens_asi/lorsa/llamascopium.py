@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
-from saelens_asi.lorsa.io import _THEIR_CONFIG, _THEIR_WEIGHTS, _check_shapes
+from saelens_asi.lorsa.io import LLAMASCOPIUM_CONFIG, LLAMASCOPIUM_WEIGHTS, check_shapes
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.resume import load_tensors
 
-_THEIR_NORM = "dataset_average_activation_norm."
+_NORM_PREFIX = "dataset_average_activation_norm."
 
 # Settings of a llamascopium config that change nothing here: device placement, names, training-time choices.
 _WITHOUT_EFFECT = {
@@ -67,13 +67,12 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
         ValueError: for settings, weights or values that have no counterpart, or are unknown.
     """
     folder = Path(folder)
-    for name in (_THEIR_CONFIG, _THEIR_WEIGHTS):
+    for name in (LLAMASCOPIUM_CONFIG, LLAMASCOPIUM_WEIGHTS):
         if not (folder / name).exists():
             raise ValueError(f"{folder} holds no {name}, which a llamascopium folder has")
-    theirs = json.loads((folder / _THEIR_CONFIG).read_text())
-    with safe_open(folder / _THEIR_WEIGHTS, "pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    norms = {name[len(_THEIR_NORM) :]: float(tensors.pop(name)) for name in list(tensors) if _THEIR_NORM in name}
+    theirs = json.loads((folder / LLAMASCOPIUM_CONFIG).read_text())
+    tensors = {name: tensor.float() for name, tensor in load_tensors(folder / LLAMASCOPIUM_WEIGHTS).items()}
+    norms = {name[len(_NORM_PREFIX) :]: float(tensors.pop(name)) for name in list(tensors) if _NORM_PREFIX in name}
     tensors = {name: t for name, t in tensors.items() if name not in ("mask", "IGNORE", "rotary_sin", "rotary_cos")}
     lorsa = Lorsa(_convert_config(theirs, tensors, folder))
     renamed = {"ln_q.w": "q_norm", "ln_k.w": "k_norm"}
@@ -82,7 +81,7 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
         tensors["b_D"] = torch.zeros(lorsa.cfg.d_model)
     _fold(tensors, theirs, norms)
     tensors |= {name: buffer for name, buffer in lorsa.named_buffers() if name in ("mean_read", "threshold")}
-    _check_shapes(lorsa, tensors, folder / _THEIR_WEIGHTS)
+    check_shapes(lorsa, tensors, folder / LLAMASCOPIUM_WEIGHTS)
     lorsa.load_state_dict(tensors)
     lorsa.provenance = {"imported_from": "llamascopium", "config": theirs}
     return lorsa.eval()
@@ -91,7 +90,7 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
 def _convert_config(theirs: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> LorsaConfig:
     unknown = sorted(set(theirs) - _KNOWN - _WITHOUT_EFFECT)
     if unknown:
-        raise ValueError(f"{folder / _THEIR_CONFIG} has settings that this import does not know: {unknown}")
+        raise ValueError(f"{folder / LLAMASCOPIUM_CONFIG} has settings that this import does not know: {unknown}")
     supported: dict[str, tuple[Any, ...]] = {
         "sae_type": ("lorsa",),
         "act_fn": ("topk",),
@@ -103,12 +102,12 @@ def _convert_config(theirs: dict[str, Any], tensors: dict[str, Tensor], folder: 
     for name, values in supported.items():
         found = theirs.get(name, defaults.get(name))
         if found not in values:
-            raise ValueError(f"{folder / _THEIR_CONFIG} has {name}={found!r}; this import takes {values}")
+            raise ValueError(f"{folder / LLAMASCOPIUM_CONFIG} has {name}={found!r}; this import takes {values}")
     qk_norm = theirs.get("use_post_qk_ln", False)
     if qk_norm and theirs.get("normalization_type") != "RMS":
         raise ValueError(f"normalization_type={theirs.get('normalization_type')!r} is not 'RMS', the only one known")
     if "W_V" not in tensors or "W_Q" not in tensors:
-        raise ValueError(f"{folder / _THEIR_WEIGHTS} has no W_V and W_Q; its tensors are {sorted(tensors)}")
+        raise ValueError(f"{folder / LLAMASCOPIUM_WEIGHTS} has no W_V and W_Q; its tensors are {sorted(tensors)}")
     rotary = None
     if theirs.get("positional_embedding_type", "rotary") == "rotary":
         scaling = None

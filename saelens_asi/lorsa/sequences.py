@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelens_asi.lorsa.attention import attention_activations
+from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 
 FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
 
@@ -92,19 +91,16 @@ class CachedSequences:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; returns its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"x": self.x.contiguous(), "y": self.y.contiguous(), "tokens": self.tokens.contiguous()}
-        save_file(tensors, path, metadata={"format": FILE_FORMAT})
+        save_tensors(path, {"x": self.x, "y": self.y, "tokens": self.tokens}, metadata={"format": FILE_FORMAT})
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> CachedSequences:
         """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("format")
-        if found != FILE_FORMAT:
-            raise ValueError(f"{path} does not hold cached sequences: format {found!r}, expected {FILE_FORMAT!r}")
-        return cls(**load_file(path))
+        file_format = tensor_metadata(path).get("format")
+        if file_format != FILE_FORMAT:
+            raise ValueError(f"{path} does not hold cached sequences: format {file_format!r}, expected {FILE_FORMAT!r}")
+        return cls(**load_tensors(path))
 
 
 def token_windows(dataset: Any, tokenizer: Any, n_positions: int, n_sequences: int | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
-from saelens_asi.lorsa.training import batch_index, last_checkpoint
+from saelens_asi.lorsa.training import TrainingRun, batch_index, last_checkpoint
 from saelens_asi.plots import plot_reading
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -71,6 +71,43 @@ def test_cached_and_model_sequences_are_the_same(model: Any, data: CachedSequenc
     save_file({"x": data.x}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold cached sequences"):
         CachedSequences.load(tmp_path / "other.safetensors")
+
+
+def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequences, tmp_path: Path) -> None:
+    loaded = CachedSequences.load(data.save(tmp_path / "sequences.safetensors"))
+    saved = load_lorsa(save_lorsa(made(model, data), tmp_path / "lorsa"))
+    settings = LorsaTraining(steps=2, lr_warm_up_steps=0, checkpoint_every=2)
+    train_lorsa(made(model, data), data, settings, out=tmp_path / "run", progress=False)
+    run = TrainingRun(made(model, data), settings, data.n_positions, tmp_path / "run")
+    run.restore()
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert run.done == 2
+    assert moments
+    restored = [run.silent, *run.lorsa.state_dict().values(), *moments]
+    for tensor in (loaded.x, loaded.y, loaded.tokens, *saved.state_dict().values(), *restored):
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_an_interrupted_save_leaves_the_run_at_its_last_finished_checkpoint(
+    model: Any, data: CachedSequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LorsaTraining(steps=4, lr_warm_up_steps=0, checkpoint_every=2)
+    save, n_calls = torch.save, 0
+
+    def cut_off(value: Any, path: Path) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            Path(path).write_bytes(b"a part")
+            raise KeyboardInterrupt
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train_lorsa(made(model, data), data, settings, out=tmp_path, progress=False)
+    assert last_checkpoint(tmp_path).name == "step_00000002"
+    unfinished = tmp_path / "checkpoints" / "step_00000004"
+    assert sorted(path.name for path in unfinished.iterdir()) == ["lorsa.json", "lorsa_weights.safetensors"]
 
 
 def test_token_windows_start_with_bos_and_lose_nothing() -> None:
@@ -243,7 +280,7 @@ def test_a_resumed_run_equals_one_without_interruption(model: Any, data: CachedS
     with pytest.raises(ValueError, match="checkpoints of another run"):
         train_lorsa(made(model, data), data, settings, out=tmp_path / "cut", progress=False)
     other = LorsaTraining(**{**settings.__dict__, "lr": 2e-3})
-    with pytest.raises(ValueError, match=r"other settings \['lr'\]"):
+    with pytest.raises(ValueError, match=r"other settings \['lr'\] \(lr was 0.001 and is 0.002\)"):
         train_lorsa(made(model, data), data, other, out=tmp_path / "cut", resume=True, progress=False)
 
 
