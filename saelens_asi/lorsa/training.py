@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from saelens_asi.history import LORSA_HISTORY, History, read_history
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.io import load_lorsa, save_lorsa
-from saelens_asi.lorsa.metrics import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
 from saelens_asi.resume import differences, written_whole
@@ -208,7 +207,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr_at(self.done)
         x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :]
-        y_hat, features, fired = reconstruct(lorsa, x)
+        y_hat, features, fired = lorsa.reconstruct(x)
         loss = (y_hat - y).square().sum(dim=-1).mean()
         for param in lorsa.parameters():  # all of them: queries and keys get gradients also where they are not trained
             param.grad = None

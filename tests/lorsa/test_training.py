@@ -295,15 +295,15 @@ def test_readings_add_up(model: Any, data: CachedSequences) -> None:
     lorsa = made(model, data)
     rates = firing_rates(lorsa, data)
     feature = int(rates.argmax())
-    found = top_contexts(lorsa, data, [feature], n=5)[feature]
-    activations = [context.activation for context in found]
-    assert len(found) == 5
+    contexts = top_contexts(lorsa, data, [feature], n=5)[feature]
+    activations = [context.activation for context in contexts]
+    assert len(contexts) == 5
     assert activations == sorted(activations, reverse=True)
     with torch.no_grad():
         dense = lorsa.encode(data.x).to_dense(N_OV).view(64, -1, N_OV)
     assert activations[0] == pytest.approx(float(dense[:, 1:, feature].max()))
     assert float(rates[feature]) == pytest.approx(float((dense[:, 1:, feature] != 0).float().mean()))
-    best = found[0]
+    best = contexts[0]
     reading = read_feature(lorsa, data, feature, best.sequence, best.position)
     assert reading.context.activation == pytest.approx(best.activation, rel=1e-4)
     assert float(reading.contributions.sum()) == pytest.approx(best.activation, rel=1e-4)
@@ -323,7 +323,7 @@ def test_readings_add_up(model: Any, data: CachedSequences) -> None:
         plot_reading(reading, words[:1])
 
 
-def theirs(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def llamascopium_folder(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A folder as llamascopium's ``save_pretrained`` and ``save_hyperparameters`` write it."""
     cfg = {
         "sae_type": "lorsa",
@@ -366,7 +366,7 @@ def theirs(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torc
     return cfg, tensors
 
 
-def their_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def llamascopium_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Their definition: norm the input, select by pre-activation times decoder norm, scale the output back."""
     x = x * math.sqrt(8) / 5.0
     rotary = RotaryPositions(dim=4, base=100.0)
@@ -385,17 +385,17 @@ def their_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tens
         rows = slice(head * 12, head * 12 + 12)
         pre.append(pattern @ (x @ w["W_V"][rows].T + w["b_V"][rows]))
     gated = torch.cat(pre, dim=-1) * w["W_O"].norm(dim=1)
-    kept = (gated >= gated.topk(4, dim=-1).values[..., -1:]) & (gated > 0)
-    acts = gated * kept / w["W_O"].norm(dim=1)
+    selected = (gated >= gated.topk(4, dim=-1).values[..., -1:]) & (gated > 0)
+    acts = gated * selected / w["W_O"].norm(dim=1)
     return (acts @ w["W_O"] + w["b_D"]) * 0.7 / math.sqrt(8)
 
 
 def test_a_llamascopium_folder_is_imported_with_its_norms_folded_in(tmp_path: Path) -> None:
-    cfg, weights = theirs(tmp_path)
+    cfg, weights = llamascopium_folder(tmp_path)
     lorsa = import_llamascopium(tmp_path)
     x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)) * 3
     with torch.no_grad():
-        torch.testing.assert_close(lorsa(x), their_forward(cfg, weights, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lorsa(x), llamascopium_forward(cfg, weights, x), rtol=1e-4, atol=1e-5)
     assert load_lorsa(save_lorsa(lorsa, tmp_path / "ours")).cfg == lorsa.cfg
     with pytest.raises(ValueError, match="use import_llamascopium"):
         load_lorsa(tmp_path)
@@ -415,7 +415,7 @@ def test_a_llamascopium_folder_is_imported_with_its_norms_folded_in(tmp_path: Pa
     ],
 )
 def test_what_an_import_does_not_know_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    theirs(tmp_path, **changes)
+    llamascopium_folder(tmp_path, **changes)
     with pytest.raises(ValueError, match=reason):
         import_llamascopium(tmp_path)
 
