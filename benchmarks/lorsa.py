@@ -226,9 +226,9 @@ def main() -> None:
         return
     target, training, held_out = sequences()
     if args.what == "step":
-        found = measure_step(target, training)
-        (args.out / "lorsa_step.json").write_text(json.dumps(found, indent=2) + "\n")
-        print(json.dumps(found, indent=2))
+        milliseconds = measure_step(target, training)
+        (args.out / "lorsa_step.json").write_text(json.dumps(milliseconds, indent=2) + "\n")
+        print(json.dumps(milliseconds, indent=2))
         return
     path, start = args.out / "lorsa.jsonl", time.perf_counter()
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

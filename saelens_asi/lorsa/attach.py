@@ -5,23 +5,30 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelens_asi.activations.hooks import logits_with
 from saelens_asi.activations.replacement import Logits, prediction_losses
 from saelens_asi.evaluation.metrics import SAELossRecovered
-from saelens_asi.lorsa.attention import attention_module, is_bridge
+from saelens_asi.lorsa.attention import AttentionModel, attention_module, is_bridge
 from saelens_asi.lorsa.model import Lorsa
+
+Model = TypeVar("Model", bound=AttentionModel)
 
 # (input of all positions, output of the layer at the new ones, where these may attend or None) -> new output
 Replacement = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+# Where the key-value cache stands in the call of an attention: HookedTransformer's name, then those that transformers
+# has used. Newer versions say "cache".
+_CACHE_ARGUMENTS = ("past_kv_cache_entry", "past_key_values", "layer_past", "cache")
+
 
 @contextmanager
-def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
+def attached(lorsa: Lorsa, model: Model, layer: int) -> Iterator[Model]:
     """Inside the block, the attention output of ``layer`` is the Lorsa's.
 
     It holds in forward passes, generation with and without a key-value cache, ``run_with_hooks`` and
@@ -29,8 +36,13 @@ def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
     layer's own attention still runs, so its hooks show what it would have done. The first ``skip_positions`` positions
     keep the layer's output. On exit, also after an error, the model is as before.
 
+    A TransformerBridge of TransformerLens 3.9 ignores the cache that transformers 5.24 hands it under a new name, and
+    then generates wrong text with a key-value cache, with a Lorsa and without. Inside the block that is an error:
+    generate with ``use_past_kv_cache=False`` there.
+
     Raises:
-        ValueError: for a layer that does not exist, or a Lorsa of another width.
+        ValueError: for a layer that does not exist, or a Lorsa of another width; in a forward pass, for a key-value
+            cache that was filled before the block, or that the layer's own attention does not fill.
     """
     d_model = int(model.cfg.d_model)
     if lorsa.cfg.d_model != d_model:
@@ -56,30 +68,48 @@ def attached(lorsa: Lorsa, model: Any, layer: int) -> Iterator[Any]:
         lorsa.train(was_training)
 
 
+@dataclass
+class _Call:
+    """The forward pass of the attention that is under way.
+
+    Attributes:
+        x: (batch, n_new, d_model) what it reads.
+        cache: TransformerLens's entry of a key-value cache, or transformers' cache of all layers, or None.
+        offset: positions that the cache held before.
+        mask: the model's attention mask, as the attention gets it.
+    """
+
+    x: Tensor | None = None
+    cache: Any = None
+    offset: int = 0
+    mask: Tensor | None = None
+
+
 @contextmanager
-def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
+def replaced(model: AttentionModel, layer: int, function: Replacement) -> Iterator[None]:
     """Inside the block, the attention output of ``layer`` is what ``function`` makes of its input."""
     attention = attention_module(model, layer)
-    call: dict[str, Any] = {}
+    call = _Call()
     past = _Past()
 
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_kv_cache_entry", kwargs.get("past_key_values", kwargs.get("layer_past")))
-        call.update(cache=cache, offset=_cached_positions(cache, module), mask=kwargs.get("attention_mask"))
+    def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        call.cache, call.offset, call.mask = cache, _cached_positions(cache, module), kwargs.get("attention_mask")
         if not bridge:
-            call["x"] = kwargs["query_input"] if "query_input" in kwargs else args[0]
+            call.x = kwargs["query_input"] if "query_input" in kwargs else args[0]
 
-    def note_input(module: Any, args: Any, output: Tensor) -> None:
-        call["x"] = output
+    def note_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        call.x = output
 
-    def after(module: Any, args: Any, output: Tensor) -> Tensor:
-        if call["x"].ndim != 3:
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if call.x is None or call.x.ndim != 3:
             raise ValueError(
                 "the attention has separate inputs for queries, keys and values: switch use_split_qkv_input and "
                 "use_attn_in off while a Lorsa is attached"
             )
-        x = past.extended(call["cache"], call["offset"], call["x"])
-        return function(x, output, _allowed(call["mask"], output.shape[1], x.shape[1]))
+        x = past.extended(call.cache, call.offset, call.x)
+        past.filled(call.cache, _cached_positions(call.cache, attention) > call.offset)
+        return function(x, output, _allowed(call.mask, output.shape[1], x.shape[1]))
 
     bridge = is_bridge(attention)
     handles = [attention.register_forward_pre_hook(before, with_kwargs=True)]
@@ -93,23 +123,28 @@ def replaced(model: Any, layer: int, function: Replacement) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        call.clear()
 
 
 class _Past:
     """Inputs of the positions that a key-value cache holds: a Lorsa cannot go on from the layer's keys and values."""
 
     def __init__(self) -> None:
-        self._inputs: dict[int, tuple[Any, Tensor]] = {}
+        self._inputs: dict[int, tuple[weakref.ref[object], Tensor]] = {}
+        self._unfilled: dict[int, weakref.ref[object]] = {}
 
-    def extended(self, cache: Any, offset: int, x: Tensor) -> Tensor:
+    def extended(self, cache: object | None, offset: int, x: Tensor) -> Tensor:
         """Inputs of all positions, those of ``x`` last."""
         if cache is None:
             return x
         key = id(cache)
+        if not offset and key in self._unfilled and self._unfilled[key]() is cache:
+            raise ValueError(
+                "the layer's own attention does not fill the key-value cache, so that the model ignores what came "
+                "before: generate with use_past_kv_cache=False, or install a TransformerLens that fits transformers"
+            )
         if offset:
-            owner, seen = self._inputs.get(key, (lambda: None, x[:, :0]))
-            if owner() is not cache or seen.shape[1] < offset:
+            owner, seen = self._inputs.get(key, (None, x[:, :0]))
+            if owner is None or owner() is not cache or seen.shape[1] < offset:
                 raise ValueError(
                     f"the key-value cache holds {offset} positions from before the Lorsa was attached: fill the cache "
                     "while it is attached, or pass all tokens at once"
@@ -118,8 +153,20 @@ class _Past:
         self._inputs[key] = (weakref.ref(cache, lambda _: self._inputs.pop(key, None)), x.detach())
         return x
 
+    def filled(self, cache: object | None, grown: bool) -> None:
+        """Note whether the layer's attention put its keys and values into the cache.
 
-def _cached_positions(cache: Any, module: Any) -> int:
+        A cache that stays empty harms nothing in a single forward pass, which may come with one; it does when it comes
+        again.
+        """
+        if cache is not None and not grown:
+            key = id(cache)
+            self._unfilled[key] = weakref.ref(cache, lambda _: self._unfilled.pop(key, None))
+        else:
+            self._unfilled.pop(id(cache), None)
+
+
+def _cached_positions(cache: Any, module: nn.Module) -> int:
     if cache is None:
         return 0
     if hasattr(cache, "past_keys"):
@@ -140,7 +187,9 @@ def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None
 
 
 @torch.no_grad()
-def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8) -> SAELossRecovered:
+def lorsa_loss_recovered(
+    model: AttentionModel, lorsa: Lorsa, layer: int, tokens: Tensor, batch_size: int = 8
+) -> SAELossRecovered:
     """What putting the Lorsa in does to the model's next-token predictions.
 
     The skipped positions keep the layer's own output, also in the zero ablation.
@@ -156,7 +205,7 @@ def lorsa_loss_recovered(model: Any, lorsa: Lorsa, layer: int, tokens: Tensor, b
     def zero(x: Tensor, own: Tensor, allowed: Tensor | None) -> Tensor:
         return torch.cat([own[:, : lorsa.cfg.skip_positions], 0 * own[:, lorsa.cfg.skip_positions :]], dim=1)
 
-    def within(context: Callable[[], AbstractContextManager[Any]]) -> Logits:
+    def within(context: Callable[[], AbstractContextManager[object]]) -> Logits:
         def logits(batch: Tensor, place: slice) -> Tensor:
             with context():
                 return logits_with(model, batch)

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelens_asi.lorsa.config import Llama3Scaling, RotaryPositions
 
 
-def attention_module(model: Any, layer: int) -> Any:
+class AttentionModel(Protocol):
+    """What is used of a HookedTransformer and of a TransformerBridge alike: neither's type fits both."""
+
+    @property
+    def cfg(self) -> Any: ...
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+
+    @property
+    def blocks(self) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def __call__(self, tokens: Tensor, **options: Any) -> Any: ...
+
+
+class PatternSettings(TypedDict, total=False):
+    """Settings of ``LorsaConfig`` that a layer's patterns follow from; what they mean stands there."""
+
+    positions: Literal["rotary", "learned", "none"]
+    rotary: RotaryPositions
+    attn_scale: float
+    soft_cap: float | None
+    window: int | None
+    qk_norm: bool
+    qk_norm_eps: float
+    n_ctx: int
+
+
+_POSITIONS: dict[str, Literal["rotary", "learned", "none"]] = {
+    "standard": "learned",
+    "rotary": "rotary",
+    "none": "none",
+}
+
+
+def attention_module(model: AttentionModel, layer: int) -> Any:
     """The attention of block ``layer``. Raises ValueError for a layer that does not exist, or has no attention."""
     n_layers = len(model.blocks)
     if not 0 <= layer < n_layers:
@@ -30,15 +67,15 @@ def is_bridge(attention: Any) -> bool:
 
 
 @contextmanager
-def _captured(model: Any, layer: int) -> Iterator[dict[str, Tensor]]:
+def _captured(model: AttentionModel, layer: int) -> Iterator[dict[str, Tensor]]:
     """What the attention reads (after ln1) and puts out (before any norm after it) in a forward pass."""
     attention = attention_module(model, layer)
     seen: dict[str, Tensor] = {}
 
-    def note(name: str) -> Any:
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, args, output: seen.__setitem__(name, output)
 
-    def note_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen["x"] = kwargs["query_input"] if "query_input" in kwargs else args[0]
 
     if is_bridge(attention):
@@ -59,7 +96,9 @@ def _captured(model: Any, layer: int) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def attention_activations(model: Any, layer: int, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def attention_activations(
+    model: AttentionModel, layer: int, batches: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What the attention of ``layer`` reads and puts out on batches of token ids (n, n_positions).
 
     Yields:
@@ -101,7 +140,7 @@ class AttentionTarget:
     b_O: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
-    settings: dict[str, Any]
+    settings: PatternSettings
     n_key_value_heads: int
     model_name: str
     layer: int
@@ -119,7 +158,7 @@ class AttentionTarget:
         return self.W_Q.shape[2]
 
 
-def read_attention(model: Any, layer: int) -> AttentionTarget:
+def read_attention(model: AttentionModel, layer: int) -> AttentionTarget:
     """Weights and settings of an attention layer of a HookedTransformer or a TransformerBridge.
 
     Raises:
@@ -127,7 +166,7 @@ def read_attention(model: Any, layer: int) -> AttentionTarget:
     """
     attention, cfg = attention_module(model, layer), model.cfg
     kind = str(getattr(cfg, "positional_embedding_type", "standard"))
-    if kind not in ("standard", "rotary", "none"):
+    if kind not in _POSITIONS:
         raise ValueError(f"layer {layer} has {kind!r} positions, {_NOT_LORSA}")
     if getattr(cfg, "attention_dir", "causal") != "causal":
         raise ValueError(f"layer {layer} attends in both directions, {_NOT_LORSA}")
@@ -140,7 +179,7 @@ def read_attention(model: Any, layer: int) -> AttentionTarget:
     n_heads, _, d_head = W_Q.shape
     bridge = is_bridge(attention)
     settings, q_norm, k_norm = _bridge_settings(attention, cfg) if bridge else _hooked_settings(attention, cfg)
-    settings["positions"] = {"standard": "learned", "rotary": "rotary", "none": "none"}[kind]
+    settings["positions"] = _POSITIONS[kind]
     settings["n_ctx"] = int(cfg.n_ctx)
     zeros = W_Q.new_zeros(n_heads, d_head)
     biases = [_bias(attention, name) for name in ("b_Q", "b_K", "b_V")]
@@ -175,13 +214,13 @@ def _bias(attention: Any, name: str) -> Tensor | None:
     return None if bias is None else bias.detach().float()
 
 
-def _refuse(layer: int | None, found: dict[str, Any]) -> None:
-    for what, present in found.items():
+def _refuse(layer: int | None, features: Mapping[str, bool]) -> None:
+    for name, present in features.items():
         if present:
-            raise ValueError(f"layer {layer} has {what}, {_NOT_LORSA}")
+            raise ValueError(f"layer {layer} has {name}, {_NOT_LORSA}")
 
 
-def _hooked_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+def _hooked_settings(attention: Any, cfg: Any) -> tuple[PatternSettings, Tensor | None, Tensor | None]:
     _refuse(
         attention.layer_id,
         {
@@ -195,7 +234,7 @@ def _hooked_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor |
         },
     )
     local = attention.attn_type == "local"
-    settings: dict[str, Any] = {
+    settings: PatternSettings = {
         "attn_scale": float(attention.attn_scale),
         "soft_cap": cfg.attn_scores_soft_cap if cfg.attn_scores_soft_cap > 0 else None,
         "window": int(cfg.window_size) if local else None,
@@ -221,7 +260,7 @@ def _hooked_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor |
     return _with_qk_norm(settings, attention, cfg)
 
 
-def _bridge_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+def _bridge_settings(attention: Any, cfg: Any) -> tuple[PatternSettings, Tensor | None, Tensor | None]:
     hf = attention.original_component
     hf_cfg = getattr(hf, "config", None)
     layer = getattr(attention, "_layer_idx", None)
@@ -248,7 +287,7 @@ def _bridge_settings(attention: Any, cfg: Any) -> tuple[dict[str, Any], Tensor |
     if getattr(hf, "attention_type", None) == "local":  # GPT-Neo
         window = getattr(hf_cfg, "window_size", None)
     soft_cap = getattr(hf, "attn_logit_softcapping", None)
-    settings: dict[str, Any] = {
+    settings: PatternSettings = {
         "attn_scale": float(scale),
         "soft_cap": None if soft_cap is None else float(soft_cap),
         "window": None if window is None else int(window),
@@ -289,8 +328,8 @@ def _hf_rotary(hf: Any, hf_cfg: Any, cfg: Any, layer: int | None) -> RotaryPosit
 
 @torch.no_grad()
 def _with_qk_norm(
-    settings: dict[str, Any], attention: Any, cfg: Any
-) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+    settings: PatternSettings, attention: Any, cfg: Any
+) -> tuple[PatternSettings, Tensor | None, Tensor | None]:
     if not settings["qk_norm"]:
         return settings, None, None
     norm = getattr(attention.q_norm, "original_component", attention.q_norm)

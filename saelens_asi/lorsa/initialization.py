@@ -89,10 +89,12 @@ class LorsaInit:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaInit:
+        """Inverse of ``to_dict``. Raises ValueError for a setting that does not exist."""
         return from_dict(cls, values)
 
 
@@ -171,7 +173,7 @@ def _estimate(
     lorsa: Lorsa, target: AttentionTarget, batches: Iterable[tuple[Tensor, Tensor]], settings: LorsaInit
 ) -> _Estimate:
     exact = Lorsa.exact(target)
-    wanted, skip = settings.subspace().tokens_for(target.d_model), lorsa.cfg.skip_positions
+    n_tokens, skip = settings.subspace().tokens_for(target.d_model), lorsa.cfg.skip_positions
     output = RunningMoments.zeros(target.d_model, lorsa.W_V.device)
     heads = [RunningMoments.zeros(target.d_head, lorsa.W_V.device) for _ in range(target.n_heads)]
     read = torch.zeros(target.n_heads, target.d_model, dtype=torch.float64, device=output.mean.device)
@@ -188,9 +190,9 @@ def _estimate(
         read += torch.einsum("bhk,bkd->hd", mean_pattern, x).to(read)
         if sum(len(pair[0]) * pair[0].shape[1] for pair in sample) < NORM_SAMPLE:
             sample.append((x, y))
-        if output.n_tokens >= wanted:
+        if output.n_tokens >= n_tokens:
             break
-    if output.n_tokens < max(2, wanted if settings.n_tokens != "auto" else 2):
+    if output.n_tokens < max(2, n_tokens if settings.n_tokens != "auto" else 2):
         raise ValueError(f"n_tokens={settings.n_tokens}, but the batches hold only {output.n_tokens}: give more data")
     return _Estimate(output, heads, read / output.n_tokens, sample)
 
@@ -229,15 +231,15 @@ def _tie_through_heads_(
 
 
 def _scale_(lorsa: Lorsa, sample: list[tuple[Tensor, Tensor]], norm: float | str, value_share: float) -> float:
-    """Scale the output to the wanted norm, shared between W_V and W_O; returns the geometric mean of their norms."""
+    """Scale the output to ``norm``, shared between W_V and W_O; returns the geometric mean of their norms."""
     scale = norm**2 if not isinstance(norm, str) else 1.0
     if isinstance(norm, str):
         dot, square, energy = 0.0, 0.0, 0.0
         for x, y in sample:
             skip = lorsa.cfg.skip_positions
-            r, wanted = (lorsa(x) - lorsa.b_D)[:, skip:].double(), (y - lorsa.b_D)[:, skip:].double()
-            dot, square = dot + float((r * wanted).sum()), square + float(r.square().sum())
-            energy += float(wanted.square().sum())
+            y_hat, target = (lorsa(x) - lorsa.b_D)[:, skip:].double(), (y - lorsa.b_D)[:, skip:].double()
+            dot, square = dot + float((y_hat * target).sum()), square + float(y_hat.square().sum())
+            energy += float(target.square().sum())
         if square == 0 or (norm == "least_squares" and dot <= 0):
             raise ValueError(f"norm={norm!r} found no output to scale on the sample: give norm a number")
         scale = dot / square if norm == "least_squares" else (energy / square) ** 0.5

@@ -6,61 +6,49 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from saelens_asi.initialization import package_version
 from saelens_asi.lorsa.config import LorsaConfig
+from saelens_asi.lorsa.llamascopium import is_llamascopium
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.resume import load_tensors, save_tensors, write_json
 
 FILE_FORMAT = "saelens_asi.lorsa.v1"
 WEIGHTS, CONFIG = "lorsa_weights.safetensors", "lorsa.json"
 
-_THEIR_WEIGHTS, _THEIR_CONFIG = "sae_weights.safetensors", "config.json"
-
 
 def save_lorsa(lorsa: Lorsa, folder: str | Path) -> Path:
-    """Write ``lorsa_weights.safetensors`` and ``lorsa.json`` (config and provenance); returns the folder."""
+    """Write ``lorsa_weights.safetensors`` and ``lorsa.json`` (config and provenance); returns the folder.
+
+    Each file is written whole. Raises ValueError for a provenance that strict JSON has no word for.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "format": FILE_FORMAT,
         "saelens_asi_version": package_version(),
         "config": lorsa.cfg.to_dict(),
         "provenance": lorsa.provenance,
     }
-    text = json.dumps(record, indent=2, allow_nan=False)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lorsa.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": FILE_FORMAT})
-    (folder / CONFIG).write_text(text + "\n")
+    json.dumps(record, allow_nan=False)  # what cannot be written is refused before a file changes
+    save_tensors(folder / WEIGHTS, lorsa.state_dict(), metadata={"format": FILE_FORMAT})
+    write_json(folder / CONFIG, record, indent=2)
     return folder
 
 
 def load_lorsa(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa:
-    """Read a folder that ``save_lorsa`` wrote. Raises ValueError when it holds something else."""
+    """Read a folder that ``save_lorsa`` wrote, for evaluation, into memory of torch's own.
+
+    Raises:
+        ValueError: for a folder that holds something else, or weights that do not fit their config.
+    """
     folder = Path(folder)
     if not (folder / CONFIG).exists():
-        other = " (it looks like a llamascopium folder: use import_llamascopium)" if _is_theirs(folder) else ""
+        other = " (it looks like a llamascopium folder: use import_llamascopium)" if is_llamascopium(folder) else ""
         raise ValueError(f"{folder} holds no {CONFIG}{other}")
     record = json.loads((folder / CONFIG).read_text())
     if record.get("format") != FILE_FORMAT:
         raise ValueError(f"{folder / CONFIG} has format {record.get('format')!r}, expected {FILE_FORMAT!r}")
     lorsa = Lorsa(LorsaConfig.from_dict(record["config"]))
-    tensors = load_file(folder / WEIGHTS)
-    _check_shapes(lorsa, tensors, folder / WEIGHTS)
-    lorsa.load_state_dict(tensors)
+    lorsa.load_weights_(load_tensors(folder / WEIGHTS), folder / WEIGHTS)
     lorsa.provenance = record["provenance"]
     return lorsa.to(device).eval()
-
-
-def _is_theirs(folder: Path) -> bool:
-    return (folder / _THEIR_CONFIG).exists() and (folder / _THEIR_WEIGHTS).exists()
-
-
-def _check_shapes(lorsa: Lorsa, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in lorsa.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        described = "; ".join(f"{name}: {found.get(name)} instead of {expected.get(name)}" for name in names)
-        raise ValueError(f"{path} does not fit its config: {described}")

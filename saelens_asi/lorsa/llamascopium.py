@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
-from saelens_asi.lorsa.io import _THEIR_CONFIG, _THEIR_WEIGHTS, _check_shapes
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.resume import load_tensors
 
-_THEIR_NORM = "dataset_average_activation_norm."
+WEIGHTS, CONFIG = "sae_weights.safetensors", "config.json"
+
+_NORM_PREFIX = "dataset_average_activation_norm."
+
+# Values that a Lorsa has a counterpart for, and what llamascopium takes where its config does not say.
+_SUPPORTED: dict[str, tuple[str | int, ...]] = {
+    "sae_type": ("lorsa",),
+    "act_fn": ("topk",),
+    "norm_activation": ("dataset-wise", "inference"),
+    "positional_embedding_type": ("rotary", "none"),
+    "rotary_scale": (1,),
+}
+_DEFAULTS = {"norm_activation": "dataset-wise", "positional_embedding_type": "rotary", "rotary_scale": 1}
 
 # Settings of a llamascopium config that change nothing here: device placement, names, training-time choices.
 _WITHOUT_EFFECT = {
@@ -56,6 +68,11 @@ _KNOWN = {
 }
 
 
+def is_llamascopium(folder: Path) -> bool:
+    """Whether a folder has the files that llamascopium's ``save_pretrained`` writes."""
+    return all((folder / name).exists() for name in (CONFIG, WEIGHTS))
+
+
 def import_llamascopium(folder: str | Path) -> Lorsa:
     """Read a Lorsa that llamascopium (OpenMOSS Language-Model-SAEs) saved with ``save_pretrained``.
 
@@ -67,94 +84,91 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
         ValueError: for settings, weights or values that have no counterpart, or are unknown.
     """
     folder = Path(folder)
-    for name in (_THEIR_CONFIG, _THEIR_WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise ValueError(f"{folder} holds no {name}, which a llamascopium folder has")
-    theirs = json.loads((folder / _THEIR_CONFIG).read_text())
-    with safe_open(folder / _THEIR_WEIGHTS, "pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    norms = {name[len(_THEIR_NORM) :]: float(tensors.pop(name)) for name in list(tensors) if _THEIR_NORM in name}
+    cfg = json.loads((folder / CONFIG).read_text())
+    tensors = {name: tensor.float() for name, tensor in load_tensors(folder / WEIGHTS).items()}
+    norms = {name[len(_NORM_PREFIX) :]: float(tensors.pop(name)) for name in list(tensors) if _NORM_PREFIX in name}
     tensors = {name: t for name, t in tensors.items() if name not in ("mask", "IGNORE", "rotary_sin", "rotary_cos")}
-    lorsa = Lorsa(_convert_config(theirs, tensors, folder))
+    _check_supported(cfg, folder / CONFIG)
+    if "W_V" not in tensors or "W_Q" not in tensors:
+        raise ValueError(f"{folder / WEIGHTS} has no W_V and W_Q; its tensors are {sorted(tensors)}")
+    lorsa = Lorsa(_convert_config(cfg, n_ov_heads=tensors["W_V"].shape[0]))
     renamed = {"ln_q.w": "q_norm", "ln_k.w": "k_norm"}
     tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
-    if not theirs.get("use_decoder_bias", True):
+    if not cfg.get("use_decoder_bias", True):
         tensors["b_D"] = torch.zeros(lorsa.cfg.d_model)
-    _fold(tensors, theirs, norms)
+    _fold(tensors, cfg, norms)
     tensors |= {name: buffer for name, buffer in lorsa.named_buffers() if name in ("mean_read", "threshold")}
-    _check_shapes(lorsa, tensors, folder / _THEIR_WEIGHTS)
-    lorsa.load_state_dict(tensors)
-    lorsa.provenance = {"imported_from": "llamascopium", "config": theirs}
+    lorsa.load_weights_(tensors, folder / WEIGHTS)
+    lorsa.provenance = {"imported_from": "llamascopium", "config": cfg}
     return lorsa.eval()
 
 
-def _convert_config(theirs: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> LorsaConfig:
-    unknown = sorted(set(theirs) - _KNOWN - _WITHOUT_EFFECT)
+def _check_supported(cfg: Mapping[str, Any], path: Path) -> None:
+    unknown = sorted(set(cfg) - _KNOWN - _WITHOUT_EFFECT)
     if unknown:
-        raise ValueError(f"{folder / _THEIR_CONFIG} has settings that this import does not know: {unknown}")
-    supported: dict[str, tuple[Any, ...]] = {
-        "sae_type": ("lorsa",),
-        "act_fn": ("topk",),
-        "norm_activation": ("dataset-wise", "inference"),
-        "positional_embedding_type": ("rotary", "none"),
-        "rotary_scale": (1,),
-    }
-    defaults = {"norm_activation": "dataset-wise", "positional_embedding_type": "rotary", "rotary_scale": 1}
-    for name, values in supported.items():
-        found = theirs.get(name, defaults.get(name))
-        if found not in values:
-            raise ValueError(f"{folder / _THEIR_CONFIG} has {name}={found!r}; this import takes {values}")
-    qk_norm = theirs.get("use_post_qk_ln", False)
-    if qk_norm and theirs.get("normalization_type") != "RMS":
-        raise ValueError(f"normalization_type={theirs.get('normalization_type')!r} is not 'RMS', the only one known")
-    if "W_V" not in tensors or "W_Q" not in tensors:
-        raise ValueError(f"{folder / _THEIR_WEIGHTS} has no W_V and W_Q; its tensors are {sorted(tensors)}")
-    rotary = None
-    if theirs.get("positional_embedding_type", "rotary") == "rotary":
-        scaling = None
-        if theirs.get("use_NTK_by_parts_rope", False):
-            scaling = Llama3Scaling(
-                factor=theirs.get("NTK_by_parts_factor", 1.0),
-                low_freq_factor=theirs.get("NTK_by_parts_low_freq_factor", 1.0),
-                high_freq_factor=theirs.get("NTK_by_parts_high_freq_factor", 1.0),
-                original_context=theirs.get("old_context_len", 2048),
-            )
-        rotary = RotaryPositions(
-            dim=theirs["rotary_dim"],
-            base=float(theirs.get("rotary_base", 10_000)),
-            adjacent_pairs=theirs.get("rotary_adjacent_pairs", True),
-            llama3=scaling,
+        raise ValueError(f"{path} has settings that this import does not know: {unknown}")
+    for name, values in _SUPPORTED.items():
+        value = cfg.get(name, _DEFAULTS.get(name))
+        if value not in values:
+            raise ValueError(f"{path} has {name}={value!r}; this import takes {values}")
+    if cfg.get("use_post_qk_ln", False) and cfg.get("normalization_type") != "RMS":
+        raise ValueError(f"normalization_type={cfg.get('normalization_type')!r} is not 'RMS', the only one known")
+
+
+def _rotary(cfg: Mapping[str, Any]) -> RotaryPositions | None:
+    if cfg.get("positional_embedding_type", _DEFAULTS["positional_embedding_type"]) != "rotary":
+        return None
+    scaling = None
+    if cfg.get("use_NTK_by_parts_rope", False):
+        scaling = Llama3Scaling(
+            factor=cfg.get("NTK_by_parts_factor", 1.0),
+            low_freq_factor=cfg.get("NTK_by_parts_low_freq_factor", 1.0),
+            high_freq_factor=cfg.get("NTK_by_parts_high_freq_factor", 1.0),
+            original_context=cfg.get("old_context_len", 2048),
         )
-    return LorsaConfig(
-        d_model=theirs["d_model"],
-        n_qk_heads=theirs["n_qk_heads"],
-        n_ov_heads=tensors["W_V"].shape[0],
-        d_qk=theirs["d_qk_head"],
-        k=theirs["top_k"],
-        n_ctx=theirs["n_ctx"],
-        positions="none" if rotary is None else "rotary",
-        rotary=rotary,
-        attn_scale=theirs.get("attn_scale"),
-        qk_norm=qk_norm,
-        qk_norm_eps=theirs.get("eps", 1e-6),
+    return RotaryPositions(
+        dim=cfg["rotary_dim"],
+        base=float(cfg.get("rotary_base", 10_000)),
+        adjacent_pairs=cfg.get("rotary_adjacent_pairs", True),
+        llama3=scaling,
     )
 
 
-def _fold(tensors: dict[str, Tensor], theirs: dict[str, Any], norms: dict[str, float]) -> None:
+def _convert_config(cfg: Mapping[str, Any], n_ov_heads: int) -> LorsaConfig:
+    rotary = _rotary(cfg)
+    return LorsaConfig(
+        d_model=cfg["d_model"],
+        n_qk_heads=cfg["n_qk_heads"],
+        n_ov_heads=n_ov_heads,
+        d_qk=cfg["d_qk_head"],
+        k=cfg["top_k"],
+        n_ctx=cfg["n_ctx"],
+        positions="none" if rotary is None else "rotary",
+        rotary=rotary,
+        attn_scale=cfg.get("attn_scale"),
+        qk_norm=cfg.get("use_post_qk_ln", False),
+        qk_norm_eps=cfg.get("eps", 1e-6),
+    )
+
+
+def _fold(tensors: dict[str, Tensor], cfg: Mapping[str, Any], norms: dict[str, float]) -> None:
     """Put activation norms and the selection by decoder norm into the weights."""
-    if theirs.get("norm_activation", "dataset-wise") == "dataset-wise":
-        hooks = [str(theirs.get("hook_point_in")), str(theirs.get("hook_point_out"))]
+    if cfg.get("norm_activation", _DEFAULTS["norm_activation"]) == "dataset-wise":
+        hooks = [str(cfg.get("hook_point_in")), str(cfg.get("hook_point_out"))]
         missing = [hook for hook in hooks if not norms.get(hook, 0.0) > 0]
         if missing:
             raise ValueError(
                 f"norm_activation='dataset-wise' needs the average norms at {hooks}; the weights hold {norms}"
             )
-        root = math.sqrt(theirs["d_model"])
+        root = math.sqrt(cfg["d_model"])
         for name in ("W_Q", "W_K", "W_V"):
             tensors[name] = tensors[name] * (root / norms[hooks[0]])
         for name in ("W_O", "b_D"):
             tensors[name] = tensors[name] * (norms[hooks[1]] / root)
-    if theirs.get("sparsity_include_decoder_norm", True):
+    if cfg.get("sparsity_include_decoder_norm", True):
         norm = tensors["W_O"].norm(dim=1)
         tensors["W_O"] = tensors["W_O"] / norm[:, None]
         tensors["W_V"] = tensors["W_V"] * norm[:, None]

@@ -23,17 +23,8 @@ def lorsa_metrics(lorsa: Lorsa, batches: Iterable[tuple[Tensor, Tensor]]) -> Rec
     running = RunningReconstruction.zeros(lorsa.cfg.n_ov_heads, lorsa.cfg.d_model)
     for x, y in batches:
         x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :]
-        y_hat, features, counted = reconstruct(lorsa, x)
-        firings = torch.bincount(features[counted], minlength=lorsa.cfg.n_ov_heads)
+        y_hat, features, fired = lorsa.reconstruct(x)
+        firings = torch.bincount(features[fired], minlength=lorsa.cfg.n_ov_heads)
         running.update_(y.flatten(0, 1), y_hat.flatten(0, 1), firings)
     lorsa.train(was_training)
     return running.metrics()
-
-
-def reconstruct(lorsa: Lorsa, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output without the skipped positions, indices of selected features, and which of them fired at the others."""
-    skip = lorsa.cfg.skip_positions
-    features = lorsa.encode(x)
-    y_hat = lorsa.decode(features, x.shape[0])[:, skip:]
-    counted = (features.values != 0) & (features.rows % x.shape[1] >= skip)
-    return y_hat, features.features, counted

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saelens_asi.lorsa.attention import AttentionTarget, attention_activations, read_attention
+from saelens_asi.lorsa.attention import AttentionModel, AttentionTarget, attention_activations, read_attention
 from saelens_asi.lorsa.config import LorsaConfig
 from saelens_asi.lorsa.positions import rotary_table, rotate
 from saelens_asi.lorsa.sparse_features import Scores, Selection, SparseFeatures, decode, select_features
@@ -74,7 +75,14 @@ class Lorsa(nn.Module):
 
     @classmethod
     def from_attention(
-        cls, model: Any, layer: int, *, n_ov_heads: int, k: int, n_qk_heads: int | None = None, **settings: Any
+        cls,
+        model: AttentionModel,
+        layer: int,
+        *,
+        n_ov_heads: int,
+        k: int,
+        n_qk_heads: int | None = None,
+        **settings: Any,
     ) -> Lorsa:
         """A Lorsa whose patterns are those of an attention layer; its features are random until initialized.
 
@@ -106,7 +114,8 @@ class Lorsa(nn.Module):
                 "which are copied in equal numbers"
             )
         shape = {"d_model": target.d_model, "n_qk_heads": n_qk, "n_ov_heads": n_ov_heads, "d_qk": target.d_head, "k": k}
-        lorsa = cls(LorsaConfig(**{**target.settings, **shape, **settings}))
+        merged: dict[str, Any] = {**target.settings, **shape, **settings}
+        lorsa = cls(LorsaConfig(**merged))
         copies = n_qk // target.n_heads
         with torch.no_grad():
             for name in ("W_Q", "W_K", "b_Q", "b_K"):
@@ -143,6 +152,22 @@ class Lorsa(nn.Module):
     def decode(self, features: SparseFeatures, batch: int) -> Tensor:
         """(batch, n_new, d_model) from the features of batch * n_new positions."""
         return decode(features, self.W_O).unflatten(0, (batch, -1)) + self.b_D
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output without the skipped positions, and which features fired there.
+
+        Args:
+            x: (batch, n_positions, d_model) what the layer reads.
+
+        Returns:
+            (batch, n_positions - skip_positions, d_model) output; (m,) int64 indices of the selected features of all
+            positions; (m,) bool, True where one of them is not zero at a position that is not skipped.
+        """
+        skip = self.cfg.skip_positions
+        features = self.encode(x)
+        y_hat = self.decode(features, x.shape[0])[:, skip:]
+        fired = (features.values != 0) & (features.rows % x.shape[1] >= skip)
+        return y_hat, features.features, fired
 
     def encode(self, x: Tensor, n_new: int | None = None, allowed: Tensor | None = None) -> SparseFeatures:
         """Active features of the batch * n_new positions, in order. Arguments as in ``forward``."""
@@ -226,13 +251,13 @@ class Lorsa(nn.Module):
         selection = self._selection()
         flat = pre.flatten(0, -2)
         if selection.threshold is not None:
-            kept = flat > selection.threshold
+            selected = flat > selection.threshold
         else:
             pool = flat.reshape(1, -1) if selection.across_rows else flat
             k = selection.k * (flat.shape[0] if selection.across_rows else 1)
             index = pool.topk(k, dim=1).indices
-            kept = torch.zeros_like(pool, dtype=torch.bool).scatter(1, index, True).reshape(flat.shape)
-        return ((flat.relu() if selection.relu else flat) * kept).view_as(pre)
+            selected = torch.zeros_like(pool, dtype=torch.bool).scatter(1, index, True).reshape(flat.shape)
+        return ((flat.relu() if selection.relu else flat) * selected).view_as(pre)
 
     def _encode_with_hooks(self, q: Tensor, k: Tensor, x: Tensor, scores: Scores) -> SparseFeatures:
         pattern = self._hooked("pattern", scores.pattern(q, k))
@@ -267,6 +292,20 @@ class Lorsa(nn.Module):
             value = value if result is None else result
         return value
 
+    def load_weights_(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Take all weights and buffers, as ``state_dict`` names them, from tensors that were read from ``path``.
+
+        Raises:
+            ValueError: for tensors that are missing, unknown, or of another shape than the config says.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != expected:
+            names = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+            described = "; ".join(f"{name}: {shapes.get(name)} instead of {expected.get(name)}" for name in names)
+            raise ValueError(f"{path} does not fit its config: {described}")
+        self.load_state_dict(tensors)
+
     def with_config(self, **changes: Any) -> Lorsa:
         """The same weights under another k, activation or number of skipped positions."""
         other = Lorsa(replace(self.cfg, **changes)).to(self.W_V.device, self.W_V.dtype)
@@ -276,7 +315,7 @@ class Lorsa(nn.Module):
 
 
 @torch.no_grad()
-def check_exact(model: Any, target: AttentionTarget) -> None:
+def check_exact(model: AttentionModel, target: AttentionTarget) -> None:
     """Raise ValueError unless the layer's own rank-one components, as a Lorsa, reproduce it on random tokens."""
     n_positions = min(target.settings["n_ctx"], _PROBE_POSITIONS)
     generator = torch.Generator().manual_seed(0)

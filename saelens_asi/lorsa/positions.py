@@ -24,9 +24,9 @@ def rotary_table(rotary: RotaryPositions, n_ctx: int) -> tuple[Tensor, Tensor]:
 def _llama3_frequencies(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     """Llama 3.1's rule: the share of the unscaled frequency grows linearly in context / wavelength."""
     turns = scaling.original_context * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    unscaled = unscaled.clamp(0, 1)
+    return frequencies * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:

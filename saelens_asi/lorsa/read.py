@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saelens_asi.lorsa.metrics import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
 
@@ -72,19 +71,19 @@ def top_contexts(
     """
     for feature in features:
         _check_feature(lorsa, feature)
-    wanted = torch.tensor(sorted(set(features)), device=lorsa.W_V.device)
-    best: dict[int, list[FeatureContext]] = {int(feature): [] for feature in wanted}
+    index_of_features = torch.tensor(sorted(set(features)), device=lorsa.W_V.device)
+    best: dict[int, list[FeatureContext]] = {int(feature): [] for feature in index_of_features}
     for index in torch.arange(data.n_sequences).split(batch_size):
         x = data.batch(index)[0].to(lorsa.W_V)
         encoded = lorsa.encode(x)
-        active = torch.isin(encoded.features, wanted) & (encoded.values != 0)
+        active = torch.isin(encoded.features, index_of_features) & (encoded.values != 0)
         rows, values = encoded.rows[active].tolist(), encoded.values[active].tolist()
         for feature, row, value in zip(encoded.features[active].tolist(), rows, values, strict=True):
             sequence, position = divmod(row, x.shape[1])
             if position >= lorsa.cfg.skip_positions:
                 best[feature].append(FeatureContext(feature, int(index[sequence]), position, value))
-        for feature, found in best.items():
-            best[feature] = sorted(found, key=lambda context: -context.activation)[:n]
+        for feature, contexts in best.items():
+            best[feature] = sorted(contexts, key=lambda context: -context.activation)[:n]
     return best
 
 
@@ -93,8 +92,8 @@ def firing_rates(lorsa: Lorsa, data: Sequences, batch_size: int = 8) -> Tensor:
     """(n_ov_heads,) share of positions at which each feature fires."""
     counts = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)
     for index in torch.arange(data.n_sequences).split(batch_size):
-        _, features, counted = reconstruct(lorsa, data.batch(index)[0].to(lorsa.W_V))
-        counts += torch.bincount(features[counted], minlength=lorsa.cfg.n_ov_heads)
+        _, features, fired = lorsa.reconstruct(data.batch(index)[0].to(lorsa.W_V))
+        counts += torch.bincount(features[fired], minlength=lorsa.cfg.n_ov_heads)
     return (counts.double() / (data.n_sequences * (data.n_positions - lorsa.cfg.skip_positions))).float().cpu()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelens_asi.lorsa.attention import attention_activations
+from saelens_asi.lorsa.attention import AttentionModel, attention_activations
+from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 
 FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
 
@@ -41,7 +40,7 @@ class ModelSequences:
         tokens: (n_sequences, n_positions) token ids.
     """
 
-    model: Any
+    model: AttentionModel
     layer: int
     tokens: Tensor
 
@@ -83,7 +82,7 @@ class CachedSequences:
         return self.x[index], self.y[index]
 
     @classmethod
-    def collect(cls, model: Any, layer: int, tokens: Tensor, batch_size: int = 16) -> CachedSequences:
+    def collect(cls, model: AttentionModel, layer: int, tokens: Tensor, batch_size: int = 16) -> CachedSequences:
         """Run the model once over (n_sequences, n_positions) token ids."""
         pairs = list(attention_activations(model, layer, tokens.split(batch_size)))
         x, y = (torch.cat(parts).float().cpu() for parts in zip(*pairs, strict=True))
@@ -92,23 +91,35 @@ class CachedSequences:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; returns its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"x": self.x.contiguous(), "y": self.y.contiguous(), "tokens": self.tokens.contiguous()}
-        save_file(tensors, path, metadata={"format": FILE_FORMAT})
+        save_tensors(path, {"x": self.x, "y": self.y, "tokens": self.tokens}, metadata={"format": FILE_FORMAT})
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> CachedSequences:
         """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("format")
-        if found != FILE_FORMAT:
-            raise ValueError(f"{path} does not hold cached sequences: format {found!r}, expected {FILE_FORMAT!r}")
-        return cls(**load_file(path))
+        file_format = tensor_metadata(path).get("format")
+        if file_format != FILE_FORMAT:
+            raise ValueError(f"{path} does not hold cached sequences: format {file_format!r}, expected {FILE_FORMAT!r}")
+        return cls(**load_tensors(path))
 
 
-def token_windows(dataset: Any, tokenizer: Any, n_positions: int, n_sequences: int | None = None) -> Tensor:
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers; ``bos_token_id`` or ``eos_token_id`` besides, where it has them."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        """An object with ``input_ids``, a list of token ids."""
+        ...
+
+
+def token_windows(
+    dataset: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, n_positions: int, n_sequences: int | None = None
+) -> Tensor:
     """(n, n_positions) token ids: texts one after the other, cut into windows, each with a BOS token in front.
+
+    ``activations.tokens.token_batches`` cuts text as SAELens does, with a separator between documents, and a BOS token
+    only where the stream has one. Here documents follow each other without a separator, and every window starts with
+    BOS: the first position attends to itself alone and is left out of training (``skip_positions``), so it must not be
+    a word of the text.
 
     Args:
         dataset: a Hugging Face dataset, or any iterable of rows, with a column ``text``, ``tokens`` or ``input_ids``.
@@ -120,19 +131,19 @@ def token_windows(dataset: Any, tokenizer: Any, n_positions: int, n_sequences: i
         ValueError: for rows without such a column, or too little text.
     """
     length = n_positions - 1
-    wanted = None if n_sequences is None else n_sequences * length
+    n_ids = None if n_sequences is None else n_sequences * length
     ids: list[int] = []
     for row in dataset:
         ids += _row_ids(row, tokenizer)
-        if wanted is not None and len(ids) >= wanted:
+        if n_ids is not None and len(ids) >= n_ids:
             break
-    found = len(ids) // length
-    if found < (n_sequences or 1):
+    n_windows = len(ids) // length
+    if n_windows < (n_sequences or 1):
         raise ValueError(
-            f"the dataset gives {found} windows of {n_positions} positions, fewer than {n_sequences or 1}: give more "
-            "text, or ask for fewer or shorter windows"
+            f"the dataset gives {n_windows} windows of {n_positions} positions, fewer than {n_sequences or 1}: give "
+            "more text, or ask for fewer or shorter windows"
         )
-    windows = torch.tensor(ids[: (n_sequences or found) * length]).view(-1, length)
+    windows = torch.tensor(ids[: (n_sequences or n_windows) * length]).view(-1, length)
     bos = getattr(tokenizer, "bos_token_id", None)
     bos = getattr(tokenizer, "eos_token_id", None) if bos is None else bos  # GPT-NeoX and others have one for both
     if bos is None:
@@ -140,7 +151,7 @@ def token_windows(dataset: Any, tokenizer: Any, n_positions: int, n_sequences: i
     return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
-def _row_ids(row: Any, tokenizer: Any) -> list[int]:
+def _row_ids(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     for column in ("tokens", "input_ids"):
         if column in row:
             return list(row[column])
@@ -150,6 +161,6 @@ def _row_ids(row: Any, tokenizer: Any) -> list[int]:
 
 
 def batches(data: Sequences, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All sequences once, in order."""
+    """All sequences once, in order: (x, y) of at most ``batch_size`` sequences, each (n, n_positions, d_model)."""
     for index in torch.arange(data.n_sequences).split(batch_size):
         yield data.batch(index)

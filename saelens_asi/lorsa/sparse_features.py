@@ -167,15 +167,15 @@ class _SelectFeatures(torch.autograd.Function):
                 z = ctx.scores.attend(
                     leaves[0][:, None], leaves[1][:, None], linear(leaves[2], leaves[3], leaves[4])[:, None]
                 )
-            wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(z, wanted, grad_z.view_as(z)))
+            inputs = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
+            gradients = iter(torch.autograd.grad(z, inputs, grad_z.view_as(z)))
             for i, total in enumerate(out):
                 if total is not None:
-                    (total if i == 2 else total[:, head]).add_(next(found))
+                    (total if i == 2 else total[:, head]).add_(next(gradients))
             if ctx.needs_input_grad[3]:
-                grad_W[active] = next(found)
+                grad_W[active] = next(gradients)
             if ctx.needs_input_grad[4]:
-                grad_b[active] = next(found)
+                grad_b[active] = next(gradients)
         weights = (
             grad_W if ctx.needs_input_grad[3] else None,
             grad_b if ctx.needs_input_grad[4] else None,
@@ -224,8 +224,8 @@ def _top_of_each_row(chunks: Iterator[tuple[int, Tensor]], selection: Selection)
         if best is not None:
             values, features = torch.cat([best[0], values], dim=1), torch.cat([best[1], features], dim=1)
             if values.shape[1] > selection.k:
-                values, kept = values.topk(selection.k, dim=1, sorted=False)
-                features = features.gather(1, kept)
+                values, index = values.topk(selection.k, dim=1, sorted=False)
+                features = features.gather(1, index)
         best = values, features
     values, features = best  # type: ignore[misc]
     n, k = values.shape
@@ -236,13 +236,13 @@ def _top_of_each_row(chunks: Iterator[tuple[int, Tensor]], selection: Selection)
 def _top_of_all_rows(chunks: Iterator[tuple[int, Tensor]], selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for start, z in chunks:
-        wanted = selection.k * z.shape[0]
-        values, flat = z.flatten().topk(min(wanted, z.numel()), sorted=False)
+        n_entries = selection.k * z.shape[0]
+        values, flat = z.flatten().topk(min(n_entries, z.numel()), sorted=False)
         rows, features = flat // z.shape[1], flat % z.shape[1] + start
         if best is not None:
             values, rows, features = (torch.cat(pair) for pair in zip(best, (values, rows, features), strict=True))
-            values, kept = values.topk(min(wanted, values.numel()), sorted=False)
-            rows, features = rows[kept], features[kept]
+            values, index = values.topk(min(n_entries, values.numel()), sorted=False)
+            rows, features = rows[index], features[index]
         best, n_rows = (values, rows, features), z.shape[0]
     values, rows, features = best  # type: ignore[misc]
     if selection.relu:
@@ -252,12 +252,12 @@ def _top_of_all_rows(chunks: Iterator[tuple[int, Tensor]], selection: Selection)
 
 
 def _above(chunks: Iterator[tuple[int, Tensor]], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    entries: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, z in chunks:
         rows, columns = (z > threshold).nonzero(as_tuple=True)
-        found.append((z[rows, columns], rows, columns + start))
+        entries.append((z[rows, columns], rows, columns + start))
         n_rows = z.shape[0]
-    values, rows, features = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, rows, features = (torch.cat(parts) for parts in zip(*entries, strict=True))
     return _in_row_order(values, rows, features, n_rows)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from saelens_asi.history import LORSA_HISTORY, History, read_history
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.io import load_lorsa, save_lorsa
-from saelens_asi.lorsa.metrics import reconstruct
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.sequences import Sequences
+from saelens_asi.resume import differences, written_whole
 from saelens_asi.sparse_adam import SparseAdam
 
 CHECKPOINTS = "checkpoints"
+_OPTIMIZER, _STATE = "optimizer.pt", "state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class LorsaTraining:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaTraining:
+        """From plain values, as JSON has them. Raises ValueError for a setting that does not exist."""
         return from_dict(cls, values)
 
 
@@ -136,60 +138,157 @@ def train_lorsa(
         ValueError: for sequences longer than the Lorsa's context, or a checkpoint of other settings.
     """
     _check(lorsa, data, settings, out, resume)
-    optimizer = make_optimizer(lorsa, settings)
-    silent = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)
-    first, history = 0, History()
-    folder = None if out is None else Path(out)
-    if resume and folder is not None and (checkpoint := last_checkpoint(folder)) is not None:
-        first, silent = _restore(checkpoint, lorsa, optimizer, settings)
-        history = History(record for record in read_history(folder) if record["step"] <= first)
-    if folder is not None:
-        history.write_to(folder / LORSA_HISTORY)
-    lorsa.provenance["training"] = asdict(settings)
-    lorsa.train()
-    start, seconds_before = time.perf_counter(), history.records[-1]["seconds"] if history.records else 0.0
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=not progress, desc="Lorsa")
+    run = TrainingRun(lorsa, settings, data.n_positions, None if out is None else Path(out))
+    if resume:
+        run.restore()
+    run.begin()
+    steps = range(run.done, settings.steps)
+    bar = tqdm(steps, initial=run.done, total=settings.steps, disable=not progress, desc="Lorsa")
     for step in bar:
-        lorsa.current_k = settings.k_at(step, lorsa.cfg.k)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(step)
-        x, y = data.batch(batch_index(step, settings, data.n_sequences))
+        outcome = run.step(*data.batch(batch_index(step, settings, data.n_sequences)))
+        if run.done % settings.log_every == 0 or run.done == settings.steps:
+            record = run.record(outcome)
+            bar.set_postfix(nmse=f"{record['nmse']:.3f}", dead=f"{record['dead_fraction']:.1%}")
+        if settings.checkpoint_every and run.done % settings.checkpoint_every == 0:
+            run.checkpoint()
+    run.finish()
+    return run.history.records
+
+
+class StepOutcome(NamedTuple):
+    """What the history needs of a step.
+
+    Attributes:
+        loss: () mean over positions of the squared error's sum.
+        y: (batch_size, n_positions - skip_positions, d_model) the layer's output at the positions that count.
+        fired: (m,) bool of the selected features, True where they fired at such a position.
+    """
+
+    loss: Tensor
+    y: Tensor
+    fired: Tensor
+
+
+class TrainingRun:
+    """The state of a run: all that a checkpoint holds, and how a step changes it.
+
+    Attributes:
+        lorsa: trained in place.
+        settings: of the run.
+        n_positions: of a sequence, the skipped ones included.
+        folder: of the history, the checkpoints and the finished Lorsa; None: nothing is written.
+        optimizer: of ``make_optimizer``.
+        silent: (n_ov_heads,) int64 positions since each feature last fired.
+        history: a record each logged step.
+        done: steps that are finished.
+    """
+
+    def __init__(self, lorsa: Lorsa, settings: LorsaTraining, n_positions: int, folder: Path | None = None) -> None:
+        self.lorsa, self.settings, self.n_positions, self.folder = lorsa, settings, n_positions, folder
+        self.optimizer = make_optimizer(lorsa, settings)
+        self.silent = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)
+        self.history = History()
+        self.done = 0
+        self._start, self._seconds_before = time.perf_counter(), 0.0
+
+    def begin(self) -> None:
+        """Start the clock, and the history's file."""
+        if self.folder is not None:
+            self.history.write_to(self.folder / LORSA_HISTORY)
+        self.lorsa.provenance["training"] = asdict(self.settings)
+        self.lorsa.train()
+        self._start = time.perf_counter()
+        self._seconds_before = self.history.records[-1]["seconds"] if self.history.records else 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> StepOutcome:
+        """One update on (batch_size, n_positions, d_model) input and output of the layer."""
+        lorsa, settings = self.lorsa, self.settings
+        lorsa.current_k = settings.k_at(self.done, lorsa.cfg.k)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr_at(self.done)
         x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :]
-        y_hat, features, counted = reconstruct(lorsa, x)
+        y_hat, features, fired = lorsa.reconstruct(x)
         loss = (y_hat - y).square().sum(dim=-1).mean()
-        for param in lorsa.parameters():
+        for param in lorsa.parameters():  # all of them: queries and keys get gradients also where they are not trained
             param.grad = None
         loss.backward()
         if settings.max_grad_norm is not None:
+            trained = [param for group in self.optimizer.param_groups for param in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-        optimizer.step()
-        silent += y.shape[0] * y.shape[1]
-        silent[features[counted]] = 0
-        done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
-            variance = (y - y.mean(dim=(0, 1))).square().sum(dim=-1).mean()
-            error = float(loss.detach())
-            record = {
-                "step": done,
-                "n_tokens": done * settings.batch_size * data.n_positions,
-                "loss": error,
-                "nmse": error / float(variance),
-                "l0": float(counted.sum()) / (y.shape[0] * y.shape[1]),
-                "dead_fraction": float((silent >= settings.dead_after).float().mean()),
-                "lr": settings.lr_at(step),
-                "k": lorsa.current_k,
-                "seconds": round(seconds_before + time.perf_counter() - start, 2),
-            }
-            history.append(record)
-            bar.set_postfix(nmse=f"{record['nmse']:.3f}", dead=f"{record['dead_fraction']:.1%}")
-        if folder is not None and settings.checkpoint_every and done % settings.checkpoint_every == 0:
-            _checkpoint(folder / CHECKPOINTS / f"step_{done:08d}", lorsa, optimizer, silent, settings, done)
-    lorsa.current_k = lorsa.cfg.k
-    lorsa.eval()
-    if folder is not None:
-        save_lorsa(lorsa, folder)
-    return history.records
+        self.optimizer.step()
+        self.silent += y.shape[0] * y.shape[1]
+        self.silent[features[fired]] = 0
+        self.done += 1
+        return StepOutcome(loss.detach(), y, fired)
+
+    def record(self, outcome: StepOutcome) -> dict[str, float]:
+        """Add the last step to the history; returns the record."""
+        y, settings = outcome.y, self.settings
+        variance = (y - y.mean(dim=(0, 1))).square().sum(dim=-1).mean()
+        loss = float(outcome.loss)
+        record = {
+            "step": self.done,
+            "n_tokens": self.done * settings.batch_size * self.n_positions,
+            "loss": loss,
+            "nmse": loss / float(variance),
+            "l0": float(outcome.fired.sum()) / (y.shape[0] * y.shape[1]),
+            "dead_fraction": float((self.silent >= settings.dead_after).float().mean()),
+            "lr": settings.lr_at(self.done - 1),
+            "k": self.lorsa.current_k,
+            "seconds": round(self._seconds_before + time.perf_counter() - self._start, 2),
+        }
+        self.history.append(record)
+        return record
+
+    def checkpoint(self) -> None:
+        """Write Lorsa, optimizer, silent positions and settings, each file whole, below ``folder``; if there is one."""
+        if self.folder is None:
+            return
+        folder = self.folder / CHECKPOINTS / f"step_{self.done:08d}"
+        save_lorsa(self.lorsa, folder)
+        with written_whole(folder / _OPTIMIZER) as unfinished:
+            torch.save({"optimizer": self.optimizer.state_dict(), "silent": self.silent}, unfinished)
+        state = {"step": self.done, "settings": asdict(self.settings)}
+        with written_whole(folder / _STATE) as unfinished:  # last: it marks the checkpoint as finished
+            unfinished.write_text(json.dumps(state, indent=2))
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint below ``folder``, if there is one.
+
+        Raises:
+            ValueError: for a checkpoint of another Lorsa, or of other settings than ``log_every``.
+        """
+        checkpoint = None if self.folder is None else last_checkpoint(self.folder)
+        if self.folder is None or checkpoint is None:
+            return
+        state = json.loads((checkpoint / _STATE).read_text())
+        saved = load_lorsa(checkpoint)
+        self._check_settings(checkpoint, saved, state["settings"])
+        self.lorsa.load_state_dict(saved.state_dict())
+        self.lorsa.provenance = saved.provenance
+        # torch.load, unlike a mapped file, reads into memory that torch allocates: moments continue to equal bits.
+        extra = torch.load(checkpoint / _OPTIMIZER, map_location=self.lorsa.W_V.device, weights_only=True)
+        self.optimizer.load_state_dict(extra["optimizer"])
+        self.silent = extra["silent"]
+        self.done = int(state["step"])
+        self.history = History(record for record in read_history(self.folder) if record["step"] <= self.done)
+
+    def _check_settings(self, checkpoint: Path, saved: Lorsa, settings: Mapping[str, Any]) -> None:
+        now = json.loads(json.dumps(asdict(self.settings)))
+        changed = [name for name in now if now[name] != settings.get(name) and name != "log_every"]
+        if changed:
+            detail = differences({name: settings.get(name) for name in changed}, {name: now[name] for name in changed})
+            raise ValueError(f"{checkpoint} was written with other settings {changed} ({detail}): resume with the same")
+        if saved.cfg != self.lorsa.cfg:
+            detail = differences(saved.cfg.to_dict(), self.lorsa.cfg.to_dict())
+            raise ValueError(f"{checkpoint} was written with other settings of the Lorsa ({detail}): resume the same")
+
+    def finish(self) -> None:
+        """Leave the Lorsa as it is to be used, and write it."""
+        self.lorsa.current_k = self.lorsa.cfg.k
+        self.lorsa.eval()
+        if self.folder is not None:
+            save_lorsa(self.lorsa, self.folder)
 
 
 def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
@@ -202,8 +301,8 @@ def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest finished checkpoint of a run's folder."""
-    found = sorted((Path(folder) / CHECKPOINTS).glob("step_*/state.json"))
-    return found[-1].parent if found else None
+    finished = sorted((Path(folder) / CHECKPOINTS).glob(f"step_*/{_STATE}"))
+    return finished[-1].parent if finished else None
 
 
 def _check(lorsa: Lorsa, data: Sequences, settings: LorsaTraining, out: str | Path | None, resume: bool) -> None:
@@ -220,26 +319,3 @@ def _check(lorsa: Lorsa, data: Sequences, settings: LorsaTraining, out: str | Pa
             raise ValueError("checkpoint_every and resume need out=, the folder of the run")
     elif not resume and last_checkpoint(out) is not None:
         raise ValueError(f"{out} holds the checkpoints of another run: set resume=True, or give another folder")
-
-
-def _checkpoint(
-    folder: Path, lorsa: Lorsa, optimizer: SparseAdam, silent: Tensor, settings: LorsaTraining, step: int
-) -> None:
-    save_lorsa(lorsa, folder)
-    torch.save({"optimizer": optimizer.state_dict(), "silent": silent}, folder / "optimizer.pt")
-    state = {"step": step, "settings": asdict(settings)}
-    (folder / "state.json").write_text(json.dumps(state, indent=2))  # last: marks the checkpoint as finished
-
-
-def _restore(folder: Path, lorsa: Lorsa, optimizer: SparseAdam, settings: LorsaTraining) -> tuple[int, Tensor]:
-    state = json.loads((folder / "state.json").read_text())
-    now = json.loads(json.dumps(asdict(settings)))
-    changed = [key for key in now if now[key] != state["settings"].get(key) and key not in ("log_every",)]
-    saved = load_lorsa(folder)
-    if saved.cfg != lorsa.cfg or changed:
-        raise ValueError(f"{folder} was written with other settings {changed or 'of the Lorsa'}: resume with the same")
-    lorsa.load_state_dict(saved.state_dict())
-    lorsa.provenance = saved.provenance
-    extra = torch.load(folder / "optimizer.pt", map_location=lorsa.W_V.device, weights_only=True)
-    optimizer.load_state_dict(extra["optimizer"])
-    return int(state["step"]), extra["silent"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,35 @@ def test_detached_the_model_is_bit_identical(name: str, error: bool, build: Call
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@contextmanager
+def cache_that_reaches_a_bridge(model: Any) -> Iterator[None]:
+    """Hands a bridge's attention the key-value cache under the name that TransformerLens reads.
+
+    transformers 5.24 calls it ``cache``; TransformerLens 3.9 looks for ``past_key_values`` alone and leaves the cache
+    empty, so that the stock model's own generation with a cache differs from that without.
+    """
+
+    def renamed(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "cache" in kwargs:
+            kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+        return args, kwargs
+
+    handles = [block.attn.register_forward_pre_hook(renamed, with_kwargs=True) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_with_a_key_value_cache_equals_generation_without(name: str, build: Callable[[str], Any]) -> None:
     model, tokens = build(name), tiny_attention.tokens(1, 6)
     settings = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False}
     settings["return_type"] = "tokens"
     plain = model.generate(tokens, **settings)
-    with attached(small(model, 1), model, 1):
+    # Inside, so that the Lorsa sees the cache under the name that transformers gives it.
+    with attached(small(model, 1), model, 1), cache_that_reaches_a_bridge(model):
         cached = model.generate(tokens, use_past_kv_cache=True, **settings)
         step = tokens
         for _ in range(8):
@@ -110,6 +133,16 @@ def test_generation_with_a_key_value_cache_equals_generation_without(name: str, 
     assert torch.equal(cached, step)
     assert cached.shape == plain.shape == (1, 14)
     assert torch.equal(model.generate(tokens, **settings), plain)
+
+
+@pytest.mark.parametrize("name", ["bridge", "bridge, gpt2"])
+def test_a_stock_bridge_generates_the_same_with_a_cache_that_reaches_it(name: str, build: Callable[[str], Any]) -> None:
+    model, tokens = build(name), tiny_attention.tokens(1, 6)
+    settings = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    settings["return_type"] = "tokens"
+    with cache_that_reaches_a_bridge(model):
+        cached = model.generate(tokens, use_past_kv_cache=True, **settings)
+    assert torch.equal(cached, model.generate(tokens, use_past_kv_cache=False, **settings))
 
 
 def test_a_cache_filled_before_is_refused(build: Callable[[str], Any]) -> None:
@@ -120,6 +153,20 @@ def test_a_cache_filled_before_is_refused(build: Callable[[str], Any]) -> None:
     model(tokens[:, :5], past_kv_cache=cache)
     with attached(small(model), model, 1), pytest.raises(ValueError, match="5 positions from before"):
         model(tokens[:, 5:], past_kv_cache=cache)
+
+
+@pytest.mark.parametrize("name", ["bridge", "bridge, gpt2"])
+def test_a_cache_that_the_layer_does_not_fill_is_refused_when_it_comes_again(
+    name: str, build: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = build(name), tiny_attention.tokens(1, 6)
+    settings = {"max_new_tokens": 2, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    monkeypatch.setattr(model.blocks[1].attn, "_update_kv_cache", lambda k, v, **_: (k, v))
+    with attached(small(model), model, 1), cache_that_reaches_a_bridge(model):
+        logits(model, tokens)  # a single pass is right, with or without a cache
+        model.generate(tokens, use_past_kv_cache=False, **settings)
+        with pytest.raises(ValueError, match="use_past_kv_cache=False"):
+            model.generate(tokens, use_past_kv_cache=True, **settings)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])

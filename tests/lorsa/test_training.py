@@ -33,7 +33,7 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
-from saelens_asi.lorsa.training import batch_index, last_checkpoint
+from saelens_asi.lorsa.training import TrainingRun, batch_index, last_checkpoint
 from saelens_asi.plots import plot_reading
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -71,6 +71,43 @@ def test_cached_and_model_sequences_are_the_same(model: Any, data: CachedSequenc
     save_file({"x": data.x}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold cached sequences"):
         CachedSequences.load(tmp_path / "other.safetensors")
+
+
+def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequences, tmp_path: Path) -> None:
+    loaded = CachedSequences.load(data.save(tmp_path / "sequences.safetensors"))
+    saved = load_lorsa(save_lorsa(made(model, data), tmp_path / "lorsa"))
+    settings = LorsaTraining(steps=2, lr_warm_up_steps=0, checkpoint_every=2)
+    train_lorsa(made(model, data), data, settings, out=tmp_path / "run", progress=False)
+    run = TrainingRun(made(model, data), settings, data.n_positions, tmp_path / "run")
+    run.restore()
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert run.done == 2
+    assert moments
+    restored = [run.silent, *run.lorsa.state_dict().values(), *moments]
+    for tensor in (loaded.x, loaded.y, loaded.tokens, *saved.state_dict().values(), *restored):
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_an_interrupted_save_leaves_the_run_at_its_last_finished_checkpoint(
+    model: Any, data: CachedSequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LorsaTraining(steps=4, lr_warm_up_steps=0, checkpoint_every=2)
+    save, n_calls = torch.save, 0
+
+    def cut_off(value: Any, path: Path) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            Path(path).write_bytes(b"a part")
+            raise KeyboardInterrupt
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train_lorsa(made(model, data), data, settings, out=tmp_path, progress=False)
+    assert last_checkpoint(tmp_path).name == "step_00000002"
+    unfinished = tmp_path / "checkpoints" / "step_00000004"
+    assert sorted(path.name for path in unfinished.iterdir()) == ["lorsa.json", "lorsa_weights.safetensors"]
 
 
 def test_token_windows_start_with_bos_and_lose_nothing() -> None:
@@ -243,7 +280,7 @@ def test_a_resumed_run_equals_one_without_interruption(model: Any, data: CachedS
     with pytest.raises(ValueError, match="checkpoints of another run"):
         train_lorsa(made(model, data), data, settings, out=tmp_path / "cut", progress=False)
     other = LorsaTraining(**{**settings.__dict__, "lr": 2e-3})
-    with pytest.raises(ValueError, match=r"other settings \['lr'\]"):
+    with pytest.raises(ValueError, match=r"other settings \['lr'\] \(lr was 0.001 and is 0.002\)"):
         train_lorsa(made(model, data), data, other, out=tmp_path / "cut", resume=True, progress=False)
 
 
@@ -258,15 +295,15 @@ def test_readings_add_up(model: Any, data: CachedSequences) -> None:
     lorsa = made(model, data)
     rates = firing_rates(lorsa, data)
     feature = int(rates.argmax())
-    found = top_contexts(lorsa, data, [feature], n=5)[feature]
-    activations = [context.activation for context in found]
-    assert len(found) == 5
+    contexts = top_contexts(lorsa, data, [feature], n=5)[feature]
+    activations = [context.activation for context in contexts]
+    assert len(contexts) == 5
     assert activations == sorted(activations, reverse=True)
     with torch.no_grad():
         dense = lorsa.encode(data.x).to_dense(N_OV).view(64, -1, N_OV)
     assert activations[0] == pytest.approx(float(dense[:, 1:, feature].max()))
     assert float(rates[feature]) == pytest.approx(float((dense[:, 1:, feature] != 0).float().mean()))
-    best = found[0]
+    best = contexts[0]
     reading = read_feature(lorsa, data, feature, best.sequence, best.position)
     assert reading.context.activation == pytest.approx(best.activation, rel=1e-4)
     assert float(reading.contributions.sum()) == pytest.approx(best.activation, rel=1e-4)
@@ -286,7 +323,7 @@ def test_readings_add_up(model: Any, data: CachedSequences) -> None:
         plot_reading(reading, words[:1])
 
 
-def theirs(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def llamascopium_folder(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A folder as llamascopium's ``save_pretrained`` and ``save_hyperparameters`` write it."""
     cfg = {
         "sae_type": "lorsa",
@@ -329,7 +366,7 @@ def theirs(folder: Path, **changes: Any) -> tuple[dict[str, Any], dict[str, torc
     return cfg, tensors
 
 
-def their_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def llamascopium_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Their definition: norm the input, select by pre-activation times decoder norm, scale the output back."""
     x = x * math.sqrt(8) / 5.0
     rotary = RotaryPositions(dim=4, base=100.0)
@@ -348,17 +385,17 @@ def their_forward(cfg: dict[str, Any], w: dict[str, torch.Tensor], x: torch.Tens
         rows = slice(head * 12, head * 12 + 12)
         pre.append(pattern @ (x @ w["W_V"][rows].T + w["b_V"][rows]))
     gated = torch.cat(pre, dim=-1) * w["W_O"].norm(dim=1)
-    kept = (gated >= gated.topk(4, dim=-1).values[..., -1:]) & (gated > 0)
-    acts = gated * kept / w["W_O"].norm(dim=1)
+    selected = (gated >= gated.topk(4, dim=-1).values[..., -1:]) & (gated > 0)
+    acts = gated * selected / w["W_O"].norm(dim=1)
     return (acts @ w["W_O"] + w["b_D"]) * 0.7 / math.sqrt(8)
 
 
 def test_a_llamascopium_folder_is_imported_with_its_norms_folded_in(tmp_path: Path) -> None:
-    cfg, weights = theirs(tmp_path)
+    cfg, weights = llamascopium_folder(tmp_path)
     lorsa = import_llamascopium(tmp_path)
     x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)) * 3
     with torch.no_grad():
-        torch.testing.assert_close(lorsa(x), their_forward(cfg, weights, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lorsa(x), llamascopium_forward(cfg, weights, x), rtol=1e-4, atol=1e-5)
     assert load_lorsa(save_lorsa(lorsa, tmp_path / "ours")).cfg == lorsa.cfg
     with pytest.raises(ValueError, match="use import_llamascopium"):
         load_lorsa(tmp_path)
@@ -378,7 +415,7 @@ def test_a_llamascopium_folder_is_imported_with_its_norms_folded_in(tmp_path: Pa
     ],
 )
 def test_what_an_import_does_not_know_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    theirs(tmp_path, **changes)
+    llamascopium_folder(tmp_path, **changes)
     with pytest.raises(ValueError, match=reason):
         import_llamascopium(tmp_path)
 
