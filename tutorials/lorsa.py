@@ -73,9 +73,12 @@ for name, start in starts.items():
 # %%
 best = lorsas["tied per head"]
 prompt = tokens[:1, : CONTEXT // 2]
-own = model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False, return_type="tokens")
+greedy = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "return_type": "tokens"}
+# TransformerLens 3.9 loses the key-value cache of transformers from 5.24 on, with a Lorsa and without.
+greedy["use_past_kv_cache"] = False
+own = model.generate(prompt, **greedy)
 with lo.attached(best, model, layer):
-    replaced = model.generate(prompt, max_new_tokens=8, do_sample=False, verbose=False, return_type="tokens")
+    replaced = model.generate(prompt, **greedy)
 print("the model's own: ", repr(model.tokenizer.decode(own[0, prompt.shape[1] :])))
 print("with the Lorsa in:", repr(model.tokenizer.decode(replaced[0, prompt.shape[1] :])))
 loss = lo.lorsa_loss_recovered(model, best, layer, held_out.tokens[:16])
