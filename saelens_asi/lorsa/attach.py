@@ -87,7 +87,18 @@ class _Call:
 
 @contextmanager
 def replaced(model: AttentionModel, layer: int, function: Replacement) -> Iterator[None]:
-    """Inside the block, the attention output of ``layer`` is what ``function`` makes of its input."""
+    """Inside the block, the attention output of ``layer`` is what ``function`` makes of its input.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        layer: index of the block.
+        function: of the input (batch, n_positions, d_model) of all positions, those of the key-value cache included,
+            the layer's own output (batch, n_new, d_model) at the last n_new, and where these may attend: bool,
+            broadcastable to (batch, 1, n_new, n_positions), or None. Returns the output (batch, n_new, d_model).
+
+    Raises:
+        ValueError: as ``attached`` does.
+    """
     attention = attention_module(model, layer)
     call = _Call()
     past = _Past()

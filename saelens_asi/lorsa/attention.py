@@ -147,14 +147,17 @@ class AttentionTarget:
 
     @property
     def n_heads(self) -> int:
+        """Query heads."""
         return self.W_Q.shape[0]
 
     @property
     def d_model(self) -> int:
+        """Width of what the layer reads and writes."""
         return self.W_Q.shape[1]
 
     @property
     def d_head(self) -> int:
+        """Width of queries, keys and values of a head."""
         return self.W_Q.shape[2]
 
 
@@ -203,6 +206,7 @@ def read_attention(model: AttentionModel, layer: int) -> AttentionTarget:
 
 
 def _per_query_head(weight: Tensor, n_heads: int) -> Tensor:
+    # Grouped queries (arXiv 2305.13245): a bridge gives one weight a group, a HookedTransformer one a query head.
     return weight if weight.shape[0] == n_heads else weight.repeat_interleave(n_heads // weight.shape[0], dim=0)
 
 

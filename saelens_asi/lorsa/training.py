@@ -33,14 +33,14 @@ class LorsaTraining:
         steps: optimizer steps.
         batch_size: sequences a step.
         lr: learning rate after warm-up.
-        lr_warm_up_steps: linear, from zero.
-        lr_decay_steps: linear, to zero, at the end.
+        lr_warm_up_steps: first steps, in which the learning rate rises linearly from zero.
+        lr_decay_steps: last steps, in which it falls linearly to zero.
         optimizer: ``"adam"``, or ``"sparse_adam"``: features that do not fire in a step keep their rows of W_V and
             W_O, b_V and all moments.
-        betas: of the optimizer.
+        betas: decay of the optimizer's first and second moments in a step.
         train_qk: whether queries and keys are trained too.
         k_start: features active at a position in the first step; it falls linearly to the config's k. None: k itself.
-        k_warm_up_steps: over so many steps.
+        k_warm_up_steps: steps in which it falls from ``k_start``; 0 without one.
         max_grad_norm: gradients are scaled down to this norm; None: never.
         seed: of the order of the sequences.
         log_every: steps between two lines of the history.
@@ -101,7 +101,10 @@ class LorsaTraining:
 
 
 def make_optimizer(lorsa: Lorsa, settings: LorsaTraining) -> SparseAdam:
-    """SparseAdam with one row a feature, or, for ``"adam"``, the same update for every entry."""
+    """SparseAdam with one row a feature, or, for ``"adam"``, the same update for every entry.
+
+    W_V, W_O and b_V have a row a feature; b_D and, with ``train_qk``, queries and keys move in every step.
+    """
     rows = [lorsa.W_V, lorsa.W_O, lorsa.b_V]
     qk = [p for name, p in lorsa.named_parameters() if name[-2:] in ("_Q", "_K") or name.endswith("_norm")]
     row_dim = 0 if settings.optimizer == "sparse_adam" else None
@@ -300,7 +303,7 @@ def batch_index(step: int, settings: LorsaTraining, n_sequences: int) -> Tensor:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest finished checkpoint of a run's folder."""
+    """The newest finished checkpoint of a run's folder: one with its ``state.json``. None where there is none."""
     finished = sorted((Path(folder) / CHECKPOINTS).glob(f"step_*/{_STATE}"))
     return finished[-1].parent if finished else None
 

@@ -76,6 +76,8 @@ def test_cached_and_model_sequences_are_the_same(model: Any, data: CachedSequenc
 def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequences, tmp_path: Path) -> None:
     loaded = CachedSequences.load(data.save(tmp_path / "sequences.safetensors"))
     saved = load_lorsa(save_lorsa(made(model, data), tmp_path / "lorsa"))
+    llamascopium_folder(tmp_path / "llamascopium")
+    imported = import_llamascopium(tmp_path / "llamascopium")
     settings = LorsaTraining(steps=2, lr_warm_up_steps=0, checkpoint_every=2)
     train_lorsa(made(model, data), data, settings, out=tmp_path / "run", progress=False)
     run = TrainingRun(made(model, data), settings, data.n_positions, tmp_path / "run")
@@ -83,8 +85,8 @@ def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequ
     moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     assert run.done == 2
     assert moments
-    restored = [run.silent, *run.lorsa.state_dict().values(), *moments]
-    for tensor in (loaded.x, loaded.y, loaded.tokens, *saved.state_dict().values(), *restored):
+    weights = [tensor for lorsa in (saved, imported, run.lorsa) for tensor in lorsa.state_dict().values()]
+    for tensor in (loaded.x, loaded.y, loaded.tokens, run.silent, *weights, *moments):
         assert tensor.data_ptr() % 64 == 0
 
 
