@@ -121,17 +121,17 @@ def load_documents(name: str, n_tokens: int, columns: tuple[str, ...] = _COLUMNS
         return world_english_bible()
     stream = load_dataset(name, split="train", streaming=True)
     row: dict[str, Any] = next(iter(stream), {})
-    found = next((column for column in columns if column in row), None)
-    if found is None:
+    source = next((column for column in columns if column in row), None)
+    if source is None:
         names = " or ".join(map(repr, columns))
         raise ValueError(f"--dataset {name!r} has no column {names}; its columns are {list(row)}")
-    kept = [column for column in (found, "attention_mask") if column in row]
-    wanted = n_tokens * (_CHARACTERS_PER_TOKEN if found == "text" else 1) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1)
+    own_columns = [column for column in (source, "attention_mask") if column in row]
+    n_missing = n_tokens * (_CHARACTERS_PER_TOKEN if source == "text" else 1) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1)
     rows: list[dict[str, Any]] = []
     for row in stream:
-        rows.append({column: row[column] for column in kept})
-        wanted -= len(row[found]) if "attention_mask" not in row else sum(row["attention_mask"])
-        if wanted <= 0 and len(rows) >= _FEWEST_DOCUMENTS:
+        rows.append({column: row[column] for column in own_columns})
+        n_missing -= len(row[source]) if "attention_mask" not in row else sum(row["attention_mask"])
+        if n_missing <= 0 and len(rows) >= _FEWEST_DOCUMENTS:
             break
     training = [row for i, row in enumerate(rows) if i % _HELD_OUT_EVERY]
     return Dataset.from_list(training), Dataset.from_list(rows[::_HELD_OUT_EVERY])

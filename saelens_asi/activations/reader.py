@@ -201,23 +201,23 @@ class HookActivations:
         self.exclude_special_tokens = exclude_special_tokens
         special_token_ids(model, exclude_special_tokens)  # here rather than in the first iteration
         self.cache, self.progress = cache, progress
-        self._kept: list[Tensor] | None = None
+        self._cached: list[Tensor] | None = None
 
     @property
     def hook_name(self) -> str:
         return next(iter(self.points))
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._cached is not None:
+            yield from self._cached
             return
-        kept = []
+        batches = []
         for batch in self._read():
             if self.cache:
-                kept.append(batch)
+                batches.append(batch)
             yield batch
         if self.cache:
-            self._kept = kept
+            self._cached = batches
 
     def _read(self) -> Iterator[Tensor]:
         text = TextPass(

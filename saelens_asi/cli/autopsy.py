@@ -76,10 +76,10 @@ def load_sae(name: str, device: str = "cpu") -> SAE[Any] | TrainingSAE[Any]:
         architecture = json.loads((folder / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
         training_class: type[TrainingSAE[Any]] = get_sae_training_class(architecture)[0]
         return training_class.load_from_disk(folder, device=device)
-    found = find_saes([name])
-    if len(found) > 1:
-        raise ValueError(f"{name} holds {len(found)} SAEs: name one of them, such as {found[0].name!r}")
-    return found[0].load(device)
+    sources = find_saes([name])
+    if len(sources) > 1:
+        raise ValueError(f"{name} holds {len(sources)} SAEs: name one of them, such as {sources[0].name!r}")
+    return sources[0].load(device)
 
 
 class _Scaled:

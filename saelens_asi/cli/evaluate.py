@@ -163,11 +163,12 @@ def _load_model(name: str, processing: Mapping[str, Any], flags: EvaluateFlags) 
 def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> None:
     known = {name: one for name, one in metadata.items() if one.get("model_name")}
     for name, one in known.items():
-        found = (_model_name(one["model_name"]), _processing(one))
-        if found != (model, processing):
-            said = [f"{named!r} {dict(how) or ''}".strip() for named, how in (found, (model, processing))]
+        own = (_model_name(one["model_name"]), _processing(one))
+        if own != (model, processing):
+            pair = (own, (model, processing))
+            first, second = (f"{named!r} {dict(changes) or ''}".strip() for named, changes in pair)
             raise ValueError(
-                f"the SAEs belong to several models ({name!r} to {said[0]}, others to {said[1]}): evaluate them "
+                f"the SAEs belong to several models ({name!r} to {first}, others to {second}): evaluate them "
                 "apart, or name one with --model"
             )
 

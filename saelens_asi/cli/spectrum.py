@@ -42,7 +42,7 @@ from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.plots import spectra as spectrum_plots
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
-from saelens_asi.spectra.findings import Row, findings, table_rows, write_table
+from saelens_asi.spectra.findings import SpectrumRow, findings, table_rows, write_table
 from saelens_asi.spectra.hook_spectra import activation_spectra
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -104,7 +104,7 @@ class SpectrumFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, SpecialTokensFlag,
         return {"batch_size": self.batch_size, "context_size": self.context_size, **self.excluded}
 
 
-def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[Row]:
+def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[SpectrumRow]:
     """Do what the flags ask for; returns the rows of the table."""
     model = open_model(flags.model, flags.device, DTYPES[flags.dtype])
     layers = layer_numbers(flags.layers, model.cfg.n_layers)
@@ -137,7 +137,7 @@ def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[Row
 
 
 def _figures(
-    rows: list[Row],
+    rows: list[SpectrumRow],
     layer: int,
     spectra: Mapping[str, Spectrum],
     losses: Mapping[str, ComponentLosses],
@@ -222,7 +222,7 @@ def _decomposition(
     return decompose_attention_output(model, data, layer, n_tokens, **flags.reading)
 
 
-def advice(rows: Sequence[Row], files: Mapping[str, str]) -> str:
+def advice(rows: Sequence[SpectrumRow], files: Mapping[str, str]) -> str:
     """What it means for an SAE on the lowest-rank hook; ``files`` leads from hooks to their spectrum files."""
     # Where one direction holds most of the variance, a share of the variance chooses no subspace.
     usual = [row for row in rows if row["first_component_variance_share"] <= 0.5] or rows
@@ -238,13 +238,18 @@ def advice(rows: Sequence[Row], files: Mapping[str, str]) -> str:
 
 
 def report(
-    title: str, command: str, sentences: Sequence[str], what_now: str, figures: Sequence[Path], rows: Sequence[Row]
+    title: str,
+    command: str,
+    sentences: Sequence[str],
+    what_now: str,
+    figures: Sequence[Path],
+    rows: Sequence[SpectrumRow],
 ) -> str:
     """A page in Markdown that stands beside its figures."""
     paragraph, _, code = what_now.partition("\n\n")
     table = markdown_table(
         list(_COLUMNS.values()),
-        [[_cell(key, row[key]) for key in _COLUMNS] for row in rows],
+        [[_cell(key, value) for key, value in _in_columns(row)] for row in rows],
         align="l" + "r" * (len(_COLUMNS) - 1),
     )
     return "\n\n".join(
@@ -264,7 +269,12 @@ def report(
     )
 
 
-def _cell(key: str, value: float | str | None) -> str:
+def _in_columns(row: SpectrumRow) -> list[tuple[str, object]]:
+    values = dict(row)
+    return [(key, values[key]) for key in _COLUMNS]
+
+
+def _cell(key: str, value: object) -> str:
     if key.endswith("_share"):
         return f"{value:.1%}"
     return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)

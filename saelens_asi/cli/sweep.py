@@ -55,8 +55,8 @@ def _axis(name: str, hint: Any, default: Any) -> Any:
     kind: Callable[[str], Any] = kinds.pop() if len(kinds) == 1 else _number_or_word
     shown = "number or word" if kind is _number_or_word else kind.__name__
     values = {"choices": ARCHITECTURES} if name == "architecture" else {"metavar": f"{shown} [{shown} ...]"}
-    said = get_attribute_docstring(Cell, name).desc_from_cls_docstring.rstrip(".")
-    return simple_parsing.field(default=(), help=f"{said}; default: {default}", type=kind, nargs="*", **values)
+    text = get_attribute_docstring(Cell, name).desc_from_cls_docstring.rstrip(".")
+    return simple_parsing.field(default=(), help=f"{text}; default: {default}", type=kind, nargs="*", **values)
 
 
 # One flag for each field of Cell; an axis without values is no part of the grid.

@@ -22,15 +22,15 @@ def parse(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
     """SAELens's parser, under our name. Raises ValueError or argparse.ArgumentError for a flag that is wrong."""
     from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
-    said = io.StringIO()
-    with _program_called(PROGRAM), contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with _program_called(PROGRAM), contextlib.redirect_stderr(errors):
         try:
             return _parse_cfg_args(list(args))
         except SystemExit as stop:
             if not stop.code:
                 raise
     # argparse shows the usage, some hundred lines, and then what is wrong.
-    raise ValueError(said.getvalue().rpartition(f"{PROGRAM}: error: ")[2])
+    raise ValueError(errors.getvalue().rpartition(f"{PROGRAM}: error: ")[2])
 
 
 @contextlib.contextmanager

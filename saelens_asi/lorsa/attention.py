@@ -10,24 +10,14 @@ from typing import Any, Literal, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
+from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.lorsa.config import Llama3Scaling, RotaryPositions
 
 
-class AttentionModel(Protocol):
-    """What is used of a HookedTransformer and of a TransformerBridge alike: neither's type fits both."""
-
-    @property
-    def cfg(self) -> Any: ...
-
-    @property
-    def hook_dict(self) -> Mapping[str, Any]: ...
-
-    @property
-    def blocks(self) -> Any: ...
+class AttentionModel(HookedModel, Protocol):
+    """A HookedTransformer or TransformerBridge, as far as its attention is read."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def __call__(self, tokens: Tensor, **options: Any) -> Any: ...
 
 
 class PatternSettings(TypedDict, total=False):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -15,6 +14,7 @@ from torch import Tensor
 from saelens_asi.plots.style import COLORS, make_axes
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
+from saelens_asi.spectra.findings import SpectrumRow
 from saelens_asi.spectra.spectrum import Spectrum
 
 KIND_COLORS = {
@@ -32,14 +32,18 @@ def kind_color(kind: str, kinds: Sequence[str]) -> str:
     return KIND_COLORS.get(kind) or _OTHER_COLORS[others.index(kind) % len(_OTHER_COLORS)]
 
 
-def ranks_across_layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def ranks_across_layers(rows: Sequence[SpectrumRow]) -> Figure:
     """Two ranks as shares of the width, one line a kind of hook; ``rows`` as in ``spectra.findings.table_rows``."""
     figure, axes = make_axes(10.5, 3.8, columns=2)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    panels = {"effective_rank_share": "Effective rank / width", "dimension_99_share": "Dimensions for 99 % of variance"}
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    panels = {
+        "Effective rank / width": [row["effective_rank_share"] for row in rows],
+        "Dimensions for 99 % of variance": [row["dimension_99_share"] for row in rows],
+    }
+    for axis, (title, ranks) in zip(axes, panels.items(), strict=True):
         for kind in kinds:
-            points = sorted((row["layer"], row[key]) for row in rows if row["kind"] == kind)
+            pairs = zip(rows, ranks, strict=True)
+            points = sorted((row["layer"], rank) for row, rank in pairs if row["kind"] == kind)
             layers, shares = zip(*points, strict=True)
             axis.plot(layers, shares, marker="o", markersize=3.5, color=kind_color(kind, kinds), label=kind)
         axis.set_title(title)

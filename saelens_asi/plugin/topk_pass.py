@@ -191,11 +191,11 @@ def _encode(
         active, answers = encode_batch_top_k(x, encoder, int(k * x.shape[0]), queries, workspace)
     else:
         if screen is None or n_dead > sae.cfg.d_sae * _MAX_DEAD_SHARE:
-            found, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
+            best, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
         else:
-            found = screen.top_k(x, encoder, k, workspace)
+            best = screen.top_k(x, encoder, k, workspace)
             answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
-        active = entries_of(found)
+        active = entries_of(best)
         active = active.where(active.scores != 0 if encoder.magnitude else active.scores > 0)
     return active, [entries_of(answer) for answer in answers]
 

@@ -208,10 +208,10 @@ def _module(name: str) -> ModuleType | None:
 def _resolve(place: str) -> Any:
     """What stands at ``module:name`` or ``module:Class.name``; None where nothing does."""
     module, _, path = place.partition(":")
-    found: Any = _module(module)
+    thing: Any = _module(module)
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        thing = getattr(thing, name, None)
+    return thing
 
 
 def _members(cls: type) -> set[str]:

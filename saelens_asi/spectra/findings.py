@@ -2,77 +2,101 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TypedDict
+
+import pandas as pd
 
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.spectra.attention import AttentionDecomposition
 from saelens_asi.spectra.components import ComponentLosses
 from saelens_asi.spectra.spectrum import Spectrum
 
-_TAUS = {"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999, "99.99": 0.9999}
-
 # Below this share of the width, features that start anywhere mostly start outside of what the activations use.
 _LOW_RANK_SHARE = 0.65
 
-Row = dict[str, Any]
+# Of one hook: ranks as numbers and as shares of the width, length of the mean, sample size. "dimension_99.9" is how many
+# directions hold 99.9 % of the variance; None stands for what means nothing there.
+SpectrumRow = TypedDict(
+    "SpectrumRow",
+    {
+        "hook": str,
+        "layer": int,
+        "kind": str,
+        "width": int,
+        "n_tokens": int,
+        "effective_rank": float,
+        "effective_rank_share": float,
+        "dimension_50": int,
+        "dimension_90": int,
+        "dimension_99": int,
+        "dimension_99.9": int,
+        "dimension_99.99": int,
+        "dimension_99_share": float,
+        "above_5_percent": int,
+        "first_component_variance_share": float,
+        "mean_to_deviation": float | None,
+        "total_variance": float,
+        "effective_rank_shift": float | None,
+    },
+)
 
 
-def table_rows(spectra: Mapping[str, Spectrum]) -> list[Row]:
-    """One row a hook: ranks as numbers and as shares of the width, length of the mean, sample size."""
-    rows = []
-    for name, s in spectra.items():
-        layer, kind = split_name(name)
-        dimensions = {f"dimension_{label}": s.intrinsic_dimension(tau) for label, tau in _TAUS.items()}
-        rows.append(
-            {
-                "hook": name,
-                "layer": layer,
-                "kind": kind,
-                "width": s.d,
-                "n_tokens": s.n_tokens,
-                "effective_rank": s.effective_rank,
-                "effective_rank_share": s.effective_rank / s.d,
-                **dimensions,
-                "dimension_99_share": dimensions["dimension_99"] / s.d,
-                "above_5_percent": s.components_above(0.05),
-                "first_component_variance_share": s.variance_explained(1),
-                "mean_to_deviation": float(s.mean.norm()) / s.total_variance**0.5 if s.total_variance else None,
-                "total_variance": s.total_variance,
-                "effective_rank_shift": s.effective_rank_shift if s.has_small_sample else None,
-            }
-        )
-    return rows
+def table_rows(spectra: Mapping[str, Spectrum]) -> list[SpectrumRow]:
+    """One row a hook."""
+    return [_row(name, spectrum) for name, spectrum in spectra.items()]
 
 
-def write_table(rows: Sequence[Row], folder: Path) -> list[Path]:
+def _row(name: str, s: Spectrum) -> SpectrumRow:
+    layer, kind = split_name(name)
+    return {
+        "hook": name,
+        "layer": layer,
+        "kind": kind,
+        "width": s.d,
+        "n_tokens": s.n_tokens,
+        "effective_rank": s.effective_rank,
+        "effective_rank_share": s.effective_rank / s.d,
+        "dimension_50": s.intrinsic_dimension(0.5),
+        "dimension_90": s.intrinsic_dimension(0.9),
+        "dimension_99": s.intrinsic_dimension(0.99),
+        "dimension_99.9": s.intrinsic_dimension(0.999),
+        "dimension_99.99": s.intrinsic_dimension(0.9999),
+        "dimension_99_share": s.intrinsic_dimension(0.99) / s.d,
+        "above_5_percent": s.components_above(0.05),
+        "first_component_variance_share": s.variance_explained(1),
+        "mean_to_deviation": float(s.mean.norm()) / s.total_variance**0.5 if s.total_variance else None,
+        "total_variance": s.total_variance,
+        "effective_rank_shift": s.effective_rank_shift if s.has_small_sample else None,
+    }
+
+
+def write_table(rows: Sequence[SpectrumRow], folder: Path) -> list[Path]:
     """``table.csv`` and ``table.json`` in a folder."""
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+    short = [{key: _short(value) for key, value in row.items()} for row in rows]
+    # As objects, or pandas would write the integers of a column with gaps as floats.
+    pd.DataFrame(short, dtype=object).to_csv(folder / "table.csv", index=False, lineterminator="\n")
     (folder / "table.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     return [folder / "table.csv", folder / "table.json"]
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
 def findings(
-    rows: Sequence[Row], losses: Mapping[str, ComponentLosses], parts: AttentionDecomposition | None
+    rows: Sequence[SpectrumRow], losses: Mapping[str, ComponentLosses], parts: AttentionDecomposition | None
 ) -> list[str]:
     """What the numbers say, one sentence each."""
-    said = []
+    sentences = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         own = [row for row in rows if row["kind"] == kind]
-        ranks, dims = ([row[key] for row in own] for key in ("effective_rank_share", "dimension_99_share"))
+        ranks, dims = [row["effective_rank_share"] for row in own], [row["dimension_99_share"] for row in own]
         verdict = "low-rank" if mean(dims) < _LOW_RANK_SHARE else "not low-rank"
-        said.append(
+        sentences.append(
             f"{kind} is {verdict}: {mean(dims):.0%} of its dimensions hold 99 % of the variance "
             f"(layers: {min(dims):.0%} to {max(dims):.0%}), effective rank {mean(ranks):.0%} of the width."
         )
@@ -80,25 +104,25 @@ def findings(
     if dominated:
         names = ", ".join(f"{row['hook']} ({row['first_component_variance_share']:.0%})" for row in dominated[:3])
         more = f" and {len(dominated) - 3} more" if len(dominated) > 3 else ""
-        said.append(
+        sentences.append(
             f"One direction holds over half of the variance of {names}{more}: there, dimensions for a share of the "
             "variance count that direction more than anything else, and the effective rank says more."
         )
     if parts is not None:
-        said.append(_why_low_rank(parts))
+        sentences.append(_why_low_rank(parts))
     for kind, loss in losses.items():
-        said.append(_loss_sentence(kind, loss))
+        sentences.append(_loss_sentence(kind, loss))
         warning = loss.warning()
         if warning:
-            said.append(warning + ".")
-    small = [row for row in rows if row["effective_rank_shift"] is not None]
-    if small:
-        worst = min(small, key=lambda row: row["effective_rank_shift"])
-        said.append(
-            f"The sample is small for {len(small)} of {len(rows)} hooks: the effective rank of {worst['hook']} is at "
-            f"least {-worst['effective_rank_shift']:.1%} too low from {worst['n_tokens']:,} tokens."
+            sentences.append(warning + ".")
+    shifts = [(row["effective_rank_shift"], row) for row in rows if row["effective_rank_shift"] is not None]
+    if shifts:
+        lowest, worst = min(shifts, key=lambda pair: pair[0])
+        sentences.append(
+            f"The sample is small for {len(shifts)} of {len(rows)} hooks: the effective rank of {worst['hook']} is at "
+            f"least {-lowest:.1%} too low from {worst['n_tokens']:,} tokens."
         )
-    return said
+    return sentences
 
 
 def _why_low_rank(parts: AttentionDecomposition) -> str:
