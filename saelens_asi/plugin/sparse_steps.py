@@ -190,7 +190,7 @@ def _contiguous_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: 
     state_dict[f"{prefix}W_enc"] = state_dict[f"{prefix}W_enc"].contiguous()
 
 
-def sparse_adam(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
+def make_optimizer(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
     """The optimizer of a run with ``optimizer="sparse_adam"``, at SAELens's settings for its own."""
     if torch.device(cfg.device).type == "cpu":
         load_kernels()  # here rather than in the first step: the first time, they are compiled

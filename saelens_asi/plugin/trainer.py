@@ -27,7 +27,7 @@ from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import Recorder, Silence, StepFacts, count_firings, output_folder
-from saelens_asi.plugin.sparse_steps import SparseSteps, sparse_adam
+from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -85,7 +85,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
     def _use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
         cfg = self.cfg
-        self.optimizer = sparse_adam(cfg, self.sae)
+        self.optimizer = make_optimizer(cfg, self.sae)
         self.lr_scheduler = get_lr_scheduler(
             cfg.lr_scheduler_name,
             lr=cfg.lr,

@@ -18,8 +18,8 @@ from saelens_asi.spectra.spectrum import Spectrum
 # Below this share of the width, features that start anywhere mostly start outside of what the activations use.
 _LOW_RANK_SHARE = 0.65
 
-# Of one hook: ranks as numbers and as shares of the width, length of the mean, sample size. "dimension_99.9" is how many
-# directions hold 99.9 % of the variance; None stands for what means nothing there.
+# Of one hook: ranks as numbers and as shares of the width, length of the mean, sample size. "dimension_99.9": how many
+# directions hold 99.9 % of the variance. None stands for what means nothing there.
 SpectrumRow = TypedDict(
     "SpectrumRow",
     {
