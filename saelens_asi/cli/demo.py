@@ -167,8 +167,7 @@ def runner_config(
         training_tokens=steps * batch,
         train_batch_size_tokens=batch,
         store_batch_size_prompts=32,
-        # A buffer of several times the text of a short run would only be filled.
-        n_batches_in_buffer=max(4, min(64, 4 * settings.training_tokens // (32 * settings.context_size))),
+        n_batches_in_buffer=64,
         exclude_special_tokens=True,
         lr=settings.lr,
         lr_warm_up_steps=min(20, steps // 4),

@@ -109,7 +109,7 @@ def test_every_flag_of_lorsas_settings_says_what_the_class_says(capsys: pytest.C
     shown = {
         action.option_strings[-1]: action.help for action in actions("lorsa train", capsys) if action.option_strings
     }
-    assert shown["--lr-decay-steps"].startswith("linear, to zero, at the end.")
+    assert shown["--lr-decay-steps"].startswith("last steps, in which it falls linearly to zero.")
     assert shown["--init-balance"].startswith('of ``"per_head"``: a feature\'s row of W_V is divided')
 
 

@@ -89,7 +89,6 @@ def test_queries_and_keys_are_copied_to_more_heads() -> None:
         Lorsa.from_attention(model, 1, n_ov_heads=48, k=4, n_qk_heads=6)
 
 
-@pytest.mark.xdist_group("real model")
 @pytest.mark.skipif(not EMBEDDED, reason="needs the packages of the embedded demo: see the Makefile")
 def test_exact_on_a_real_model_and_real_text() -> None:
     from transformer_lens.model_bridge import TransformerBridge

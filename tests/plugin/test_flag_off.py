@@ -15,8 +15,6 @@ from sae_lens.training.sae_trainer import SAETrainer
 import saelens_asi  # noqa: F401
 from tests.helpers import tiny
 
-pytestmark = pytest.mark.xdist_group("flag off")  # its two trainings are made once
-
 SAVED = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "trainer_state.pt")
 
 
