@@ -168,7 +168,7 @@ def _on_hub(name: str) -> list[SAESource]:
     if sae_id and not Path(name).is_absolute() and not name.startswith("."):
         return [SAESource(sae_id, None, repository, sae_id)]
     near = difflib.get_close_matches(name, directory, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     raise ValueError(
         f"{name!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
         "or owner/repository/path on the hub"
