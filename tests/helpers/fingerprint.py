@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -43,6 +44,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": "sparse_adam"},
     "both": {"initializer": "active_subspace", "optimizer": "sparse_adam"},
 }
+# Whether commands count in tokens; earlier versions counted windows and sequences.
+TOKENS = importlib.util.find_spec("saelens_asi.cli.flags") is not None
+
 # A clock's, a process's, or prose.
 _TIMED = re.compile(r'"(seconds|cpu_seconds|seconds_per_1k_tokens|modified_ns|folder)": [^,}\n]*')
 _LEFT_OUT = (".png", ".html", ".md", ".log")
@@ -193,8 +197,15 @@ def commands() -> dict[str, Any]:
         source = ["--model", "./tiny_llama", "--dataset", "./documents"]
         window = ["--context-size", "16"]
         demo = ["demo", *source, "--d-sae", "64", "--k", "4", "--training-tokens", "8192", "--held-out-tokens", "600"]
+        demo += ["--loss-tokens", "64"] if TOKENS else ["--loss-windows", "4"]
         calls = {
-            "demo": [*demo, *window, "--loss-tokens", "64", "--out", "demo"],
+            "demo": [
+                *demo,
+                *window,
+                *(("--loss-tokens", "64") if TOKENS else ("--loss-windows", "4")),
+                "--out",
+                "demo",
+            ],
             "spectrum": ["spectrum", *source, *window, "--n-tokens", "900", "--loss-tokens", "64", "--out", "spectrum"],
             "evaluate": ["evaluate", "demo", *source, "--n-tokens", "500", "--loss-tokens", "64", "--out", "evaluate"],
             "autopsy": ["autopsy", "demo/stock", *source, "--n-tokens", "900", "--n-sample", "300", "--out", "autopsy"],
@@ -204,8 +215,10 @@ def commands() -> dict[str, Any]:
             ],
             "lorsa": [
                 *("lorsa", "train", *source, *window, "--n-ov-heads", "64", "--k", "8", "--steps", "20"),
-                *("--lr-warm-up-steps", "4", "--n-sequences", "64", "--held-out-tokens", "256"),
-                *("--loss-tokens", "64", "--out", "lorsa"),
+                *("--lr-warm-up-steps", "4", "--n-sequences", "64"),
+                *(("--held-out-tokens", "256") if TOKENS else ("--held-out-sequences", "16")),
+                *(("--loss-tokens", "64") if TOKENS else ("--loss-sequences", "4")),
+                *("--out", "lorsa"),
             ],
         }
         for name, call in calls.items():
