@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from sae_lens.util import get_special_token_ids
@@ -16,7 +16,6 @@ Reader = Callable[[Tensor], None]
 Writer = Callable[[Tensor], Tensor]
 
 
-@runtime_checkable
 class HookedModel(Protocol):
     """What is used of a HookedTransformer and of a TransformerBridge alike: neither's type fits both."""
 
