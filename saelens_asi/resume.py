@@ -1,17 +1,27 @@
-"""What interrupted work goes on from: files that are whole or not there, and tensors that give equal bits."""
+"""What interrupted work goes on from: files and folders that are whole or not there, tensors that give equal bits."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+MANIFEST = "manifest.json"
+LOCK, WRITER = ".writer.lock", ".writer.json"
+
+_CHUNK = 1 << 24  # bytes read at a time for a checksum
 
 
 @contextmanager
@@ -53,14 +63,21 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     A file's memory is not aligned as torch's is. MKL then adds in another order on some processors, and what continues
     from such a tensor differs in the last bit: hence the copies.
     """
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
 
 
 def tensor_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, without its tensors."""
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         return file.metadata() or {}
+
+
+def _opened(path: str | Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -68,3 +85,127 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     now = json.loads(json.dumps(dict(now)))
     names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     return "; ".join(f"{name} was {saved.get(name)!r} and is {now.get(name)!r}" for name in names)
+
+
+@contextmanager
+def folder_written_whole(path: str | Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder beside ``path``, which takes its name when the block has ended well.
+
+    All files are synced, and listed in a manifest with their sizes and checksums, before that: a folder whose manifest
+    fits (see ``damage``) is whole, whatever it is called. After an error nothing of it is left.
+
+    Args:
+        path: of the folder; what is there under that name is replaced.
+        facts: what the manifest tells beside its files, as JSON.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        files = {name: _synced(unfinished / name) for name in _file_names(unfinished)}
+        write_json(unfinished / MANIFEST, {**facts, "files": files}, indent=1)
+        for folder in (unfinished, *(one for one in unfinished.rglob("*") if one.is_dir())):
+            _sync_folder(folder)
+        if path.exists():
+            path.replace(replaced)
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _file_names(folder: Path) -> list[str]:
+    files = (one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def _synced(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(path: str | Path) -> str:
+    """xxh3_128 of a file's bytes, as hexadecimal digits: it finds damage, not forgery."""
+    digest = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """What the manifest of a folder tells; None where there is none that can be read: such a folder is not whole."""
+    try:
+        manifest = json.loads((Path(folder) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def damage(folder: str | Path) -> str | None:
+    """What of a folder does not fit its manifest, in words; None for a folder that is whole."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    if manifest is None:
+        return f"it has no {MANIFEST} that can be read"
+    for name, listed in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != listed["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {listed['bytes']}"
+        if checksum(path) != listed["xxh3_128"]:
+            return f"the checksum of {name} differs"
+    return None
+
+
+@contextmanager
+def one_writer(folder: str | Path, setting: str) -> Iterator[None]:
+    """Hold a folder for this process; the operating system lets it go when the process ends, however it ends.
+
+    Args:
+        folder: made where it is not there.
+        setting: what named the folder, for the error.
+
+    Raises:
+        ValueError: while another run writes there; names its host, process and start.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"{setting}={str(folder)!r} is being written by {_writer(folder)}: wait for it to end, stop it, or set "
+            f"{setting} to another folder"
+        ) from None
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        write_json(folder / WRITER, {"host": socket.gethostname(), "pid": os.getpid(), "started": started})
+        yield
+    finally:
+        (folder / WRITER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _writer(folder: Path) -> str:
+    try:
+        writer = json.loads((folder / WRITER).read_text())
+        return f"process {writer['pid']} on {writer['host']} since {writer['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"
