@@ -40,6 +40,7 @@ from saelens_asi.cli.flags import (
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.plots import spectra as spectrum_plots
+from saelens_asi.resume import write_json, written_whole
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
 from saelens_asi.spectra.findings import SpectrumRow, findings, table_rows, write_table
@@ -173,7 +174,8 @@ def _spectra(
     spectra = activation_spectra(model, data, names, flags.n_tokens, checkpoint=checkpoint, **flags.reading)
     for name, spectrum in spectra.items():
         spectrum.save(files[name])
-    done.write_text(settings)
+    with written_whole(done) as unfinished:
+        unfinished.write_text(settings)
     checkpoint.unlink(missing_ok=True)
     return spectra, files
 
@@ -198,7 +200,7 @@ def _losses(
                 model, tokens, name, numbers, spectrum=spectra[name], batch_size=_LOSS_BATCH, **flags.excluded
             )
             saved[name] = {**vars(loss), "components": {str(k): p for k, p in loss.components.items()}}
-            path.write_text(json.dumps(saved, indent=1) + "\n")
+            write_json(path, saved, indent=1)
         values = json.loads(json.dumps(saved[name]))
         components = {int(k): Predictions(*p) for k, p in values["components"].items()}
         ends = {end: Predictions(*values[end]) for end in ("clean", "zero", "mean")}

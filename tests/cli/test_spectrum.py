@@ -235,3 +235,25 @@ def test_windows_for_the_loss_are_held_out(bridge, text_folder: Path) -> None:
     }
     for tokens, _ in token_batches(bridge, held_out, 1, 16):
         assert tuple(tokens[0].tolist()) not in windows
+
+
+@pytest.mark.parametrize("name", ["settings.json", "losses.json"])
+def test_what_a_second_run_reads_is_written_whole(
+    name: str, llama_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when half of the text is there."""
+    stock = Path.write_text
+
+    def half(self: Path, text: str, *args: object) -> int:
+        if not self.name.startswith(name):
+            return stock(self, text, *args)
+        stock(self, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(SystemExit):
+            spectrum(llama_folder, text_folder, tmp_path, "--hooks", "mlp_out")
+    assert not list(tmp_path.rglob(f"{name}*"))
+    spectrum(llama_folder, text_folder, tmp_path, "--hooks", "mlp_out")
+    assert json.loads(next(tmp_path.rglob(name)).read_text())
