@@ -1,0 +1,93 @@
+"""Files that were damaged, and processes that were killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from tests.helpers import resumable
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What happens to a file; places are shares of its length."""
+
+    kind: str
+    place: float
+    other: float
+    bit: int
+
+    def choose(self, names: Sequence[str]) -> str:
+        return names[self.bit * len(names) // 8]
+
+    def apply(self, path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        i, j = (min(int(share * len(content)), len(content) - 1) for share in (self.place, self.other))
+        if self.kind == "flip":
+            content[i] ^= 1 << self.bit
+        elif self.kind == "swap":
+            content[i], content[j] = content[j], content[i]
+        elif self.kind == "cut":
+            del content[i:]
+        elif self.kind == "empty":
+            content.clear()
+        else:
+            path.unlink()
+            path.mkdir()
+            return
+        path.write_bytes(content)
+
+
+def damages() -> st.SearchStrategy[Damage]:
+    share = st.floats(0, 1)
+    # Headers are short: half of the places lie in the first part.
+    place = st.one_of(share, st.floats(0, 0.1))
+    kind = st.sampled_from(["flip", "flip", "swap", "cut", "empty", "folder"])
+    return st.builds(Damage, kind, place, share, st.integers(0, 7))
+
+
+def assert_survives_kills(kind: str, folder: Path, n_kills: int = 3, seed: int = 0) -> None:
+    """Run what ``resumable`` has, killed ``n_kills`` times, and once without: results are the same."""
+    whole = folder / "whole"
+    seconds = _run(kind, whole, None)
+    moments = random.Random(seed)
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT]
+    n_hit = 0
+    for i in range(n_kills):
+        _run(kind, folder / "parts", numbers[i % len(numbers)], moments.random() * seconds)
+        n_hit += 1
+    _run(kind, folder / "parts", None)
+    assert n_hit == n_kills
+    assert resumable.digest(kind, folder / "parts") == resumable.digest(kind, whole)
+
+
+def _run(kind: str, folder: Path, number: int | None, after: float = 0) -> float:
+    """Run it to the end, or until it is killed ``after`` seconds of work. Returns the seconds of work."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.helpers.resumable", kind, str(folder)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "started":
+            assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
+        start = time.monotonic()
+        if number is not None:
+            time.sleep(after)
+            process.send_signal(number)
+        _, errors = process.communicate()
+        took = time.monotonic() - start
+        if number is None:
+            assert process.returncode == 0, errors[-3000:]
+    return took
