@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     class _Fields:
         initializer: Literal["default", "active_subspace"] | ActiveSubspaceInit = "default"
         optimizer: Literal["adam", "sparse_adam"] = "adam"
+        checkpoint_minutes: float = 10.0
+        keep_checkpoints: int = 2
+        checkpoint_buffer: float = 8.0
+        max_skipped_fraction: float = 0.01
+        resume: str | None = None
 
     @dataclass(kw_only=True)
     class AbsTopKTrainingSAEConfig(_Fields, sae_lens.AbsTopKTrainingSAEConfig): ...

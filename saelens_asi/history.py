@@ -70,7 +70,8 @@ def read_history(path: str | Path) -> list[Record]:
     A run with ``initializer`` or ``optimizer`` set writes a record every ``logger.wandb_log_frequency`` steps, with or
     without W&B, and one at its end. What is not finite is null.
 
-    - ``step`` (steps done), ``n_tokens`` (activations trained on), ``seconds`` of training, ``lr``, ``coefficients``,
+    - ``step`` (steps done), ``n_tokens`` (activations drawn), ``n_skipped_tokens`` (of them left out, because they were
+      not finite), ``seconds`` of training, ``lr``, ``coefficients``,
       ``grad_norm`` (before clipping; null where SAELens keeps it to itself);
     - of that step's batch, in the space that the SAE is trained in: ``loss`` and its parts (``losses``), ``metrics``,
       ``l0``, ``nmse``, and ``explained_variance`` (1 - nmse, against the variance within the batch);

@@ -1,7 +1,7 @@
-"""The ``initializer`` and ``optimizer`` fields of SAELens's training configs, added in place.
+"""The plugin's fields of SAELens's training configs, added in place: the two flags, and how a flagged run is kept.
 
 The class objects stay the same, so that registries, isinstance checks, third-party subclasses and the command line
-see them. A config that leaves both at their defaults is saved exactly as before.
+see them. A config that leaves all of them at their defaults is saved exactly as before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -21,9 +22,29 @@ from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
 # Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
 AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
-DEFAULTS = {"initializer": "default", "optimizer": "adam"}
+FLAGS = {"initializer": "default", "optimizer": "adam"}
+# Of a run with one of the flags, or with one of these: when it is saved, and what stops it.
+KEEPING = {
+    "checkpoint_minutes": 10.0,
+    "keep_checkpoints": 2,
+    "checkpoint_buffer": 8.0,
+    "max_skipped_fraction": 0.01,
+    "resume": None,
+}
+DEFAULTS: dict[str, Any] = {**FLAGS, **KEEPING}
 INITIALIZERS = ("default", INITIALIZER_NAME)
 OPTIMIZERS = ("adam", "sparse_adam")
+
+_HELP = {
+    "checkpoint_minutes": "Minutes between checkpoints of a run with initializer, optimizer or one of these set, and "
+    "longer where they would take over 1 %% of the time; 0: only those of n_checkpoints.",
+    "keep_checkpoints": "How many of the checkpoints by time or interrupt stay; those of n_checkpoints all do.",
+    "checkpoint_buffer": "Up to this many GiB, a checkpoint holds the activations of the mixing buffer, so that a "
+    "resume is exact; 0: never.",
+    "max_skipped_fraction": "Share of activations that may be left out because they are not finite.",
+    "resume": "'latest', the newest whole checkpoint below the folder of checkpoints, or a folder. For runners without "
+    "resume_from_checkpoint; that setting takes 'latest' too.",
+}
 
 _GENERATED = ("__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__")
 
@@ -54,6 +75,20 @@ def _checked_optimizer(value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+def _checked_keeping(name: str, value: Any) -> Any:
+    if name == "resume":
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"resume={value!r} must be 'latest', the folder of a checkpoint, or None")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
+        raise ValueError(f"{name}={value!r} must be a number of at least 0")
+    if name == "keep_checkpoints" and value < 1:
+        raise ValueError(f"keep_checkpoints={value!r} must be at least 1: the newest is what a resume goes on from")
+    if name == "max_skipped_fraction" and value > 1:
+        raise ValueError(f"max_skipped_fraction={value!r} must be at most 1")
+    return value
+
+
 def _parse_initializer(text: str) -> str | ActiveSubspaceInit:
     try:
         return _checked_initializer(json.loads(text) if text.startswith("{") else text, None)
@@ -64,8 +99,16 @@ def _parse_initializer(text: str) -> str | ActiveSubspaceInit:
 
 
 def add_fields() -> None:
-    """Add the two fields to ``TrainingSAEConfig`` and to every subclass that exists."""
-    TrainingSAEConfig.__annotations__.update(initializer=Any, optimizer=str)
+    """Add the fields to ``TrainingSAEConfig`` and to every subclass that exists."""
+    TrainingSAEConfig.__annotations__.update(
+        initializer=Any,
+        optimizer=str,
+        checkpoint_minutes=float,
+        keep_checkpoints=int,
+        checkpoint_buffer=float,
+        max_skipped_fraction=float,
+        resume=str | None,
+    )
     TrainingSAEConfig.initializer = simple_parsing.field(  # type: ignore[attr-defined]
         default=DEFAULTS["initializer"],
         type=_parse_initializer,
@@ -79,6 +122,13 @@ def add_fields() -> None:
         type=str,
         help="'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps weights and moments.",
     )
+    for name, help_text in _HELP.items():
+        kind = TrainingSAEConfig.__annotations__[name]
+        setattr(
+            TrainingSAEConfig,
+            name,
+            simple_parsing.field(default=KEEPING[name], type=str if name == "resume" else kind, help=help_text),
+        )
     _decorate_again(TrainingSAEConfig, fresh=tuple(DEFAULTS))
     _wrap_methods()
     _decorate_subclasses(TrainingSAEConfig)
@@ -128,6 +178,8 @@ def _wrap_methods() -> None:
             value = _checked_initializer(value, self.__dict__.get("d_in"))
         elif name == "optimizer":
             value = _checked_optimizer(value)
+        elif name in KEEPING:
+            value = _checked_keeping(name, value)
         object.__setattr__(self, name, value)
 
     def to_dict(self: TrainingSAEConfig) -> dict[str, object]:
@@ -147,6 +199,7 @@ def _wrap_methods() -> None:
 
 def _as_saved(values: dict[str, object]) -> dict[str, object]:
     values = {name: value for name, value in values.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    values.pop("resume", None)  # of this run alone
     initializer = values.get("initializer")
     if isinstance(initializer, ActiveSubspaceInit):
         values["initializer"] = initializer.to_dict()

@@ -18,10 +18,13 @@ from saelens_asi.history import TRAINING_HISTORY, History, Record, read_history
 
 logger = logging.getLogger(__name__)
 
+# Of a run without checkpoints, until it has ended.
+UNFINISHED_HISTORY = "training_history.unfinished.jsonl"
+
 # Within how many tokens a feature has to fire; arXiv 2508.16929 counts over the last of them.
 SILENT_TOKENS = (100_000, 1_000_000, 10_000_000)
 
-_RUNNER_CONFIGS = (LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig, SyntheticSAERunnerConfig)
+RUNNER_CONFIGS = (LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig, SyntheticSAERunnerConfig)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class StepFacts:
         gradient_norm: before clipping; None where SAELens keeps it to itself.
         coefficients: of the losses, by SAELens's names.
         l0: features that fired on a token, the mean over the batch; a tensor without dimensions.
+        n_skipped: activations of the run so far that were left out, because they were not finite.
     """
 
     step: int
@@ -43,6 +47,7 @@ class StepFacts:
     gradient_norm: Tensor | None
     coefficients: Mapping[str, float]
     l0: Tensor
+    n_skipped: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self._history = History()
-        self._folder: Path | None = None
+        self._live: Path | None = None
         self._output_folder: Path | None = None
+        self._is_resumed = False
         self._clock: float | None = None
         self._seconds_before = 0.0
 
@@ -81,9 +87,16 @@ class Recorder:
         return self._history.records
 
     def place(self, checkpoint_path: str | Path | None, output_path: str | Path | None) -> None:
-        """Say where the history goes: it grows with the checkpoints, and is copied beside the finished SAE."""
-        live = checkpoint_path if checkpoint_path is not None else output_path
-        self._folder = None if live is None else Path(live)
+        """Say where the history goes: it grows with the checkpoints, and is copied beside the finished SAE.
+
+        Without checkpoints it grows beside where the SAE will be, under a name of its own: an earlier SAE may lie there
+        until this run has ended, with its own history.
+        """
+        self._live = None
+        if checkpoint_path is not None:
+            self._live = Path(checkpoint_path) / TRAINING_HISTORY
+        elif output_path is not None:
+            self._live = Path(output_path) / UNFINISHED_HISTORY
         self._output_folder = None if output_path is None else Path(output_path)
 
     def start_clock(self) -> None:
@@ -98,6 +111,7 @@ class Recorder:
             {
                 "step": facts.step,
                 "n_tokens": facts.n_tokens,
+                "n_skipped_tokens": facts.n_skipped,
                 "seconds": round(seconds, 3),
                 "lr": float(facts.lr),
                 "grad_norm": None if facts.gradient_norm is None else float(facts.gradient_norm),
@@ -109,16 +123,25 @@ class Recorder:
         )
 
     def _append(self, record: Record) -> None:
-        if self._folder is None and not self._history.records:
+        if self._live is None and not self._history.records:
             logger.info("this run has no folder: its training history is kept in memory, as trainer.history")
         try:
             self._history.append(record)
-            if self._history.path is None and self._folder is not None:
-                self._history.write_to(self._folder / TRAINING_HISTORY)
+            if self._history.path is None and self._live is not None:
+                self._set_aside_other_runs(self._live)
+                self._history.write_to(self._live)
         except OSError as error:
             logger.warning("the training history goes on in memory only (trainer.history): %s", error)
             self._history.keep_in_memory()
-            self._folder = None
+            self._live = None
+
+    def _set_aside_other_runs(self, path: Path) -> None:
+        """The history of a run that wrote to this folder before keeps its lines, under a name with its time."""
+        if path.exists() and not self._is_resumed:
+            ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+            aside = path.with_name(f"{path.stem}.{ended}{path.suffix}")
+            path.replace(aside)
+            logger.info("the history of an earlier run is now %s", aside)
 
     def copy_to(self, folder: Path) -> None:
         """Write the history so far into a folder, such as that of a checkpoint; a failure is no more than logged."""
@@ -128,12 +151,17 @@ class Recorder:
             logger.warning("the training history is not in %s: %s", folder, error)
 
     def finish(self) -> None:
-        """Copy the history to where the finished SAE goes, unless it grows there."""
-        if self._output_folder is not None and self._output_folder != self._folder:
-            self.copy_to(self._output_folder)
+        """Copy the history to where the finished SAE goes."""
+        if self._output_folder is None:
+            return
+        self.copy_to(self._output_folder)
+        if self._live is not None and self._live.name == UNFINISHED_HISTORY:
+            self._history.keep_in_memory()
+            self._live.unlink(missing_ok=True)
 
     def resume(self, checkpoint: Path, steps_done: int) -> None:
         """Go on with the history of a checkpoint; what came after it is dropped."""
+        self._is_resumed = True
         path = checkpoint / TRAINING_HISTORY
         records = read_history(path) if path.exists() else []
         self._history.restart(record for record in records if record["step"] <= steps_done)
@@ -185,6 +213,6 @@ def count_firings(act_freq_scores: Tensor) -> Tensor:
 def output_folder(save_checkpoint_fn: object) -> Path | None:
     """Where SAELens's runner writes the finished SAE. A trainer knows it only through its runner's own method."""
     cfg = getattr(getattr(save_checkpoint_fn, "__self__", None), "cfg", None)
-    if not isinstance(cfg, _RUNNER_CONFIGS) or cfg.output_path is None:
+    if not isinstance(cfg, RUNNER_CONFIGS) or cfg.output_path is None:
         return None
     return Path(cfg.output_path)

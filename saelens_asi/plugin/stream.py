@@ -16,6 +16,8 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
+from saelens_asi.plugin.batches import MixedBatches
+
 Batch = Mapping[str, Tensor]
 
 # What trainers draw from: batches of one hook, or of several by name.
@@ -119,6 +121,8 @@ def _with_hook_names(data_provider: Provider, hook_names: Collection[str]) -> It
 
 
 def _is_multi_hook_loader(data_provider: Provider) -> bool:
+    if isinstance(data_provider, MixedBatches):
+        return True
     # By the generator's own name: its code is that of the decorator (torch.no_grad) around SAELens's function.
     return isinstance(data_provider, GeneratorType) and data_provider.__name__ == multi_hook_concat_split_iter.__name__
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import inspect
 import json
 import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,43 +19,77 @@ import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput, TrainStepOutput
-from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.optim import get_lr_scheduler
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
 from sae_lens.training.types import DataProvider
 from torch import Tensor
 
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
+from saelens_asi.plugin.batches import make_saveable
+from saelens_asi.plugin.checkpoints import (
+    LATEST,
+    Keeper,
+    KeepSettings,
+    Reason,
+    check_whole,
+    find_latest,
+    how_to_resume,
+    refuse_misfit,
+    run_misfit,
+    sae_misfit,
+    said_of,
+)
+from saelens_asi.plugin.data_state import DataState
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
+from saelens_asi.plugin.guard import Guard, Progress
+from saelens_asi.plugin.interrupts import Interrupts
+from saelens_asi.plugin.preflight import check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
-from saelens_asi.plugin.recorder import Recorder, Silence, StepFacts, count_firings, output_folder
+from saelens_asi.plugin.recorder import (
+    RUNNER_CONFIGS,
+    Recorder,
+    Silence,
+    StepFacts,
+    count_firings,
+    output_folder,
+)
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
-from saelens_asi.plugin.stream import check_hooks, find_store, open_stream, rewound
+from saelens_asi.plugin.stream import ActivationStream, Batch, check_hooks, find_store, open_stream
+from saelens_asi.resume import one_writer, write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
 
 SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
+GUARD = "guard.json"
 
 
 class PluginTrainer(SAETrainer[Any, Any]):
     """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
 
-    Beside the two flags it mends, for these runs only: weights are saved when a run is interrupted, checkpoints
-    that were passed before a resume are not written again, a resume works with prefetching, a missing ``lr_end``
-    takes its documented default, and the user's config object is left as it was.
+    Beside the two flags, for these runs only: checkpoints are whole and hold all that the rest of the run follows from,
+    a signal lets the step end and is saved after, what is not finite stays out, a missing ``lr_end`` takes its
+    documented default, and the user's config object is left as it was.
+
+    Attributes:
+        coordinator: the ``MultiSAETrainer`` that saves and resumes all its trainers at once, if there is one.
     """
 
+    coordinator: Any = None
+
+    cfg: SAETrainerConfig
+    save_checkpoint_fn: SaveCheckpointFn | None
+    n_training_steps: int
+    n_training_samples: int
     initialization_pending: bool
     checkpoint_thresholds: list[int]
     data_provider: DataProvider
     unsaved_spectrum: Spectrum | None = None
     history: list[Record]  # where a subclass has a history of its own, this one is in the file only
     _gradient_norm: Tensor | None = None  # of the step under way: SAELens's step() hands on the output alone
-    _prefetch_after_resume: int | None = None
 
     def __init__(
         self,
@@ -75,12 +114,20 @@ class PluginTrainer(SAETrainer[Any, Any]):
             save_checkpoint_fn=save_checkpoint_fn,
             **later_arguments,
         )
+        self.data_state = DataState(self.data_provider, self.evaluator)
+        self.interrupts, self.guard = Interrupts(), Guard(sae.cfg.max_skipped_fraction)
+        self.progress = Progress(self)
+        self.run_id = uuid.uuid4().hex[:8]
         settings = initializer_settings(sae.cfg)
         self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
         if settings is not None and self.initialization_pending:
             check_settings(settings, sae)
         if sae.cfg.optimizer == "sparse_adam":
             self._use_sparse_adam()
+        self.progress.watch(self.optimizer)
+        self._runner = runner_of(save_checkpoint_fn)
+        self.keeper = self._make_keeper()
+        self._resolve_latest()
 
     def _use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -98,17 +145,24 @@ class PluginTrainer(SAETrainer[Any, Any]):
         )
 
     def fit(self) -> AnyTrainingSAE:
-        own_prefetcher = self._restart_prefetching()
-        try:
-            self._initialize_if_pending()
-            return super().fit()
-        except (KeyboardInterrupt, InterruptedException):
-            self._save_interrupted_run()
-            raise
-        finally:
-            self._sparse_steps.finish()
-            if own_prefetcher is not None:
-                own_prefetcher.close()
+        if self.coordinator is None:
+            self._resume_if_asked()
+        with ExitStack() as stack:
+            stack.callback(self._sparse_steps.finish)
+            check_run(self)
+            if self.keeper is not None:
+                stack.enter_context(one_writer(self.keeper.folder, "checkpoint_path"))
+            stack.enter_context(self.interrupts.held_back())
+            stack.callback(self.data_state.close)
+            self.data_provider = self.data_state.start()
+            try:
+                self._initialize_if_pending()
+                if self.keeper is not None:
+                    self.keeper.start_clock()
+                return super().fit()
+            except BaseException as error:
+                self._save_after(error)
+                raise
 
     def _initialize_if_pending(self) -> None:
         if not self.initialization_pending:
@@ -118,7 +172,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         check_hooks(self.data_provider, self.evaluator, {hook_name: self.sae.cfg.d_in})
         self._estimate_normalization()
         with open_stream(self.data_provider, self.evaluator, [hook_name]) as stream:
-            initialize_together({hook_name: [self]}, stream)
+            initialize_together({hook_name: [self]}, until_interrupted(stream, self.interrupts))
 
     def _estimate_normalization(self) -> None:
         """What ``SAETrainer.fit`` does first (and then finds done): the initialization comes after it."""
@@ -134,20 +188,32 @@ class PluginTrainer(SAETrainer[Any, Any]):
             scaler.estimate_whitening(**arguments)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """SAELens's step, recorded every ``logger.wandb_log_frequency`` steps and at the end of the run."""
+        """SAELens's step on what is finite of a batch; recorded every ``logger.wandb_log_frequency`` steps and at the
+        end of the run."""
+        with self.progress.of_step():
+            kept = self.guard.kept(batch, self._last_good())
+            output = self._recorded_step(kept)
+            self.n_training_samples += len(batch) - len(kept)
+            self.guard.check_step(output.loss, self._gradient_norm, self._last_good())
+        self.data_state.trained_on(batch)
+        return output
+
+    def _recorded_step(self, batch: Tensor) -> TrainStepOutput:
         self._recorder.start_clock()
+        self._gradient_norm = None
         if not self._is_recorded(len(batch)):
             return super().step(batch)
         lr, firings = self.optimizer.param_groups[0]["lr"], count_firings(self.act_freq_scores)
-        self._gradient_norm = None
         output = super().step(batch)
+        self.check_finite()
         facts = StepFacts(
-            step=self._steps_done(),
+            step=self.steps_done(),
             n_tokens=self.n_training_samples,
             lr=lr,
             gradient_norm=self._gradient_norm,
             coefficients=self.get_coefficients(),
             l0=(count_firings(self.act_freq_scores) - firings) / len(batch),
+            n_skipped=self.guard.n_skipped,
         )
         silence = Silence(
             self.n_forward_passes_since_fired,
@@ -158,12 +224,32 @@ class PluginTrainer(SAETrainer[Any, Any]):
         self._recorder.record(output, facts, silence)
         return output
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError where weights, moments or too many activations are not finite."""
+        self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
+
+    def _last_good(self) -> Path | None:
+        keeper = self.keeper if self.coordinator is None else self.coordinator.keeper
+        return None if keeper is None else keeper.last_good
+
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        """SAELens's first act of a step: between two steps, so here is where a run is saved, or ends on a signal."""
+        if self.coordinator is None:
+            self._between_steps()
+        return super().maybe_reset_sparsity()
+
+    def _between_steps(self) -> None:
+        if self.interrupts.received is not None:
+            raise self.interrupts.exception()
+        if self.keeper is not None and self.n_training_samples and self.keeper.is_due():
+            self.keeper.save_or_warn(lambda: self._save_whole(str(self.n_training_samples), "interval"))
+
     def _is_recorded(self, n_samples: int) -> bool:
         is_last = self.n_training_samples + n_samples >= self.cfg.total_training_samples
         every = self.cfg.logger.wandb_log_frequency
-        return is_last or (every > 0 and (self._steps_done() + 1) % every == 0)
+        return is_last or (every > 0 and (self.steps_done() + 1) % every == 0)
 
-    def _steps_done(self) -> int:
+    def steps_done(self) -> int:
         """The schedule counts what ``n_training_steps`` misses: SAELens's checkpoints hold one step too few of it."""
         return self.lr_scheduler.last_epoch
 
@@ -204,33 +290,96 @@ class PluginTrainer(SAETrainer[Any, Any]):
         self.act_freq_scores += firings
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
+    def _checkpoint_if_needed(self) -> None:
+        if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
+            name = str(self.n_training_samples)
+            if self.keeper is None:
+                self.save_checkpoint(name)
+            else:
+                self.keeper.save_or_warn(lambda: self.save_checkpoint(name))
+            self.checkpoint_thresholds.pop(0)
+
     def save_checkpoint(
         self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
     ) -> None:
-        """SAELens's checkpoint, with the history; the first one also keeps the spectrum of the initialization."""
-        super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        """SAELens's checkpoint, whole or not there, with all that the rest of the run follows from."""
         base = base_path if base_path is not None else self.cfg.checkpoint_path
-        if base is None:
+        if base is None or self.coordinator is not None:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+            if base is not None:
+                self._add_own_files(Path(base) / checkpoint_name)
             return
-        folder = Path(base) / checkpoint_name
+        self._save_whole(checkpoint_name, "asked for", Path(base), wandb_aliases)
+
+    def _save_whole(
+        self, name: str, reason: Reason, base: Path | None = None, wandb_aliases: list[str] | None = None
+    ) -> None:
+        self.check_finite()
+        keeper = self.keeper
+        if keeper is None or (base is not None and base != keeper.folder):
+            assert base is not None
+            keeper = Keeper(KeepSettings.of(self.sae.cfg), base, self._facts)
+        # A function of the user's is told the folder's name, which it has only once it is whole.
+        own_fn = self.save_checkpoint_fn if self._runner is None else None
+        if own_fn is not None:
+            self.save_checkpoint_fn = None
+        try:
+            with keeper.writing(name, reason) as folder:
+                super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
+                self._add_own_files(folder)
+                self.data_state.save(folder, keeper.settings.buffer_bytes)
+        finally:
+            if own_fn is not None:
+                self.save_checkpoint_fn = own_fn
+        if own_fn is not None:
+            own_fn(checkpoint_path=keeper.folder / name)
+
+    def _add_own_files(self, folder: Path) -> None:
         self._recorder.copy_to(folder)
         if self.unsaved_spectrum is not None:
             path = self.unsaved_spectrum.save(folder / SPECTRUM_FILENAME)
             logger.info("wrote the spectrum of the estimate to %s", path)
-            self.unsaved_spectrum = None
+
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """SAELens counts a step after its checkpoint: what is saved has it, as weights and schedules have."""
+        counted, self.n_training_steps = self.n_training_steps, self.steps_done()
+        try:
+            super().save_trainer_state(checkpoint_path)
+        finally:
+            self.n_training_steps = counted
+        write_json(checkpoint_path / GUARD, {"n_skipped": self.guard.n_skipped})
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Weights, optimizer, counters, place in the data: all of a checkpoint, after a look at whether it fits.
+
+        Raises:
+            ValueError: for a checkpoint that is damaged, or of a run with other settings; names the differences.
+        """
+        path = Path(checkpoint_path)
+        if self.coordinator is None:
+            check_whole(path)
+            refuse_misfit(path, self.misfit(path))
         if self.initialization_pending:
-            logger.info("resuming from %s: initializer is not applied to trained weights", checkpoint_path)
+            logger.info("resuming from %s: initializer is not applied to trained weights", path)
         self.initialization_pending = False
-        self._stop_prefetching()
-        super().load_trainer_state(checkpoint_path)
-        self._recorder.resume(Path(checkpoint_path), self._steps_done())
+        with said_of(path):
+            super().load_trainer_state(path)
+            # Read here too: SAELens's runners do it next, and a trainer made by hand resumes in one call.
+            self.sae.load_weights_from_checkpoint(path)
+        self.n_training_steps = self.steps_done()  # SAELens's own checkpoints hold one too few
+        self._recorder.resume(path, self.steps_done())
         self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n >= self.n_training_samples]
-        self._take_over_provenance(Path(checkpoint_path) / SAE_CFG_FILENAME)
+        if (path / GUARD).exists():
+            self.guard.n_skipped = json.loads((path / GUARD).read_text())["n_skipped"]
+        self._take_over_provenance(path / SAE_CFG_FILENAME)
+        if self.coordinator is None:
+            self.data_state.load(path)
+            if self.keeper is not None:
+                self.keeper.last_good = path
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
+        self.sae.cfg.metadata["n_skipped_tokens"] = self.guard.n_skipped
         self._sparse_steps.finish()
         self._recorder.finish()
 
@@ -244,38 +393,130 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if METADATA_KEY in saved:
             self.sae.cfg.metadata[METADATA_KEY] = saved[METADATA_KEY]
 
-    def _stop_prefetching(self) -> None:
-        """The runner winds its store forward next, which must not happen while a prefetcher reads from it."""
-        store = find_store(self.data_provider, self.evaluator)
-        if not isinstance(self.data_provider, PrefetchingIterator) or store is None:
-            return
-        self._prefetch_after_resume = self.data_provider._queue.maxsize
-        self.data_provider.close()
-        vars(store).update(vars(rewound(store)))
-        # The iterator of sequences counts on the object that made it, so it is made anew from the store itself.
-        if store.dataset is not None:
-            store.iterable_sequences = store._iterate_tokenized_sequences()
+    def _make_keeper(self) -> Keeper | None:
+        folder = self.cfg.checkpoint_path
+        return None if folder is None else Keeper(KeepSettings.of(self.sae.cfg), Path(folder), self._facts)
 
-    def _restart_prefetching(self) -> PrefetchingIterator[Tensor] | None:
-        if self._prefetch_after_resume is None:
-            return None
-        store = find_store(self.data_provider, self.evaluator)
-        own = PrefetchingIterator(iter(store), prefetch=self._prefetch_after_resume)  # type: ignore[arg-type]
-        self.data_provider = own
-        return own
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "run": self.run_id,
+            "n_training_steps": self.steps_done(),
+            "n_training_samples": self.n_training_samples,
+            "settings": self._settings(),
+        }
 
-    def _save_interrupted_run(self) -> None:
-        if self.cfg.checkpoint_path is None:
+    def _settings(self) -> dict[str, Any]:
+        return {**schedule_settings(self.cfg), **self.data_state.settings}
+
+    def misfit(self, path: Path) -> str:
+        """How a checkpoint's run differs from this one, in words; empty where a resume goes on as the run would."""
+        return "; ".join(filter(None, (sae_misfit(path, self.sae.cfg), run_misfit(path, self._settings()))))
+
+    def _resolve_latest(self) -> None:
+        """Have the runner resume from the newest checkpoint where its config says 'latest', in that run's folder."""
+        cfg = getattr(self._runner, "cfg", None)
+        if cfg is None or getattr(cfg, "resume_from_checkpoint", None) != LATEST:
             return
-        path = Path(self.cfg.checkpoint_path) / str(self.n_training_samples)
-        if self.initialization_pending:
-            path.mkdir(parents=True, exist_ok=True)  # SAELens's runner writes there next; without it, its save fails
-            logger.warning("interrupted before training started: there are no weights to save")
+        found = self._find_latest()
+        self._runner.cfg = cfg = copy.copy(cfg)  # the user's stays as it was
+        cfg.resume_from_checkpoint = None if found is None else str(found)
+        if found is not None:
+            cfg.checkpoint_path = str(found.parent)
+
+    def _find_latest(self) -> Path | None:
+        found = None
+        if self.keeper is not None:
+            base = self.keeper.folder
+            # SAELens's runners add a folder of their own to the user's, another one each time.
+            around = [base.parent, *base.parent.glob("*/")] if self._runner_adds_folder() else []
+            found = find_latest([base, *around], self.misfit)
+        if found is None:
+            logger.warning("no checkpoint to resume from: the run starts at its beginning")
+        elif self.keeper is not None:
+            self._go_on_in(found.parent)
+        return found
+
+    def _runner_adds_folder(self) -> bool:
+        return isinstance(getattr(self._runner, "cfg", None), LanguageModelSAERunnerConfig)
+
+    def _go_on_in(self, folder: Path) -> None:
+        self.cfg = dataclasses.replace(self.cfg, checkpoint_path=str(folder))
+        self.keeper = self._make_keeper()
+        self._recorder.place(folder, output_folder(self.save_checkpoint_fn))
+
+    def _resume_if_asked(self) -> None:
+        """``resume`` of the SAE's config: for runners that know no checkpoint to resume from."""
+        wanted = self.sae.cfg.resume
+        if wanted is None or self.n_training_samples:
             return
-        self.save_checkpoint(path.name)
+        found = self._find_latest() if wanted == LATEST else Path(wanted)
+        if found is not None:
+            self.load_trainer_state(found)
+
+    def _save_after(self, error: BaseException) -> None:
+        """Save what there is when a run ends early, and say how it goes on."""
+        if self.keeper is None or isinstance(error, FloatingPointError):
+            return
+        if self.initialization_pending or not self.n_training_samples:
+            logger.warning("ended before training began: there is nothing to save, the same command starts again")
+            nothing_left_to_save(self._runner)
+            return
+        if not self.progress.is_whole:
+            logger.error(
+                "ended within the optimizer's step (%r): no checkpoint can be written of that. %s",
+                error,
+                how_to_resume(self.keeper.last_good),
+            )
+            return
+        reason: Reason = "interrupt" if self.interrupts.received is not None else "failure"
+        path = self.keeper.folder / str(self.n_training_samples)
+        if self.keeper.last_good != path:
+            self.keeper.save_or_warn(lambda: self._save_whole(path.name, reason))
+        nothing_left_to_save(self._runner)
         logger.warning(
-            "interrupted after %d samples: weights and trainer state are in %s", self.n_training_samples, path
+            "ended after %d samples (%s): %s",
+            self.n_training_samples,
+            self.interrupts.received.name if self.interrupts.received is not None else repr(error),
+            how_to_resume(self.keeper.last_good),
         )
+
+
+def schedule_settings(cfg: SAETrainerConfig) -> dict[str, Any]:
+    """What of a trainer's config a resume has to share."""
+    names = (
+        *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
+        *("adam_beta1", "adam_beta2", "train_batch_size_samples", "dead_feature_window", "feature_sampling_window"),
+        "autocast",
+    )
+    # A constant rate can go on for longer than was planned; a schedule that ends cannot.
+    ends = cfg.lr_decay_steps > 0 or cfg.lr_scheduler_name != "constant"
+    return {name: getattr(cfg, name) for name in names} | (
+        {"total_training_samples": cfg.total_training_samples} if ends else {}
+    )
+
+
+def until_interrupted(stream: ActivationStream, interrupts: Interrupts) -> ActivationStream:
+    """The same stream, which a signal ends between two batches."""
+
+    def batches() -> Iterator[Batch]:
+        for batch in stream.batches:
+            if interrupts.received is not None:
+                raise interrupts.exception()
+            yield batch
+
+    return dataclasses.replace(stream, batches=batches())
+
+
+def runner_of(save_checkpoint_fn: SaveCheckpointFn | None) -> Any:
+    """SAELens's runner behind a trainer, which hands it a method of its own; None for a trainer made by hand."""
+    runner = getattr(save_checkpoint_fn, "__self__", None)
+    return runner if isinstance(getattr(runner, "cfg", None), RUNNER_CONFIGS) else None
+
+
+def nothing_left_to_save(runner: Any) -> None:
+    """Keep SAELens's runner from writing a second time, past the manifest, when an interrupt reaches it."""
+    if runner is not None:
+        runner.save_checkpoint = lambda checkpoint_path: None
 
 
 def extend_trainer() -> None:
@@ -284,7 +525,7 @@ def extend_trainer() -> None:
     signature = inspect.signature(SAETrainer.__init__)
 
     def __new__(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
-        given = _given_arguments(signature, args, kwargs)
+        given = given_arguments(signature, args, kwargs)
         sae = given.get("sae")
         if sae is not None:
             take_flags_from_runner(sae, given.get("save_checkpoint_fn"))
@@ -293,9 +534,26 @@ def extend_trainer() -> None:
         return object.__new__(cls) if stock_new is object.__new__ else stock_new(cls, *args, **kwargs)
 
     SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]
+    extend_store()
 
 
-def _given_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def extend_store() -> None:
+    """Stores of runs with our fields get a place that can be saved: here, since a runner's prefetcher starts to read
+    before a trainer is there."""
+    stock = ActivationsStore.from_config.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(stock)
+    def from_config(cls: type[ActivationsStore], model: Any, cfg: Any, *args: Any, **kwargs: Any) -> ActivationsStore:
+        store = stock(cls, model, cfg, *args, **kwargs)
+        sae_cfg = getattr(cfg, "sae", None)
+        if sae_cfg is not None and asks_for_plugin(sae_cfg):
+            make_saveable(store)
+        return store
+
+    ActivationsStore.from_config = classmethod(from_config)  # type: ignore[assignment]
+
+
+def given_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a trainer by name; those of a user's subclass with a signature of its own, as far as named."""
     try:
         return dict(signature.bind_partial(None, *args, **kwargs).arguments)

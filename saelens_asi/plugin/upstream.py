@@ -27,7 +27,7 @@ _TRAINER, _STORE = "sae_lens.training.sae_trainer", "sae_lens.training.activatio
 IMPORTED = {
     "sae_lens": (
         *("LanguageModelSAERunnerConfig", "LanguageModelSAETrainingRunner", "LoggingConfig"),
-        *("MultiSAETrainingRunnerConfig", "SAE", "SAEConfig", "SAETrainer", "TrainingSAE"),
+        *("MultiSAETrainingRunner", "MultiSAETrainingRunnerConfig", "SAE", "SAEConfig", "SAETrainer", "TrainingSAE"),
         *("AbsTopKTrainingSAEConfig", "BatchTopKTrainingSAEConfig", "GatedTrainingSAEConfig"),
         *("JumpReLUTrainingSAEConfig", "MatchingPursuitTrainingSAEConfig", "MatryoshkaBatchTopKTrainingSAEConfig"),
         *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig"),
@@ -39,6 +39,7 @@ IMPORTED = {
     "sae_lens.llm_sae_training_runner": ("LanguageModelSAETrainingRunner", "_parse_cfg_args"),
     "sae_lens.load_model": ("load_model",),
     "sae_lens.loading.pretrained_saes_directory": ("get_pretrained_saes_directory",),
+    "sae_lens.pretokenize_runner": ("get_special_token_from_cfg",),
     "sae_lens.registry": ("get_sae_training_class",),
     "sae_lens.saes.abstopk_sae": ("AbsTopK", "AbsTopKSAE", "AbsTopKTrainingSAE"),
     "sae_lens.saes.batchtopk_sae": ("BatchTopKTrainingSAE",),
@@ -47,8 +48,8 @@ IMPORTED = {
     _TOPK: ("TopK", "TopKSAE", "TopKTrainingSAE"),
     "sae_lens.synthetic": ("SyntheticSAERunnerConfig",),
     "sae_lens.synthetic.training": ("SyntheticActivationIterator",),
-    "sae_lens.tokenization_and_batching": ("concat_and_batch_sequences",),
-    "sae_lens.training._interruption": ("InterruptedException",),
+    "sae_lens.tokenization_and_batching": ("concat_and_batch_sequences", "_add_tokens_to_batch"),
+    "sae_lens.training._interruption": ("InterruptedException", "interrupt_callback"),
     "sae_lens.training.activation_scaler": ("ActivationScaler",),
     _STORE: ("ActivationsStore",),
     "sae_lens.training.mixing_buffer": ("multi_hook_concat_split_iter",),
@@ -56,7 +57,7 @@ IMPORTED = {
     "sae_lens.training.optim": ("get_lr_scheduler",),
     "sae_lens.training.prefetch": ("PrefetchingIterator",),
     _TRAINER: ("Evaluator", "SAETrainer", "SaveCheckpointFn"),
-    "sae_lens.training.types": ("DataProvider",),
+    "sae_lens.training.types": ("DataProvider", "MultiHookDataProvider"),
     "sae_lens.util": ("get_special_token_ids",),
     "transformer_lens.model_bridge": ("TransformerBridge",),
 }
@@ -67,19 +68,31 @@ ONLY_IN_NEWER = frozenset({"transformer_lens.model_bridge"})
 # From classes to what they have: methods, class attributes, and what their methods set on an object.
 MEMBERS = {
     f"{_TRAINER}:SAETrainer": (
-        *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata"),
+        *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata", "save_trainer_state"),
+        *("maybe_reset_sparsity", "_checkpoint_if_needed"),
         *("_train_step", "_is_logging_step", "get_coefficients", "autocast_if_enabled"),
         *("cfg", "sae", "data_provider", "evaluator", "activation_scaler", "checkpoint_thresholds"),
         *("optimizer", "lr_scheduler", "coefficient_schedulers", "n_training_steps", "n_training_samples"),
         *("act_freq_scores", "n_forward_passes_since_fired", "n_frac_active_samples", "dead_neurons"),
     ),
     "sae_lens.training.multi_sae_trainer:MultiSAETrainer": (
-        *("fit", "load_checkpoint", "_estimate_scaling_factors", "cfg", "trainers", "hook_names"),
+        *("fit", "load_checkpoint", "save_checkpoint", "_estimate_scaling_factors", "_maybe_log_sparsity"),
+        *("_checkpoint_if_needed", "n_training_steps", "saes", "cfg", "trainers", "hook_names"),
         *("data_provider", "evaluator", "save_checkpoint_fn", "checkpoint_thresholds", "n_training_samples"),
     ),
     f"{_STORE}:ActivationsStore": (
         *("model", "model_kwargs", "dataset", "hook_name", "hook_head_index", "exclude_special_tokens"),
         *("_hook_names", "_hook_head_indices", "_dataloader", "_iterate_tokenized_sequences", "iterable_sequences"),
+        *("_iterate_raw_dataset_tokens", "_iterate_filtered_activations", "_iterate_filtered_multi_hook_activations"),
+        *("get_data_loader", "get_multi_hook_data_loader", "from_config", "load", "_hook_d_ins"),
+        *("n_batches_in_buffer", "training_context_size", "train_batch_size_tokens", "activations_mixing_fraction"),
+        *(
+            "context_size",
+            "disable_concat_sequences",
+            "is_dataset_tokenized",
+            "sequence_separator_token",
+            "prepend_bos",
+        ),
         *("n_dataset_processed", "cached_activation_dataset", "current_row_idx", "get_batch_tokens"),
         *("get_activations", "get_filtered_llm_batch", "_get_filtered_multi_hook_llm_batch"),
     ),
@@ -150,10 +163,17 @@ PARAMETERS = {
     "sae_lens.tokenization_and_batching:concat_and_batch_sequences": (
         *("tokens_iterator", "context_size", "begin_batch_token_id", "sequence_separator_token_id"),
     ),
+    "sae_lens.tokenization_and_batching:_add_tokens_to_batch": (
+        *("batch", "tokens", "offset", "context_size", "is_start_of_sequence", "begin_batch_token_id"),
+        *("begin_sequence_token_id", "sequence_separator_token_id"),
+    ),
     "sae_lens.util:get_special_token_ids": ("tokenizer",),
 }
 
-_OWN_FIELDS = ("initializer", "optimizer")
+_OWN_FIELDS = (
+    *("initializer", "optimizer", "checkpoint_minutes", "keep_checkpoints", "checkpoint_buffer"),
+    *("max_skipped_fraction", "resume"),
+)
 
 
 def check_upstream() -> None:

@@ -17,6 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi
 from saelens_asi import ActiveSubspaceInit
+from saelens_asi.plugin.fields import DEFAULTS
 from tests.helpers import third_party, tiny
 
 SETTINGS = ActiveSubspaceInit(d_init=0.25, n_tokens=500, norm=0.3, center="zeros", subspace="random", seed=7)
@@ -51,10 +52,10 @@ def test_a_config_survives_dict_json_pickle_and_copies(architecture, initializer
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_both_fields_are_keyword_only_and_default_to_stock(architecture):
+def test_all_fields_are_keyword_only_and_default_to_stock(architecture):
     config_class = get_sae_training_class(architecture)[1]
     parameters = inspect.signature(config_class).parameters
-    for name, default in (("initializer", "default"), ("optimizer", "adam")):
+    for name, default in DEFAULTS.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[name].default == default
         assert name not in config_class.__match_args__

@@ -79,12 +79,6 @@ def test_checkpoints_that_were_passed_are_not_written_again(first, model, datase
     assert [path.name for path in _checkpoints(tmp_path)] == names[2:]
 
 
-def test_a_prefetching_resume_is_refused_with_the_way_out(first, model, dataset, tmp_path):
-    resume = {"resume_from_checkpoint": str(_checkpoints(first)[0]), "prefetch_llm_batches": True}
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint with prefetch.*set prefetch_llm_batches=False"):
-        _runner(tmp_path, model, dataset, **resume).run()
-
-
 def test_an_interrupted_run_leaves_every_sae(model, dataset, tmp_path, monkeypatch):
     stock_step = SAETrainer.step
 

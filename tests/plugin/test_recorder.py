@@ -19,6 +19,7 @@ from torch import Tensor
 from saelens_asi import ActiveSubspaceInit, read_history
 from saelens_asi.history import TRAINING_HISTORY
 from saelens_asi.plugin.recorder import Recorder, Silence, StepFacts
+from saelens_asi.resume import MANIFEST
 from tests.helpers import tiny
 
 FLAGS: dict[str, Any] = {"initializer": ActiveSubspaceInit(d_init=4, n_tokens=256), "optimizer": "sparse_adam"}
@@ -212,6 +213,7 @@ def test_a_checkpoint_without_a_history_is_gone_on_from(model: Any, dataset: Any
     _resumable(tmp_path / "first", model, dataset)
     checkpoint = _checkpoints(tmp_path / "first")[1]
     (checkpoint / TRAINING_HISTORY).unlink()
+    (checkpoint / MANIFEST).unlink()  # as SAELens's own have none
     second = _resumable(tmp_path / "second", model, dataset, resume_from_checkpoint=str(checkpoint))
     assert _steps(read_history(second.checkpoint_path)) == [12, 15, 18, 20]
 
@@ -264,10 +266,21 @@ def test_synthetic_runner(tmp_path: Path) -> None:
     assert _steps(read_history(tmp_path / "output")) == [3, 6, 9, 10]
 
 
-def test_a_folder_that_cannot_be_written_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     trainer = tiny.trainer(checkpoint_path=str(tmp_path / "file"), logger=EVERY, **FLAGS)
-    trainer.fit()
+    with pytest.raises(ValueError, match=r"checkpoint_path='.*file' cannot be written to"):
+        trainer.fit()
+    assert trainer.n_training_samples == 0
+
+
+def test_a_history_that_cannot_be_written_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / TRAINING_HISTORY).mkdir()
+    (tmp_path / TRAINING_HISTORY / "full").write_text("")
+    trainer = tiny.trainer(checkpoint_path=str(tmp_path), logger=EVERY, **FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "_set_aside_other_runs", lambda self, path: None)
+        trainer.fit()
     assert _steps(trainer.history) == [3, 6, 9, 10]
     assert caplog.text.count("goes on in memory only") == 1
 
@@ -295,13 +308,20 @@ def test_a_recorder_needs_no_trainer(tmp_path: Path) -> None:
         losses={"mse_loss": torch.tensor(0.5)},
     )
     facts = StepFacts(
-        step=2, n_tokens=16, lr=0.1, gradient_norm=torch.tensor(3.0), coefficients={"l1": 2}, l0=torch.tensor(1.5)
+        step=2,
+        n_tokens=16,
+        lr=0.1,
+        gradient_norm=torch.tensor(3.0),
+        coefficients={"l1": 2},
+        l0=torch.tensor(1.5),
+        n_skipped=0,
     )
     silence = Silence(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([False, False, True]), dead_window=1, batch=8)
     recorder = Recorder()
     recorder.place(None, tmp_path)
     recorder.start_clock()
     recorder.record(output, facts, silence)
+    recorder.finish()
     (record,) = recorder.records
     assert read_history(tmp_path) == [record]
     assert {"step": 2, "n_tokens": 16, "lr": 0.1, "grad_norm": 3.0, "l0": 1.5}.items() <= record.items()

@@ -24,6 +24,7 @@ import saelens_asi
 from saelens_asi.activations import sae_state
 from saelens_asi.evaluation import saes
 from saelens_asi.plugin import quirks, topk_pass, upstream
+from saelens_asi.plugin.fields import DEFAULTS
 
 TREES = {path: ast.parse(path.read_text()) for path in sorted(Path(saelens_asi.__file__).parent.rglob("*.py"))}
 PACKAGES = ("sae_lens", "transformer_lens")
@@ -39,7 +40,7 @@ OTHERS = {
 def _without_our_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     """``check_upstream`` runs before the fields are added."""
     every = TrainingSAEConfig.__dataclass_fields__.items()
-    stock = {name: field for name, field in every if name not in ("initializer", "optimizer")}
+    stock = {name: field for name, field in every if name not in DEFAULTS}
     monkeypatch.setattr(TrainingSAEConfig, "__dataclass_fields__", stock)
 
 

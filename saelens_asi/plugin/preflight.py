@@ -1,0 +1,64 @@
+"""What would end a run after hours, looked at before it starts."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae_lens.config import SAETrainerConfig
+
+from saelens_asi.plugin.fields import AnyTrainingSAE
+from saelens_asi.plugin.recorder import output_folder
+from saelens_asi.plugin.stream import Provider, check_hooks, find_store
+
+
+class PlannedRun(Protocol):
+    """What is asked of a trainer."""
+
+    cfg: SAETrainerConfig
+    sae: AnyTrainingSAE
+    data_provider: Provider
+    evaluator: Any
+    save_checkpoint_fn: Any
+
+
+def check_run(trainer: PlannedRun) -> None:
+    """Raise ValueError for folders that cannot be written, a disk too small for checkpoints, or a hook not there."""
+    check_sae(trainer.sae)
+    output = output_folder(trainer.save_checkpoint_fn)
+    check_folders({"checkpoint_path": trainer.cfg.checkpoint_path, "output_path": output}, [trainer.sae])
+    store = find_store(trainer.data_provider, trainer.evaluator)
+    if store is not None and store._hook_names is None:
+        check_hooks(trainer.data_provider, trainer.evaluator, {store.hook_name: trainer.sae.cfg.d_in})
+
+
+def check_sae(sae: AnyTrainingSAE) -> None:
+    k = getattr(sae.cfg, "k", None)
+    if k is not None and k > sae.cfg.d_sae:
+        raise ValueError(f"k={k} is more than the d_sae={sae.cfg.d_sae} features: set k to at most d_sae")
+
+
+def check_folders(folders: dict[str, str | Path | None], saes: list[AnyTrainingSAE]) -> None:
+    """Raise ValueError, naming the setting, for a folder that cannot be written or whose disk is too small."""
+    for setting, folder in folders.items():
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{setting}={str(folder)!r} cannot be written to: {error}") from None
+    checkpoints = folders.get("checkpoint_path")
+    if checkpoints is None:
+        return
+    # Two checkpoints lie there while the second is written: weights, and two moments of each.
+    weights = sum(one.numel() * one.element_size() for sae in saes for one in sae.parameters())
+    needed, free = 2 * 3 * weights, shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise ValueError(
+            f"checkpoint_path={str(checkpoints)!r} has {free / 2**30:.1f} GiB free, and two checkpoints take "
+            f"{needed / 2**30:.1f} GiB: free the space, or set checkpoint_path to another disk"
+        )
