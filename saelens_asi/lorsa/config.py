@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 _T = TypeVar("_T")
@@ -161,3 +163,14 @@ def from_dict(cls: type[_T], values: Mapping[str, Any]) -> _T:
     if unknown:
         raise ValueError(f"{cls.__name__} has no setting {unknown}; its settings are {known}")
     return cls(**values)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the path, for a file that cannot be read or holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions
+from saelens_asi.lorsa.config import Llama3Scaling, LorsaConfig, RotaryPositions, read_json_object
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.resume import load_tensors
 
@@ -81,29 +80,47 @@ def import_llamascopium(folder: str | Path) -> Lorsa:
     of W_O then have norm 1, where selection was by decoder norm.
 
     Raises:
-        ValueError: for settings, weights or values that have no counterpart, or are unknown.
+        ValueError: for settings, weights or values that have no counterpart, are unknown, not finite, or missing, and
+            for files that are damaged.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise ValueError(f"{folder} holds no {name}, which a llamascopium folder has")
-    cfg = json.loads((folder / CONFIG).read_text())
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no file {name}, which a llamascopium folder has")
+    cfg = read_json_object(folder / CONFIG)
     tensors = {name: tensor.float() for name, tensor in load_tensors(folder / WEIGHTS).items()}
-    norms = {name[len(_NORM_PREFIX) :]: float(tensors.pop(name)) for name in list(tensors) if _NORM_PREFIX in name}
+    norms = {name[len(_NORM_PREFIX) :]: _number(tensors.pop(name)) for name in list(tensors) if _NORM_PREFIX in name}
     tensors = {name: t for name, t in tensors.items() if name not in ("mask", "IGNORE", "rotary_sin", "rotary_cos")}
     _check_supported(cfg, folder / CONFIG)
-    if "W_V" not in tensors or "W_Q" not in tensors:
-        raise ValueError(f"{folder / WEIGHTS} has no W_V and W_Q; its tensors are {sorted(tensors)}")
-    lorsa = Lorsa(_convert_config(cfg, n_ov_heads=tensors["W_V"].shape[0]))
+    matrices = {name for name, tensor in tensors.items() if tensor.ndim == 2}
+    if not {"W_V", "W_O"} <= matrices or "W_Q" not in tensors:
+        raise ValueError(f"{folder / WEIGHTS} lacks W_Q, or matrices W_V and W_O; its tensors are {sorted(tensors)}")
+    lorsa = _make(cfg, tensors["W_V"].shape[0], folder / CONFIG)
     renamed = {"ln_q.w": "q_norm", "ln_k.w": "k_norm"}
     tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     if not cfg.get("use_decoder_bias", True):
         tensors["b_D"] = torch.zeros(lorsa.cfg.d_model)
+    missing = sorted(dict(lorsa.named_parameters()).keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{folder / WEIGHTS} lacks {missing}")
     _fold(tensors, cfg, norms)
     tensors |= {name: buffer for name, buffer in lorsa.named_buffers() if name in ("mean_read", "threshold")}
     lorsa.load_weights_(tensors, folder / WEIGHTS)
     lorsa.provenance = {"imported_from": "llamascopium", "config": cfg}
     return lorsa.eval()
+
+
+def _number(tensor: Tensor) -> float:
+    return float(tensor) if tensor.numel() == 1 else math.nan
+
+
+def _make(cfg: Mapping[str, Any], n_ov_heads: int, path: Path) -> Lorsa:
+    try:
+        return Lorsa(_convert_config(cfg, n_ov_heads))
+    except KeyError as error:
+        raise ValueError(f"{path} does not set {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a Lorsa: {error}") from None
 
 
 def _check_supported(cfg: Mapping[str, Any], path: Path) -> None:
@@ -158,7 +175,7 @@ def _fold(tensors: dict[str, Tensor], cfg: Mapping[str, Any], norms: dict[str, f
     """Put activation norms and the selection by decoder norm into the weights."""
     if cfg.get("norm_activation", _DEFAULTS["norm_activation"]) == "dataset-wise":
         hooks = [str(cfg.get("hook_point_in")), str(cfg.get("hook_point_out"))]
-        missing = [hook for hook in hooks if not norms.get(hook, 0.0) > 0]
+        missing = [hook for hook in hooks if not 0 < norms.get(hook, 0.0) < math.inf]
         if missing:
             raise ValueError(
                 f"norm_activation='dataset-wise' needs the average norms at {hooks}; the weights hold {norms}"

@@ -16,6 +16,7 @@ from saelens_asi.lorsa.attention import AttentionModel, AttentionTarget, attenti
 from saelens_asi.lorsa.config import LorsaConfig
 from saelens_asi.lorsa.positions import rotary_table, rotate
 from saelens_asi.lorsa.sparse_features import Scores, Selection, SparseFeatures, decode, select_features
+from saelens_asi.sparse.finite import all_finite
 
 HOOKS = ("q", "k", "pattern", "pre_activations", "features")
 
@@ -296,7 +297,7 @@ class Lorsa(nn.Module):
         """Take all weights and buffers, as ``state_dict`` names them, from tensors that were read from ``path``.
 
         Raises:
-            ValueError: for tensors that are missing, unknown, or of another shape than the config says.
+            ValueError: for tensors that are missing, unknown, of another shape than the config says, or not finite.
         """
         expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -304,6 +305,9 @@ class Lorsa(nn.Module):
             names = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
             described = "; ".join(f"{name}: {shapes.get(name)} instead of {expected.get(name)}" for name in names)
             raise ValueError(f"{path} does not fit its config: {described}")
+        not_finite = sorted(name for name, tensor in tensors.items() if not all_finite([tensor]))
+        if not_finite:
+            raise ValueError(f"{path} holds numbers that are not finite in {not_finite}: take an earlier copy of it")
         self.load_state_dict(tensors)
 
     def with_config(self, **changes: Any) -> Lorsa:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saelens_asi.activations.fingerprint import content_checksum, data_fingerprint, model_fingerprint
 from saelens_asi.lorsa.attention import AttentionModel, attention_activations
 from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 
@@ -17,7 +19,10 @@ FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
 
 
 class Sequences(Protocol):
-    """Pairs of input and output of an attention layer, by index."""
+    """Pairs of input and output of an attention layer, by index.
+
+    A method ``identity`` that returns plain values, as those below have one, lets a resumed run see other data.
+    """
 
     @property
     def n_sequences(self) -> int: ...
@@ -56,6 +61,10 @@ class ModelSequences:
         x, y = next(attention_activations(self.model, self.layer, [self.tokens[index]]))
         return x.float(), y.float()
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again: kind of sequences, tokens, model, layer."""
+        return {"sequences": "model", "tokens": data_fingerprint(self.tokens), **_source(self.model, self.layer)}
+
 
 @dataclass(frozen=True)
 class CachedSequences:
@@ -64,11 +73,13 @@ class CachedSequences:
     Attributes:
         x, y: (n_sequences, n_positions, d_model) what the layer reads, and what it puts out.
         tokens: (n_sequences, n_positions) token ids.
+        source: fingerprint of the model, and the layer, as ``collect`` notes them; None where they are not known.
     """
 
     x: Tensor
     y: Tensor
     tokens: Tensor
+    source: Mapping[str, Any] | None = None
 
     @property
     def n_sequences(self) -> int:
@@ -81,26 +92,49 @@ class CachedSequences:
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[index], self.y[index]
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again: kind of sequences, tokens, and the source where it is known."""
+        return {"sequences": "cached", "tokens": data_fingerprint(self.tokens), **(self.source or {})}
+
     @classmethod
     def collect(cls, model: AttentionModel, layer: int, tokens: Tensor, batch_size: int = 16) -> CachedSequences:
         """Run the model once over (n_sequences, n_positions) token ids."""
         pairs = list(attention_activations(model, layer, tokens.split(batch_size)))
         x, y = (torch.cat(parts).float().cpu() for parts in zip(*pairs, strict=True))
-        return cls(x, y, tokens.cpu())
+        return cls(x, y, tokens.cpu(), _source(model, layer))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; returns its path."""
         path = Path(path)
-        save_tensors(path, {"x": self.x, "y": self.y, "tokens": self.tokens}, metadata={"format": FILE_FORMAT})
+        tensors, source = {"x": self.x, "y": self.y, "tokens": self.tokens}, json.dumps(self.source)
+        checksum = content_checksum(tensors, source)
+        save_tensors(path, tensors, {"format": FILE_FORMAT, "source": source, "checksum": checksum})
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> CachedSequences:
-        """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
-        file_format = tensor_metadata(path).get("format")
-        if file_format != FILE_FORMAT:
-            raise ValueError(f"{path} does not hold cached sequences: format {file_format!r}, expected {FILE_FORMAT!r}")
-        return cls(**load_tensors(path))
+        """Read a file that ``save`` wrote. Raises ValueError when the file holds something else, or is damaged."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} is no file: give what CachedSequences.save returned")
+        metadata = tensor_metadata(path)
+        if metadata.get("format") != FILE_FORMAT:
+            raise ValueError(
+                f"{path} does not hold cached sequences: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
+            )
+        tensors = load_tensors(path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        x = shapes.get("x", ())
+        if shapes != {"x": x, "y": x, "tokens": x[:2]} or len(x) != 3:
+            raise ValueError(f"{path} does not hold cached sequences that fit each other: its tensors are {shapes}")
+        source = metadata.get("source", "null")  # earlier versions wrote neither this nor a checksum
+        if "checksum" in metadata and metadata["checksum"] != content_checksum(tensors, source):
+            raise ValueError(f"{path} is damaged: its checksum differs")
+        return cls(**tensors, source=json.loads(source))
+
+
+def _source(model: AttentionModel, layer: int) -> dict[str, Any]:
+    return {"model": model_fingerprint(model), "layer": layer}
 
 
 class Tokenizer(Protocol):

@@ -246,7 +246,7 @@ def _top_of_all_rows(chunks: Iterator[tuple[int, Tensor]], selection: Selection)
         best, n_rows = (values, rows, features), z.shape[0]
     values, rows, features = best  # type: ignore[misc]
     if selection.relu:
-        positive = values > 0
+        positive = ~(values <= 0)  # what is not a number stays, to be seen
         values, rows, features = values[positive], rows[positive], features[positive]
     return _in_row_order(values, rows, features, n_rows)
 
@@ -254,7 +254,7 @@ def _top_of_all_rows(chunks: Iterator[tuple[int, Tensor]], selection: Selection)
 def _above(chunks: Iterator[tuple[int, Tensor]], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, z in chunks:
-        rows, columns = (z > threshold).nonzero(as_tuple=True)
+        rows, columns = (~(z <= threshold)).nonzero(as_tuple=True)
         entries.append((z[rows, columns], rows, columns + start))
         n_rows = z.shape[0]
     values, rows, features = (torch.cat(parts) for parts in zip(*entries, strict=True))

@@ -33,7 +33,7 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
-from saelens_asi.lorsa.training import TrainingRun, batch_index, last_checkpoint
+from saelens_asi.lorsa.training import TrainingRun, batch_index
 from saelens_asi.plots import plot_reading
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -80,7 +80,7 @@ def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequ
     imported = import_llamascopium(tmp_path / "llamascopium")
     settings = LorsaTraining(steps=2, lr_warm_up_steps=0, checkpoint_every=2)
     train_lorsa(made(model, data), data, settings, out=tmp_path / "run", progress=False)
-    run = TrainingRun(made(model, data), settings, data.n_positions, tmp_path / "run")
+    run = TrainingRun(made(model, data), settings, data, tmp_path / "run")
     run.restore()
     moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     assert run.done == 2
@@ -88,28 +88,6 @@ def test_tensors_read_back_lie_in_torchs_own_memory(model: Any, data: CachedSequ
     weights = [tensor for lorsa in (saved, imported, run.lorsa) for tensor in lorsa.state_dict().values()]
     for tensor in (loaded.x, loaded.y, loaded.tokens, run.silent, *weights, *moments):
         assert tensor.data_ptr() % 64 == 0
-
-
-def test_an_interrupted_save_leaves_the_run_at_its_last_finished_checkpoint(
-    model: Any, data: CachedSequences, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = LorsaTraining(steps=4, lr_warm_up_steps=0, checkpoint_every=2)
-    save, n_calls = torch.save, 0
-
-    def cut_off(value: Any, path: Path) -> None:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 2:
-            Path(path).write_bytes(b"a part")
-            raise KeyboardInterrupt
-        save(value, path)
-
-    monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        train_lorsa(made(model, data), data, settings, out=tmp_path, progress=False)
-    assert last_checkpoint(tmp_path).name == "step_00000002"
-    unfinished = tmp_path / "checkpoints" / "step_00000004"
-    assert sorted(path.name for path in unfinished.iterdir()) == ["lorsa.json", "lorsa_weights.safetensors"]
 
 
 def test_token_windows_start_with_bos_and_lose_nothing() -> None:
@@ -249,41 +227,6 @@ def test_sparse_adam_leaves_silent_features_alone(model: Any, data: CachedSequen
     frozen = made(model, data)
     train_lorsa(frozen, data, LorsaTraining(steps=3, lr_warm_up_steps=0, train_qk=False), progress=False)
     assert torch.equal(frozen.W_Q, before["W_Q"])
-
-
-def test_a_resumed_run_equals_one_without_interruption(model: Any, data: CachedSequences, tmp_path: Path) -> None:
-    settings = LorsaTraining(
-        steps=20, lr=1e-3, lr_warm_up_steps=5, log_every=5, checkpoint_every=10, k_start=12, k_warm_up_steps=15
-    )
-    whole = made(model, data)
-    expected = train_lorsa(whole, data, settings, out=tmp_path / "whole", progress=False)
-
-    class Interrupted(CachedSequences):
-        calls = 0
-
-        def batch(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            Interrupted.calls += 1
-            if Interrupted.calls > 13:
-                raise KeyboardInterrupt
-            return super().batch(index)
-
-    with pytest.raises(KeyboardInterrupt):
-        train_lorsa(
-            made(model, data), Interrupted(data.x, data.y, data.tokens), settings, out=tmp_path / "cut", progress=False
-        )
-    assert last_checkpoint(tmp_path / "cut").name == "step_00000010"
-    resumed = made(model, data, seed=1)  # its weights are replaced by the checkpoint's
-    history = train_lorsa(resumed, data, settings, out=tmp_path / "cut", resume=True, progress=False)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-    drop = [{key: value for key, value in record.items() if key != "seconds"} for record in expected]
-    assert [{key: value for key, value in record.items() if key != "seconds"} for record in history] == drop
-    assert [record["k"] for record in history] == [10, 7, 5, 4]
-    with pytest.raises(ValueError, match="checkpoints of another run"):
-        train_lorsa(made(model, data), data, settings, out=tmp_path / "cut", progress=False)
-    other = LorsaTraining(**{**settings.__dict__, "lr": 2e-3})
-    with pytest.raises(ValueError, match=r"other settings \['lr'\] \(lr was 0.001 and is 0.002\)"):
-        train_lorsa(made(model, data), data, other, out=tmp_path / "cut", resume=True, progress=False)
 
 
 def test_each_epoch_sees_every_sequence_once() -> None:
@@ -465,6 +408,9 @@ def test_training_that_cannot_be_is_refused(model: Any, data: CachedSequences) -
         ({"lr_warm_up_steps": 8, "lr_decay_steps": 8}, "exceed steps=10"),
         ({"k_start": 9}, "go together"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes=-1.0 must be a number of at least 0"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan"),
+        ({"max_skipped_fraction": 1.5}, "max_skipped_fraction=1.5 must lie in"),
     ):
         with pytest.raises(ValueError, match=reason):
             LorsaTraining(**{"steps": 10, "lr_warm_up_steps": 0, **settings})
