@@ -6,7 +6,7 @@ import copy
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,10 @@ class Place:
     def n_activations(self) -> int:
         """Activations of the buffer that training has not seen."""
         return sum(len(one) for one in (self.mixing, self._unserved()) if one is not None)
+
+    def one_batch_before(self, batch: int) -> Place:
+        """The place before the last batch of that size was served."""
+        return replace(self, n_served=self.n_served - batch)
 
     def _unserved(self) -> Tensor | None:
         return None if self.serving is None else self.serving[self.n_served :]

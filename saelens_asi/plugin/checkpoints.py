@@ -74,8 +74,10 @@ class Keeper:
     def start_clock(self) -> None:
         self._last = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether a checkpoint by time is due; a slow disk makes them rarer."""
+    def is_due(self, name: str) -> bool:
+        """Whether a checkpoint by time is due, that would have this name; a slow disk makes them rarer."""
+        if self.last_good == self.folder / name:
+            return False
         minutes = self.settings.checkpoint_minutes
         wait = max(60 * minutes, self._seconds_of_last / _SHARE_OF_TIME)
         return minutes > 0 and time.monotonic() - self._last >= wait

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
+from saelens_asi.activations.fingerprint import data_fingerprint, model_fingerprint
 from saelens_asi.plugin.batches import (
     Place,
     SaveableStore,
@@ -34,23 +37,28 @@ class DataState:
     """Where a trainer's data provider is: one of SAELens's own, or one with ``state_dict`` and ``load_state_dict``."""
 
     def __init__(self, provider: Provider, evaluator: object) -> None:
-        self.provider = provider
+        self.provider = self._source = provider
         self._store = find_store(provider, evaluator)
         self.place: Place | None = None
         self._pending: Mapping[str, Tensor] | None = None
         self._prefetch: int | None = None
         self._own_prefetcher: PrefetchingIterator[Any] | None = None
+        self.untrained: Tensor | None = None
         self._warned = False
         if self._store is not None and not isinstance(provider, PrefetchingIterator):
             make_saveable(self._store)
 
+    def drawn(self, batch: Tensor) -> None:
+        """Note a batch whose step begins: if that fails, a resume has to begin with it."""
+        self.untrained = batch
+
     def trained_on(self, batch: Tensor) -> None:
         """Note the place after a batch whose step is done: a prefetcher may be ahead of it."""
-        self.place = place_after(batch) or self.place
+        self.place, self.untrained = place_after(batch) or self.place, None
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """What of a store decides on its batches."""
+        """What of a store decides on its batches: its settings, and what tells its model and data from others."""
         store = self._store
         if store is None:
             return {}
@@ -65,6 +73,8 @@ class DataState:
             **{name: getattr(store, name) for name in names},
             "exclude_special_tokens": None if excluded is None else excluded.tolist(),
             "hook_names": hook_names,
+            "model": model_fingerprint(store.model),
+            "dataset": None if store.dataset is None else data_fingerprint(store.dataset),
         }
 
     def save(self, folder: Path, buffer_bytes: float) -> None:
@@ -88,10 +98,12 @@ class DataState:
                     place.n_bytes / 2**30,
                     place.n_activations,
                 )
-        elif hasattr(self.provider, "state_dict"):
-            torch.save(self.provider.state_dict(), folder / PROVIDER)
-        elif not isinstance(self.provider, SyntheticActivationIterator):
+        elif hasattr(self._source, "state_dict"):
+            torch.save(self._source.state_dict(), folder / PROVIDER)
+        elif not isinstance(self._source, SyntheticActivationIterator):
             self._warn_of_place()
+        if place is None and self.untrained is not None:
+            states["untrained"] = self.untrained
         save_tensors(folder / GENERATORS, states)
 
     def _current_place(self) -> Place | None:
@@ -100,14 +112,15 @@ class DataState:
             return None
         if isinstance(self.provider, PrefetchingIterator):
             return self.place
-        return store.batches.place() if store.batches is not None else store.read_anew(None).place()
+        place = store.batches.place() if store.batches is not None else store.read_anew(None).place()
+        return place if self.untrained is None else place.one_batch_before(store.train_batch_size_tokens)
 
     def _warn_of_place(self) -> None:
         if not self._warned:
             logger.warning(
                 "checkpoints do not hold the place in the data: %s has no state_dict. A resume goes on with whatever "
                 "it gives then",
-                type(self.provider).__name__,
+                type(self._source).__name__,
             )
         self._warned = True
 
@@ -129,12 +142,16 @@ class DataState:
             if store._hook_names is not None:
                 self.provider = batches
             logger.warning("%s holds no place in the data, only the row that was reached: no exact resume", folder)
-        elif (folder / PROVIDER).exists() and hasattr(self.provider, "load_state_dict"):
-            self.provider.load_state_dict(torch.load(folder / PROVIDER, weights_only=True))
-        elif store is None and not isinstance(self.provider, SyntheticActivationIterator):
+        elif (folder / PROVIDER).exists() and hasattr(self._source, "load_state_dict"):
+            self._source.load_state_dict(torch.load(folder / PROVIDER, weights_only=True))
+        elif store is None and not isinstance(self._source, SyntheticActivationIterator):
             self._warn_of_place()
         if (folder / GENERATORS).exists():
-            self._pending = load_tensors(folder / GENERATORS)
+            states = load_tensors(folder / GENERATORS)
+            if "untrained" in states:
+                first: Any = [states.pop("untrained")]
+                self.provider = chain(first, self._source)
+            self._pending = states
 
     def _stop_prefetching(self) -> None:
         """A runner winds its store forward next, which must not happen while a prefetcher reads from it."""

@@ -34,6 +34,7 @@ from saelens_asi.plugin.checkpoints import (
     refuse_misfit,
     run_misfit,
     sae_misfit,
+    said_of,
 )
 from saelens_asi.plugin.data_state import DataState
 from saelens_asi.plugin.estimate import initialize_together
@@ -149,8 +150,9 @@ class PluginMultiTrainer(MultiSAETrainer):
         if not final:
             if self.interrupts.received is not None:
                 raise self.interrupts.exception()
-            if self.keeper is not None and self.n_training_samples and self.keeper.is_due():
-                self.keeper.save_or_warn(lambda: self._save_whole(str(self.n_training_samples), "interval"))
+            name = str(self.n_training_samples)
+            if self.keeper is not None and self.n_training_samples and self.keeper.is_due(name):
+                self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
         super()._maybe_log_sparsity(final)
 
     def _checkpoint_if_needed(self) -> None:
@@ -176,7 +178,8 @@ class PluginMultiTrainer(MultiSAETrainer):
         for single in self._flagged.values():
             single.check_finite()
         # All SAEs have trained on the same batches.
-        self.data_state.place = next(iter(self._flagged.values())).data_state.place
+        of_first = next(iter(self._flagged.values())).data_state
+        self.data_state.place, self.data_state.untrained = of_first.place, of_first.untrained
         own_fn = self.save_checkpoint_fn if self._runner is None else None
         if own_fn is not None:
             self.save_checkpoint_fn = None
@@ -201,12 +204,13 @@ class PluginMultiTrainer(MultiSAETrainer):
         check_whole(path)
         if all((path / name).is_dir() for name in self.saes):  # SAELens has a message of its own for those that lack
             refuse_misfit(path, self.misfit(path))
-        super().load_checkpoint(path)
+        with said_of(path):
+            super().load_checkpoint(path)
+            self.data_state.load(path)
         for single in self.trainers.values():
             single.n_training_steps = single.lr_scheduler.last_epoch
         self.n_training_steps = next(iter(self.trainers.values())).n_training_steps
         self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n >= self.n_training_samples]
-        self.data_state.load(path)
         for single in self._flagged.values():
             single.data_state.place = self.data_state.place
         if self.keeper is not None:

@@ -190,6 +190,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
     def step(self, batch: Tensor) -> TrainStepOutput:
         """SAELens's step on what is finite of a batch; recorded every ``logger.wandb_log_frequency`` steps and at the
         end of the run."""
+        self.data_state.drawn(batch)
         with self.progress.of_step():
             kept = self.guard.kept(batch, self._last_good())
             output = self._recorded_step(kept)
@@ -241,8 +242,9 @@ class PluginTrainer(SAETrainer[Any, Any]):
     def _between_steps(self) -> None:
         if self.interrupts.received is not None:
             raise self.interrupts.exception()
-        if self.keeper is not None and self.n_training_samples and self.keeper.is_due():
-            self.keeper.save_or_warn(lambda: self._save_whole(str(self.n_training_samples), "interval"))
+        name = str(self.n_training_samples)
+        if self.keeper is not None and self.n_training_samples and self.keeper.is_due(name):
+            self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
 
     def _is_recorded(self, n_samples: int) -> bool:
         is_last = self.n_training_samples + n_samples >= self.cfg.total_training_samples
@@ -363,6 +365,8 @@ class PluginTrainer(SAETrainer[Any, Any]):
             logger.info("resuming from %s: initializer is not applied to trained weights", path)
         self.initialization_pending = False
         with said_of(path):
+            if self.coordinator is None:
+                self.data_state.load(path)
             super().load_trainer_state(path)
             # Read here too: SAELens's runners do it next, and a trainer made by hand resumes in one call.
             self.sae.load_weights_from_checkpoint(path)
@@ -372,10 +376,8 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if (path / GUARD).exists():
             self.guard.n_skipped = json.loads((path / GUARD).read_text())["n_skipped"]
         self._take_over_provenance(path / SAE_CFG_FILENAME)
-        if self.coordinator is None:
-            self.data_state.load(path)
-            if self.keeper is not None:
-                self.keeper.last_good = path
+        if self.coordinator is None and self.keeper is not None:
+            self.keeper.last_good = path
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()

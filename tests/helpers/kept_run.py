@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from sae_lens import (
     CacheActivationsRunner,
     CacheActivationsRunnerConfig,
@@ -69,21 +72,20 @@ def _language_model(folder: Path, n_steps: int, dataset: Any, sae: Any = None, *
 
 
 def _text(folder: Path) -> Dataset:
-    source = folder / "text"
-    if not source.exists():
-        source.mkdir(parents=True)
-        tiny.save_text(source, 70, 23)
-    return load_dataset(str(source), split="train", cache_dir=str(folder / "hf"))
+    # Written anew, and to another folder, by each process: it may be killed here too.
+    with tempfile.TemporaryDirectory() as source:
+        rows = tiny.save_text(Path(source), 70, 23) / "train.jsonl"
+        return Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()])
 
 
 def _streamed(folder: Path) -> Any:
-    _text(folder)
-    return load_dataset(str(folder / "text"), split="train", streaming=True)
+    return _text(folder).to_iterable_dataset(num_shards=3)
 
 
 def _cached(folder: Path, n_steps: int) -> None:
     cache = folder / "cached"
     if not cache.exists():
+        unfinished = folder / f"cached_{os.getpid()}"  # SAELens's runner leaves half a cache when it is killed
         cfg = CacheActivationsRunnerConfig(
             dataset_path="tiny",
             model_name="tiny",
@@ -92,7 +94,7 @@ def _cached(folder: Path, n_steps: int) -> None:
             d_in=tiny.D_MODEL,
             training_tokens=128 * tiny.CONTEXT,
             context_size=tiny.CONTEXT,
-            new_cached_activations_path=str(cache),
+            new_cached_activations_path=str(unfinished),
             buffer_size_gb=8 * 4 * tiny.D_MODEL * tiny.CONTEXT * 8 / 1e9,
             device="cpu",
             streaming=False,
@@ -101,6 +103,7 @@ def _cached(folder: Path, n_steps: int) -> None:
         # The runner takes no model, and loads one by its name.
         cache_activations_runner.load_model = lambda *args, **kwargs: tiny.hooked_transformer()
         CacheActivationsRunner(cfg, override_dataset=tiny.tokens()).run()
+        unfinished.rename(cache)
     options = {"use_cached_activations": True, "cached_activations_path": str(cache)}
     _language_model(folder, n_steps, tiny.tokens(), **options)
 
