@@ -56,6 +56,11 @@ def attached(lorsa: Lorsa, model: Model, layer: int) -> Iterator[Model]:
         y = lorsa(x.to(lorsa.W_V.dtype), None if n_new == x.shape[1] else n_new, allowed).to(own.dtype)
         place = torch.arange(x.shape[1] - n_new, x.shape[1], device=own.device)
         if allowed is not None:  # padding on the left does not count
+            if lorsa.cfg.window is not None and lorsa.cfg.skip_positions >= lorsa.cfg.window:
+                raise ValueError(
+                    f"skip_positions={lorsa.cfg.skip_positions} reaches beyond the window of {lorsa.cfg.window}, where "
+                    "the model's mask does not tell padding from text: give a lower skip_positions"
+                )
             place = (allowed & (place[:, None] >= torch.arange(x.shape[1], device=own.device))).sum(dim=-1)[:, 0] - 1
         return torch.where((place < lorsa.cfg.skip_positions)[..., None], own, y)
 
@@ -192,6 +197,8 @@ def _allowed(mask: Tensor | None, n_new: int, n_positions: int) -> Tensor | None
     if mask.is_floating_point():
         mask = mask > -1.0  # additive: 0, or a very negative number
     mask = mask.bool()[..., :n_positions]
+    # The cache of a sliding window forgets what lies before it, and the mask tells of the rest alone.
+    mask = nn.functional.pad(mask, (n_positions - mask.shape[-1], 0), value=False)
     if mask.ndim == 2:
         mask = mask[:, None, None, :]
     return mask if mask.shape[-2] == 1 else mask[..., -n_new:, :]

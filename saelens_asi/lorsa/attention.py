@@ -40,6 +40,13 @@ _POSITIONS: dict[str, Literal["rotary", "learned", "none"]] = {
 }
 
 
+# What a HookedTransformer's attention is called with.
+_INPUTS = ("query_input", "key_input", "value_input")
+
+# Sizes of the impulses that show how far a layer reads, in units of what it reads.
+_IMPULSES = (1.0, 3.0, 10.0, 30.0)
+
+
 def attention_module(model: AttentionModel, layer: int) -> Any:
     """The attention of block ``layer``. Raises ValueError for a layer that does not exist, or has no attention."""
     n_layers = len(model.blocks)
@@ -57,20 +64,32 @@ def is_bridge(attention: Any) -> bool:
 
 
 @contextmanager
-def _captured(model: AttentionModel, layer: int) -> Iterator[dict[str, Tensor]]:
-    """What the attention reads (after ln1) and puts out (before any norm after it) in a forward pass."""
+def _captured(
+    model: AttentionModel, layer: int, change: Callable[[Tensor], Tensor] = lambda x: x
+) -> Iterator[dict[str, Tensor]]:
+    """What the attention reads (after ln1) and puts out (before any norm after it) in a forward pass.
+
+    ``change`` makes what it reads of what it would have read.
+    """
     attention = attention_module(model, layer)
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, args, output: seen.__setitem__(name, output)
 
-    def note_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def note_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args = tuple(change(one) if i < 3 else one for i, one in enumerate(args))  # of queries, keys and values
+        kwargs = {name: change(one) if name in _INPUTS else one for name, one in kwargs.items()}
         seen["x"] = kwargs["query_input"] if "query_input" in kwargs else args[0]
+        return args, kwargs
+
+    def note_bridge_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["x"] = change(output)
+        return seen["x"]
 
     if is_bridge(attention):
         handles = [
-            attention.hook_in.register_forward_hook(note("x")),
+            attention.hook_in.register_forward_hook(note_bridge_input),
             attention.hook_out.register_forward_hook(note("y")),
         ]
     else:
@@ -100,6 +119,39 @@ def attention_activations(
             model(tokens.to(device), return_type=None, stop_at_layer=layer + 1)
         yield seen["x"].detach(), seen["y"].detach()
 
+
+@torch.no_grad()
+def measured_reach(model: AttentionModel, layer: int, tokens: Tensor) -> int:
+    """How many positions of (1, n_positions) token ids read the first: its window, or all of them.
+
+    What the attention reads at the first position is changed, and nothing else; the output stays as it was, to the bit,
+    where that is masked. Several impulses, since a single one may draw too little attention from where it is seen.
+    """
+    device = next(iter(model.parameters())).device
+    generator = torch.Generator().manual_seed(0)
+
+    def output(impulse: float) -> Tensor:
+        def change(x: Tensor) -> Tensor:
+            direction = torch.randn(x.shape[-1], generator=generator).to(x) * x.float().square().mean().sqrt().to(x)
+            return torch.cat([x[:, :1] + impulse * direction, x[:, 1:]], dim=1) if impulse else x
+
+        with _captured(model, layer, change) as seen:
+            model(tokens.to(device), return_type=None, stop_at_layer=layer + 1)
+        return seen["y"]
+
+    plain = output(0.0)
+    changed = torch.stack([(output(impulse) != plain).any(dim=-1)[0] for impulse in _IMPULSES]).any(dim=0)
+    return int(changed.nonzero().max()) + 1 if changed.any() else 0
+
+
+def named_windows(model: AttentionModel, layer: int) -> list[int]:
+    """Every size of a window that the model's configuration names, whichever layers they are for."""
+    configs = [model.cfg, getattr(getattr(attention_module(model, layer), "original_component", None), "config", None)]
+    values = [getattr(config, name, None) for config in configs for name in _WINDOW_SETTINGS]
+    return [int(value) for value in values if isinstance(value, int) and value > 0]
+
+
+_WINDOW_SETTINGS = ("window_size", "sliding_window", "attention_chunk_size")
 
 _NOT_LORSA = "which Lorsa does not reproduce: choose another layer or model"
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saelens_asi.lorsa.attention import AttentionModel, AttentionTarget, attention_activations, read_attention
+from saelens_asi.lorsa.attention import (
+    AttentionModel,
+    AttentionTarget,
+    attention_activations,
+    measured_reach,
+    named_windows,
+    read_attention,
+)
 from saelens_asi.lorsa.config import LorsaConfig
 from saelens_asi.lorsa.positions import rotary_table, rotate
 from saelens_asi.lorsa.sparse_features import Scores, Selection, SparseFeatures, decode, select_features
@@ -97,10 +104,11 @@ class Lorsa(nn.Module):
 
         Raises:
             ValueError: when the layer does not exist, or does something that a Lorsa does not reproduce: a Lorsa made
-                of the layer's own rank-one components is compared with the layer on random tokens.
+                of the layer's own rank-one components is compared with the layer on random tokens, and its window
+                is measured.
         """
         target = read_attention(model, layer)
-        check_exact(model, target)
+        check_exact(model, target, settings.get("n_ctx"))
         return cls.from_target(target, n_ov_heads=n_ov_heads, k=k, n_qk_heads=n_qk_heads, **settings)
 
     @classmethod
@@ -319,16 +327,44 @@ class Lorsa(nn.Module):
 
 
 @torch.no_grad()
-def check_exact(model: AttentionModel, target: AttentionTarget) -> None:
-    """Raise ValueError unless the layer's own rank-one components, as a Lorsa, reproduce it on random tokens."""
-    n_positions = min(target.settings["n_ctx"], _PROBE_POSITIONS)
+def check_exact(model: AttentionModel, target: AttentionTarget, n_ctx: int | None = None) -> None:
+    """Raise ValueError unless the layer's own rank-one components, as a Lorsa, reproduce it on random tokens.
+
+    A window that is one position too long changes one of many weights, too little for a comparison of outputs: how far
+    the layer reads is measured apart, on contexts one longer than any window that the model's configuration names.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        target: what ``read_attention`` returned.
+        n_ctx: longest context that the Lorsa will see; that of the model when None. A window beyond it plays no role.
+    """
+    longest = min(target.settings["n_ctx"], n_ctx or target.settings["n_ctx"])
     generator = torch.Generator().manual_seed(0)
+    n_positions = min(longest, _PROBE_POSITIONS)
     tokens = torch.randint(0, int(model.cfg.d_vocab), (1, n_positions), generator=generator)
     x, y = next(attention_activations(model, target.layer, [tokens]))
+    _check_window(model, target, longest)
     error = float((Lorsa.exact(target)(x.float()) - y.float()).abs().max() / y.float().abs().max())
     if not error < (_TOLERANCE if y.dtype == torch.float32 else 20 * _TOLERANCE):
         raise ValueError(
             f"layer {target.layer} of {target.model_name} does something that Lorsa does not reproduce: its own "
             f"components give another output (largest difference {error:.2g} of the largest value). Read settings: "
             f"{target.settings}"
+        )
+
+
+def _check_window(model: AttentionModel, target: AttentionTarget, longest: int) -> None:
+    """Raise ValueError unless the layer reads as far as its window says, in contexts of up to ``longest`` positions."""
+    window = target.settings.get("window")
+    windows = [*named_windows(model, target.layer), *([] if window is None else [window])]
+    within = [size + 1 for size in windows if size < longest]
+    n_positions = max([min(longest, _PROBE_POSITIONS), *within])
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, int(model.cfg.d_vocab), (1, n_positions), generator=generator)
+    reach = measured_reach(model, target.layer, tokens)
+    if reach != min(window or n_positions, n_positions):
+        raise ValueError(
+            f"layer {target.layer} of {target.model_name} does something that Lorsa does not reproduce: "
+            f"window={window} was read, but it attends to {reach} positions in a context of {n_positions}: choose "
+            "another layer or model"
         )

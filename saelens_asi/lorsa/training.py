@@ -375,8 +375,8 @@ class TrainingRun:
             finite = all_finite(param.grad for param in trained if param.grad is not None)
         if not (loss.isfinite() & finite):
             raise FloatingPointError(
-                f"step {self.done + 1}: the loss ({float(loss.detach()):g}) or its gradient is not finite: set a lower lr, or "
-                f"max_grad_norm. {self._last_good()}"
+                f"step {self.done + 1}: the loss ({float(loss.detach()):g}) or its gradient is not finite: set a lower "
+                f"lr, or max_grad_norm. {self._last_good()}"
             )
 
     def _numbers(self) -> Iterator[Tensor]:

@@ -69,7 +69,7 @@ BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def hooked(variant: str) -> HookedTransformer:
+def hooked(variant: str, **changes: Any) -> HookedTransformer:
     settings: dict[str, Any] = {
         "n_layers": 2,
         "d_model": D_MODEL,
@@ -84,6 +84,7 @@ def hooked(variant: str) -> HookedTransformer:
         "seed": 0,
         "device": "cpu",
         **HOOKED[variant],
+        **changes,
     }
     with torch.random.fork_rng():
         model = HookedTransformer(HookedTransformerConfig(**settings), tokenizer=tiny.tokenizer())
@@ -91,12 +92,12 @@ def hooked(variant: str) -> HookedTransformer:
     return model.eval()
 
 
-def bridged(variant: str, folder: Path) -> TransformerBridge:
+def bridged(variant: str, folder: Path, **changes: Any) -> TransformerBridge:
     kind, settings = BRIDGED[variant]
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings, **special))
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**settings, **special, **changes}))
         randomize(model)
         model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from saelens_asi.lorsa import Lorsa, LorsaConfig, attached, lorsa_loss_recovered, read_attention, replaced
 from tests.helpers import tiny_attention
@@ -31,6 +33,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Models with a window of 5."""
+    return cache(lambda variant: tiny_attention.bridged(variant, tmp_path_factory.mktemp(variant.split(",")[0])))
 
 
 def small(model: Any, layer: int = 1, **settings: Any) -> Lorsa:
@@ -133,6 +141,48 @@ def test_generation_with_a_key_value_cache_equals_generation_without(name: str, 
     assert torch.equal(cached, step)
     assert cached.shape == plain.shape == (1, 14)
     assert torch.equal(model.generate(tokens, **settings), plain)
+
+
+@pytest.mark.parametrize(("variant", "layer"), [("mistral, window", 1), ("gemma2", 0), ("gemma2", 1)])
+@pytest.mark.parametrize("n_prompt", [2, 4, 5, 6, 9])  # the window holds 5
+def test_generation_goes_on_past_a_sliding_window(variant: str, layer: int, n_prompt: int, sliding: Any) -> None:
+    model, prompt = sliding(variant), tiny_attention.tokens(2, n_prompt)
+    settings = {"max_new_tokens": 12, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    with attached(small(model, layer), model, layer), cache_that_reaches_a_bridge(model):
+        cached = model.generate(prompt, use_past_kv_cache=True, return_type="tokens", **settings)
+        step = prompt
+        for _ in range(12):
+            step = torch.cat([step, logits(model, step)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, step)
+
+
+@pytest.mark.parametrize(("variant", "layer"), [("mistral, window", 1), ("gemma2", 0), ("gemma2", 1)])
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_pieces_into_a_cache_past_a_sliding_window_equal_one_pass(
+    variant: str, layer: int, piece: int, padding: int, sliding: Any
+) -> None:
+    model, n = sliding(variant), 18
+    tokens = torch.cat([torch.full((2, padding), 2), tiny_attention.tokens(2, n)], dim=1)
+    mask = torch.cat([torch.zeros(2, padding), torch.ones(2, n)], dim=1).long()
+    lorsa, hf = small(model, layer, skip_positions=2), model.original_model
+    with attached(lorsa, model, layer), cache_that_reaches_a_bridge(model), torch.no_grad():
+        whole = hf(tokens, attention_mask=mask, use_cache=False).logits
+        cache, pieces = DynamicCache(config=hf.config), []
+        for part in tokens.split(piece, dim=1):
+            seen = cache.get_seq_length() + part.shape[1]
+            out = hf(part, attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
+            pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1)[:, padding:], whole[:, padding:], rtol=1e-4, atol=1e-4)
+
+
+def test_more_skipped_positions_than_the_window_holds_are_refused(sliding: Any) -> None:
+    model = sliding("mistral, window")
+    with (
+        attached(small(model, skip_positions=5), model, 1),
+        pytest.raises(ValueError, match="skip_positions=5 reaches"),
+    ):
+        model(tiny_attention.tokens())
 
 
 @pytest.mark.parametrize("name", ["bridge", "bridge, gpt2"])

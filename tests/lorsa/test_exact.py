@@ -50,6 +50,43 @@ def test_the_comparison_notices_a_setting_that_was_read_wrongly(setting: str, mo
         check_exact(model, target)
 
 
+def long_window(window: int = 300) -> object:
+    return tiny_attention.hooked("window", n_ctx=400, window_size=window)
+
+
+@pytest.mark.parametrize("read", [299, 301, 150, None])
+def test_a_long_window_that_was_read_wrongly_is_noticed(read: int | None) -> None:
+    model = long_window()
+    target = read_attention(model, 1)
+    check_exact(model, target)
+    target.settings["window"] = read
+    with pytest.raises(ValueError, match=f"window={read} was read, but .* 300 positions"):
+        check_exact(model, target)
+    check_exact(model, target, n_ctx=149)  # where no window shows
+
+
+@pytest.mark.parametrize("read", [299, 301, None])
+def test_a_long_window_of_a_bridge_that_was_read_wrongly_is_noticed(read: int | None, tmp_path: Path) -> None:
+    model = tiny_attention.bridged("mistral, window", tmp_path, sliding_window=300, max_position_embeddings=400)
+    target = read_attention(model, 1)
+    check_exact(model, target)
+    check_exact(model.to(torch.bfloat16), read_attention(model, 1))
+    target.settings["window"] = read
+    with pytest.raises(ValueError, match="300 positions"):
+        check_exact(model, target)
+
+
+def test_full_and_sliding_layers_of_one_model_are_told_apart(tmp_path: Path) -> None:
+    model = tiny_attention.bridged("gemma2", tmp_path, sliding_window=300, max_position_embeddings=400)
+    sliding, full = (read_attention(model, layer) for layer in (0, 1))
+    for target in (sliding, full):
+        check_exact(model, target)
+    assert (sliding.settings["window"], full.settings["window"]) == (300, None)
+    full.settings["window"] = 300
+    with pytest.raises(ValueError, match="window=300 was read"):
+        check_exact(model, full)
+
+
 def test_refuses_what_a_lorsa_has_no_counterpart_for() -> None:
     for changes, reason in (
         ({"positional_embedding_type": "alibi"}, "'alibi' positions"),
