@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: install test capabilities wheel demo ablation train_step spectra lorsa claims format clean
+.PHONY: install test capabilities wheel demo ablation train_step spectra lorsa claims kills format clean
 
 install: $(VENV)/installed
 
@@ -61,6 +61,11 @@ lorsa: install
 	$(BIN)/python -m benchmarks.lorsa cells
 	$(BIN)/python -m benchmarks.lorsa step
 	$(BIN)/python -m benchmarks.lorsa report
+
+# Real processes killed at random moments, and what became of them; then what it costs that they can be.
+kills: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.keep_cost
 
 # The grid goes on where it stopped (benchmarks/claims/grid.py: its cells, and how to measure anew).
 claims: install

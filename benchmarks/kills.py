@@ -1,9 +1,9 @@
 """Real processes killed at random moments, over and over: how many runs end as the one that nobody killed?
 
 ``python -m benchmarks.kills --kills 200``. Each attempt is a process of its own (forked from one that has imported
-everything, so that moments within the run are hit and not the imports). It goes on from what its folder holds. Some are
-killed by SIGKILL, which nothing can catch, some by SIGTERM or SIGINT, once or twice. A run that ends is compared with one
-that was left alone: weights, moments, statistics, history, random state, bit for bit.
+everything, so that moments within the run are hit and not the imports). It goes on from what its folder holds. Some
+are killed by SIGKILL, which nothing can catch, some by SIGTERM or SIGINT, once or twice. A run that ends is compared
+with one that was left alone: weights, moments, statistics, history, random state, bit for bit.
 """
 
 from __future__ import annotations

@@ -60,13 +60,21 @@ class Guard:
         if not loss.isfinite() or (gradient_norm is not None and not gradient_norm.isfinite()):
             raise FloatingPointError(f"the loss or its gradient is not finite; {_advice(last_good)}")
 
-    def check_run(self, sae: nn.Module, optimizer: Optimizer, n_tokens: int, last_good: Path | None) -> None:
-        """Raise FloatingPointError where too much was left out, or where weights or moments are not finite."""
+    def check_run(self, sae: nn.Module, optimizer: Optimizer | None, n_tokens: int, last_good: Path | None) -> None:
+        """Raise FloatingPointError where too much was left out, or where weights are not finite, or moments.
+
+        Args:
+            sae: whose weights are looked at.
+            optimizer: whose moments are; None to leave them out, which are twice as large.
+            n_tokens: activations so far.
+            last_good: checkpoint, for the error.
+        """
         fine, n_bad = self._flag.read()
         if n_bad:
             self._skip(n_bad)
         self._flag = FiniteFlag()
-        moments = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+        states = optimizer.state.values() if optimizer is not None else ()
+        moments = (value for state in states for value in state.values() if torch.is_tensor(value))
         if not fine or not all_finite([*sae.parameters(), *moments]):
             raise FloatingPointError(f"weights are not finite; {_advice(last_good)}")
         if self.n_skipped > self._max_skipped_fraction * max(n_tokens, _FIRST_TOKENS):

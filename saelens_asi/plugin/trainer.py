@@ -206,7 +206,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
             return super().step(batch)
         lr, firings = self.optimizer.param_groups[0]["lr"], count_firings(self.act_freq_scores)
         output = super().step(batch)
-        self.check_finite()
+        self.guard.check_run(self.sae, None, self.n_training_samples, self._last_good())
         facts = StepFacts(
             step=self.steps_done(),
             n_tokens=self.n_training_samples,
@@ -226,7 +226,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         return output
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError where weights, moments or too many activations are not finite."""
+        """Raise FloatingPointError where weights, moments or too many activations are not finite: as none is saved."""
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
 
     def _last_good(self) -> Path | None:
