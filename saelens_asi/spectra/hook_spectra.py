@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from saelens_asi.activations.fingerprint import (
+    Fingerprints,
+    check_fingerprints,
+    content_checksum,
+    fingerprints,
+)
 from saelens_asi.activations.hooks import HookedModel, as_vectors, hook_points, resolve_hook_names
-from saelens_asi.activations.reader import TextPass
+from saelens_asi.activations.reader import TextPass, signals_held_back
 from saelens_asi.activations.tokens import TokenData
 from saelens_asi.resume import differences, load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
@@ -58,7 +66,8 @@ def activation_spectra(
         context_size: length of the windows that text is packed into; longer tokenized rows are cut.
         exclude_special_tokens: leave out BOS, EOS, padding and the like, as in SAELens: True, False or token ids.
         exclude_positions: positions of every window that are left out too; negative ones count from its end.
-        checkpoint: file that keeps the state. Where it exists, the pass continues from it, to the same result.
+        checkpoint: file that keeps the state. Where it exists, the pass continues from it, to the same result. With
+            it, SIGINT and SIGTERM let the batch end, and save it first.
         checkpoint_seconds: how often it is written.
         progress: show a progress bar.
 
@@ -67,7 +76,8 @@ def activation_spectra(
 
     Raises:
         ValueError: for a hook that does not exist, is not reached, or holds no vectors; for activations that are not
-            finite; for fewer than 2 tokens; for a checkpoint of another pass.
+            finite; for fewer than 2 tokens; for a checkpoint of another pass, model or data, or a damaged one.
+        OSError: where the disk is full. The last checkpoint stays.
     """
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"n_tokens={n_tokens} must be at least 2")
@@ -84,14 +94,14 @@ def activation_spectra(
     )
     settings = {"batch_size": batch_size, "context_size": context_size, "exclude_positions": list(exclude_positions)}
     running = _RunningSpectra(points)
-    saved = None if checkpoint is None else _Checkpoint(Path(checkpoint), text, settings, checkpoint_seconds)
-    if saved is not None:
+    if checkpoint is None:
+        for _ in text.read(running.readers(), description="Activation spectra", progress=progress):
+            pass
+    else:
+        made_of = fingerprints(model, data)
+        saved = _Checkpoint(Path(checkpoint), text, settings, made_of, checkpoint_seconds)
         saved.restore(running)
-    for _ in text.read(running.readers(), description="Activation spectra", progress=progress):
-        if saved is not None and saved.is_due():
-            saved.write(running)
-    if saved is not None:
-        saved.write(running)
+        saved.read(running, progress)
     text.check_length(at_least=2)
     spectra = running.spectra()
     warning = _small_sample_warning(spectra)
@@ -105,6 +115,7 @@ class _RunningSpectra:
 
     def __init__(self, points: Mapping[str, nn.Module]) -> None:
         self.moments: dict[str, RunningMoments] = {}
+        self.between_batches = True  # False while some hooks have got a batch, and others not
         first_name: dict[int, str] = {}
         self._first_names = {name: first_name.setdefault(id(point), name) for name, point in points.items()}
 
@@ -113,6 +124,7 @@ class _RunningSpectra:
 
     def _reader(self, name: str) -> Callable[[Tensor], None]:
         def read(vectors: Tensor) -> None:
+            self.between_batches = False
             moments = self.moments.get(name)
             if moments is None:
                 moments = RunningMoments.zeros(vectors.shape[1])
@@ -135,8 +147,10 @@ def _update_(moments: RunningMoments, vectors: Tensor, name: str) -> None:
 class _Checkpoint:
     """Moments and the place in the text, saved together between batches, in one file that is replaced as a whole."""
 
-    def __init__(self, path: Path, text: TextPass, settings: Mapping[str, Any], seconds: float) -> None:
-        self.path, self.text, self.seconds = path, text, seconds
+    def __init__(
+        self, path: Path, text: TextPass, settings: Mapping[str, Any], made_of: Fingerprints, seconds: float
+    ) -> None:
+        self.path, self.text, self.made_of, self.seconds = path, text, made_of, seconds
         self.settings = {
             "model": str(getattr(text.model.cfg, "model_name", "")),
             "hooks": list(text.points),
@@ -145,30 +159,81 @@ class _Checkpoint:
             **settings,
         }
         self._saved_at = time.monotonic()
+        self._n_saved = 0
 
-    def is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self.seconds
+    def read(self, running: _RunningSpectra, progress: bool) -> None:
+        """Read the text to its end, and save what has been read now and then, before a signal and after an error."""
+        with signals_held_back() as stopped:
+            try:
+                for _ in self.text.read(running.readers(), description="Activation spectra", progress=progress):
+                    running.between_batches = True
+                    if stopped():
+                        break
+                    if time.monotonic() - self._saved_at >= self.seconds:
+                        self._try_to_write(running)
+            except BaseException:
+                if running.between_batches and self.text.n_batches > self._n_saved:
+                    with suppress(OSError):
+                        self.write(running)
+                raise
+            self.write(running)
+
+    def _try_to_write(self, running: _RunningSpectra) -> None:
+        """In the middle of a pass: what fails is tried again later."""
+        try:
+            self.write(running)
+        except OSError as error:
+            logger.warning("the pass goes on, and tries again later to save: %s", error)
+            self._saved_at = time.monotonic()
 
     def write(self, running: _RunningSpectra) -> None:
         start, text = time.monotonic(), self.text
         place = {"n_batches": text.n_batches, "n_kept": text.n_read, "digest": text.digest.hexdigest()}
-        save_pass(self.path, running.moments, self.settings, place)
-        self._saved_at = time.monotonic()
+        try:
+            save_pass(self.path, running.moments, self.settings, place, self.made_of)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                message = (
+                    f"no space left for checkpoint={str(self.path)!r}: the last one stays, the pass goes on from it"
+                )
+                raise OSError(errno.ENOSPC, message) from None
+            raise
+        self._saved_at, self._n_saved = time.monotonic(), text.n_batches
         self.seconds = max(self.seconds, _CHECKPOINT_PAUSE * (self._saved_at - start))
 
     def restore(self, running: _RunningSpectra) -> None:
         """Go on from the file, where there is one. Raises ValueError for that of another pass."""
         if not self.path.exists():
             return
-        running.moments, place = load_pass(self.path, self.settings)
+        running.moments, place, saved = load_pass(self.path, self.settings)
+        self.made_of = check_fingerprints(saved, self.made_of, self.path, "give that, or delete the file")
         self.text.skip(place["n_batches"], place["n_kept"])
+        self._n_saved = place["n_batches"]
         if self.text.digest.hexdigest() != place["digest"]:
             raise ValueError(f"{self.path} was written while reading other data: give that data, or delete the file")
         logger.info("continuing after %d tokens", self.text.n_read)
 
 
+class SavedPass(NamedTuple):
+    """What the file of a pass holds.
+
+    Attributes:
+        moments: by hook.
+        place: in the text.
+        fingerprints: of the model and the data; None in files of earlier versions.
+    """
+
+    moments: dict[str, RunningMoments]
+    place: dict[str, Any]
+    fingerprints: Fingerprints | None
+
+
 def save_pass(
-    path: Path, moments: Mapping[str, RunningMoments], settings: Mapping[str, Any], place: Mapping[str, Any]
+    path: Path,
+    moments: Mapping[str, RunningMoments],
+    settings: Mapping[str, Any],
+    place: Mapping[str, Any],
+    made_of: Fingerprints | None = None,
 ) -> None:
     """Write moments, settings and place (plain values); a reader sees the old file or the new one, never a part."""
     tensors = {}
@@ -176,28 +241,39 @@ def save_pass(
         tensors[f"{name}/mean"] = running.mean
         tensors[f"{name}/scatter"] = running.scatter
     counts = {name: running.n_tokens for name, running in moments.items()}
-    state = json.dumps({"settings": settings, "place": place, "n_tokens": counts})
-    save_tensors(path, tensors, {"format": PASS_FORMAT, "state": state})
+    state = json.dumps({"settings": settings, "place": place, "n_tokens": counts, "fingerprints": made_of})
+    metadata = {"format": PASS_FORMAT, "state": state, "checksum": content_checksum(tensors, state)}
+    save_tensors(path, tensors, metadata)
 
 
-def load_pass(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, RunningMoments], dict[str, Any]]:
-    """Moments and place of a pass with these settings.
+def load_pass(path: Path, settings: Mapping[str, Any]) -> SavedPass:
+    """What was saved of a pass with these settings.
 
     Raises:
-        ValueError: for a file of something else, or of a pass with other settings.
+        ValueError: for a file of something else, a damaged one, or that of a pass with other settings.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not the checkpoint of a pass: give another path")
     metadata = tensor_metadata(path)
     if metadata.get("format") != PASS_FORMAT:
         raise ValueError(f"{path} is not the checkpoint of a pass over activations: give another path")
-    state = json.loads(metadata["state"])
-    changed = differences(state["settings"], settings)
+    tensors = load_tensors(path)
+    # Files of the first version have no checksum.
+    if metadata.get("checksum") not in (None, content_checksum(tensors, metadata.get("state", ""))):
+        raise ValueError(f"{path} is damaged: its checksum differs. Delete it, and the pass begins anew")
+    try:
+        state = json.loads(metadata["state"])
+        changed = differences(state["settings"], settings)
+        moments = {
+            name: RunningMoments(n, tensors[f"{name}/mean"], tensors[f"{name}/scatter"])
+            for name, n in state["n_tokens"].items()
+        }
+        saved = SavedPass(moments, state["place"], state.get("fingerprints"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: it lacks parts. Delete it, and the pass begins anew") from None
     if changed:
         raise ValueError(f"{path} belongs to a pass with other settings ({changed}): use those, or delete it")
-    tensors = load_tensors(path)
-    return {
-        name: RunningMoments(n, tensors[f"{name}/mean"], tensors[f"{name}/scatter"])
-        for name, n in state["n_tokens"].items()
-    }, state["place"]
+    return saved
 
 
 def spectra_from_cache(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from saelens_asi.activations.fingerprint import content_checksum
 from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
 
@@ -23,6 +26,9 @@ _RANK_TOLERANCE = 1e-6
 
 # A sample of this many vectors a dimension lowers the effective rank by about 1 %, for steep and flat spectra alike.
 ENOUGH_TOKENS_PER_DIMENSION = 16
+
+# A covariance may be rounded below zero, or to one side, by this share of its trace.
+_ROUNDING = 1e-8
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -151,21 +157,67 @@ class Spectrum:
         return Spectrum(self.mean * factor, self.covariance * factor**2, self.n_tokens)
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with mean, covariance and token count; returns its path."""
-        metadata = {"format": FILE_FORMAT, "spectrum": json.dumps({"n_tokens": self.n_tokens})}
-        save_tensors(path, {"mean": self.mean, "covariance": self.covariance}, metadata)
+        """Write a safetensors file with mean, covariance, token count and a checksum of them; returns its path."""
+        tensors = {"mean": self.mean, "covariance": self.covariance}
+        about = json.dumps({"n_tokens": self.n_tokens})
+        checksum = content_checksum(tensors, about)
+        save_tensors(path, tensors, {"format": FILE_FORMAT, "spectrum": about, "checksum": checksum})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Spectrum:
-        """Read a file that ``save`` wrote. Raises ValueError when the file holds something else."""
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            ValueError: when the file is something else or damaged, or what it holds is no mean and covariance.
+            FileNotFoundError: when it is not there.
+        """
+        if Path(path).is_dir():
+            _refuse(path, "it is a folder")
         metadata = tensor_metadata(path)
         if metadata.get("format") != FILE_FORMAT:
             raise ValueError(
                 f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
             )
-        tensors = load_tensors(path)
-        return cls(tensors["mean"], tensors["covariance"], int(json.loads(metadata["spectrum"])["n_tokens"]))
+        tensors, about = load_tensors(path), metadata.get("spectrum", "")
+        # Files of the first version have none.
+        if metadata.get("checksum") not in (None, content_checksum(tensors, about)):
+            _refuse(path, "its checksum differs, so that its content has changed since it was written")
+        try:
+            n_tokens = json.loads(about)["n_tokens"]
+        except (ValueError, KeyError, TypeError):
+            n_tokens = None
+        wrong = _not_moments(tensors, n_tokens)
+        if wrong:
+            _refuse(path, wrong)
+        return cls(tensors["mean"], tensors["covariance"], int(n_tokens))
+
+
+def _refuse(path: str | Path, reason: str) -> NoReturn:
+    raise ValueError(f"the spectrum file {path} cannot be used: {reason}. Measure the spectrum again")
+
+
+def _not_moments(tensors: Mapping[str, Tensor], n_tokens: object) -> str:
+    """Why these are no mean, covariance and number of tokens; empty where they are."""
+    if tensors.keys() != {"mean", "covariance"}:
+        return f"it holds {sorted(tensors)}, not mean and covariance"
+    if type(n_tokens) is not int or n_tokens < 2:
+        return f"its number of tokens, {n_tokens!r}, is no number from 2 on"
+    mean, covariance = tensors["mean"], tensors["covariance"]
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        return f"mean and covariance have the shapes {tuple(mean.shape)} and {tuple(covariance.shape)}"
+    if mean.dtype != torch.float64 or covariance.dtype != torch.float64:
+        return f"mean and covariance are {mean.dtype} and {covariance.dtype}, not float64"
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        return "it holds NaN or infinity"
+    allowed = _ROUNDING * float(covariance.diagonal().abs().sum())
+    if float((covariance - covariance.T).abs().max()) > allowed:
+        return "its covariance is not symmetric"
+    # Of a positive semi-definite matrix, a little added to the diagonal makes one that has a Cholesky factor.
+    shifted = covariance + allowed * torch.eye(len(mean), dtype=torch.float64)
+    if allowed and int(torch.linalg.cholesky_ex(shifted).info):
+        return "its covariance has negative eigenvalues"
+    return ""
 
 
 def principal_angles(first: Spectrum, second: Spectrum, k: int) -> Float64[Tensor, " k"]:

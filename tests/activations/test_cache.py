@@ -20,7 +20,7 @@ from saelens_asi.activations import reader
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import hook_points, read_activations
 from tests.helpers import tiny
-from tests.helpers.damage import assert_survives_kills, damages
+from tests.helpers.damage import Hostile, assert_survives_kills, damages
 
 HOOKS = ["blocks.0.hook_attn_out", "blocks.1.attn.hook_z"]
 HOW: dict[str, Any] = {"batch_size": 4, "context_size": 16, "progress": False}
@@ -196,16 +196,6 @@ def test_what_does_not_fit_the_state_is_refused_with_the_folder_and_the_way_out(
     with pytest.raises(ValueError, match=r"folder='.*cache'.*Delete the folder"):
         cache_activations(folder, model, rows, HOOKS, 400, **HOW)
     assert not (tmp_path / "executed").exists()
-
-
-class Hostile:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_files_of_a_pass_that_saved_no_state_are_written_anew(model, dataset, tmp_path):

@@ -127,7 +127,7 @@ def test_interrupted_it_continues_to_the_same_files(
     stock = spectra_module._Checkpoint
     monkeypatch.setattr(reader, "read_activations", read)
     monkeypatch.setattr(spectra_module, "_CHECKPOINT_PAUSE", 0)
-    monkeypatch.setattr(spectra_module, "_Checkpoint", lambda *args: stock(*args[:3], 0))
+    monkeypatch.setattr(spectra_module, "_Checkpoint", lambda *args: stock(*args[:-1], 0))
     with pytest.raises(SystemExit) as exit_info:
         spectrum(llama_folder, text_folder, tmp_path)
     assert exit_info.value.code == 130

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -47,6 +48,16 @@ class Damage:
             path.mkdir()
             return
         path.write_bytes(content)
+
+
+class Hostile:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
 
 
 def damages() -> st.SearchStrategy[Damage]:

@@ -58,8 +58,17 @@ def digest(kind: str, folder: Path) -> str:
             tensors = sorted(load_tensors(path).items())
             whole.update(str(path.relative_to(folder)).encode())
             whole.update(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors))
+    elif kind == "spectrum":
+        from saelens_asi.resume import load_tensors, tensor_metadata
+
+        for path in sorted(folder.glob("done/*.safetensors")):
+            # safetensors writes metadata in an order of its own, another one each time.
+            about = json.dumps(tensor_metadata(path), sort_keys=True)
+            tensors = sorted(load_tensors(path).items())
+            whole.update(path.name.encode() + about.encode())
+            whole.update(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors))
     else:
-        for path in sorted(folder.glob("*.npy" if kind == "cache" else "done/*.safetensors")):
+        for path in sorted(folder.glob("*.npy")):
             whole.update(path.name.encode() + path.read_bytes())
     return whole.hexdigest()
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import logging
+import signal
 import warnings
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
 
 from saelens_asi import RunningMoments, Spectrum, activation_spectra, spectra_from_cache
 from saelens_asi.activations import reader
+from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra import hook_spectra as module
 from saelens_asi.spectra.hook_spectra import load_pass
 from tests.helpers import tiny
+from tests.helpers.damage import Hostile, assert_survives_kills, damages
 from tests.helpers.reference import two_pass_moments
 
 TOKENS = torch.tensor(tiny.tokens(60)["tokens"])
@@ -249,8 +255,12 @@ def test_a_checkpoint_is_refused_for_other_settings_data_or_files(model, tmp_pat
         spectra_of(model, rows(), [HOOK], 301, **how)
     with pytest.raises(ValueError, match=r"hooks was .* and is"):
         spectra_of(model, rows(), ["blocks.0.hook_attn_out"], 300, **how)
-    with pytest.raises(ValueError, match="reading other data"):
+    with pytest.raises(ValueError, match=r"data was '60 rows, checksum .*' and is .*delete the file"):
         spectra_of(model, rows(TOKENS.flip(0)), [HOOK], 300, **how)
+    with pytest.raises(ValueError, match="reading other data"):
+        spectra_of(model, iter(rows(TOKENS.flip(0))), [HOOK], 300, **how)
+    with pytest.raises(ValueError, match=r"model was '.*checksum .*' and is .*delete the file"):
+        spectra_of(changed(model), rows(), [HOOK], 300, **how)
     other = Spectrum(torch.zeros(2).double(), torch.eye(2).double(), 3).save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not the checkpoint of a pass"):
         load_pass(other, {})
@@ -308,3 +318,124 @@ def test_a_cache_refuses_names_and_shapes_that_do_not_fit(model):
         spectra_from_cache(cache, ["blocks.7.hook_attn_out"])
     with pytest.raises(ValueError, match="not one vector a token"):
         spectra_from_cache(cache, ["blocks.0.attn.hook_pattern"])
+
+
+def changed(model):
+    """The same model, with one layer tuned a little."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[0].mlp.W_in += 1e-3
+    return other
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(model, tmp_path, caplog):
+    """Which had neither fingerprints nor a checksum."""
+    path = tmp_path / "pass.safetensors"
+    how = {"batch_size": 4, "checkpoint": path, "checkpoint_seconds": 0}
+    with pytest.raises(Interrupt):
+        spectra_of(model, interrupted_after(40), ALL, 900, **how)
+    metadata = tensor_metadata(path)
+    state = json.loads(metadata["state"])
+    del state["fingerprints"]
+    save_tensors(path, load_tensors(path), {"format": module.PASS_FORMAT, "state": json.dumps(state)})
+    continued = spectra_of(model, rows(), ALL, 900, **how)
+    assert "no fingerprint of the model and the data" in caplog.text
+    assert_same(continued, spectra_of(model, rows(), ALL, 900, batch_size=4), tolerance=0)
+
+
+def test_an_error_within_a_batch_saves_the_batches_before(model, tmp_path, monkeypatch):
+    """Of this one the first hook has got its vectors, and the second not."""
+    path, seen = tmp_path / "pass.safetensors", []
+    how = {"batch_size": 4, "checkpoint": path, "checkpoint_seconds": 0}
+    stock = RunningMoments.update_
+
+    def failing(self, x):
+        seen.append(x)
+        if len(seen) == 2 * 5 + 2:
+            raise RuntimeError("out of memory")
+        return stock(self, x)
+
+    names = ["blocks.0.hook_attn_out", HOOK]
+    monkeypatch.setattr(module, "_CHECKPOINT_PAUSE", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningMoments, "update_", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            spectra_of(model, rows(), names, 900, **how)
+    assert json.loads(tensor_metadata(path)["state"])["place"]["n_batches"] == 5
+    assert_same(spectra_of(model, rows(), names, 900, **how), spectra_of(model, rows(), names, 900, batch_size=4), 0)
+
+
+def test_a_source_that_fails_between_batches_loses_none(model, tmp_path):
+    path = tmp_path / "pass.safetensors"
+    how = {"batch_size": 4, "checkpoint": path}  # the first minute has not passed
+    with pytest.raises(Interrupt):
+        spectra_of(model, interrupted_after(40), [HOOK], 900, **how)
+    assert json.loads(tensor_metadata(path)["state"])["place"]["n_batches"] == 10
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2)])
+def test_signals_let_the_batch_end_and_save_it(number, times, model, tmp_path, monkeypatch):
+    path, calls = tmp_path / "pass.safetensors", []
+    stock = reader.read_activations
+
+    def hit(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            for _ in range(times):
+                signal.raise_signal(number)
+        stock(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_activations", hit)
+        with pytest.raises(KeyboardInterrupt):
+            spectra_of(model, rows(), ALL, 900, batch_size=4, checkpoint=path)
+    assert json.loads(tensor_metadata(path)["state"])["place"]["n_batches"] == 3
+    continued = spectra_of(model, rows(), ALL, 900, batch_size=4, checkpoint=path)
+    assert_same(continued, spectra_of(model, rows(), ALL, 900, batch_size=4), tolerance=0)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_pass(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_CHECKPOINT_PAUSE", 0)
+    stock, calls = module.save_tensors, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) in (2, 3):
+            raise OSError(28, "No space left on device")
+        stock(*args)
+
+    monkeypatch.setattr(module, "save_tensors", full)
+    path = tmp_path / "pass.safetensors"
+    found = spectra_of(model, rows(), [HOOK], 900, batch_size=4, checkpoint=path, checkpoint_seconds=0)
+    assert caplog.text.count("no space left for checkpoint=") == 2
+    assert_same(found, spectra_of(model, rows(), [HOOK], 900, batch_size=4), tolerance=0)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages())
+def test_damaged_checkpoints_are_refused_or_right(damage, model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pass") / "pass.safetensors"
+    how = {"batch_size": 4, "checkpoint": path}
+    with pytest.raises(Interrupt):
+        spectra_of(model, interrupted_after(20), [HOOK], 400, **how)
+    damage.apply(path)
+    refused = str(path)
+    try:
+        assert_same(
+            spectra_of(model, rows(), [HOOK], 400, **how), spectra_of(model, rows(), [HOOK], 400, batch_size=4), 0
+        )
+    except (ValueError, IsADirectoryError) as error:
+        refused = str(error)
+    assert str(path) in refused
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(model, tmp_path):
+    path = tmp_path / "pass.safetensors"
+    torch.save(Hostile(tmp_path / "executed"), path)
+    with pytest.raises(ValueError, match=r"pass\.safetensors is not a safetensors file"):
+        spectra_of(model, rows(), [HOOK], 400, checkpoint=path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
+    assert_survives_kills("spectrum", tmp_path)
