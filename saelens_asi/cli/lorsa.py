@@ -29,8 +29,10 @@ from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
 from saelens_asi.lorsa.io import load_lorsa
 from saelens_asi.lorsa.metrics import lorsa_metrics
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.lorsa.run_folder import check_unused
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, Sequences, batches, token_windows
 from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
+from saelens_asi.resume import written_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class LorsaTrainFlags(_EvaluationFlags, OutFlag):
         n_ctx: longest context of the Lorsa; without it --context-size.
         n_sequences: windows of training text.
         cache_activations: run the model once, and hold its activations in memory.
-        resume: go on from the last checkpoint in OUT.
+        resume: go on from the newest whole checkpoint in OUT, to the same bits; begin where there is none.
+        overwrite: replace the run that OUT holds.
     """
 
     n_ov_heads: int
@@ -74,6 +77,12 @@ class LorsaTrainFlags(_EvaluationFlags, OutFlag):
     n_sequences: int = 1024
     cache_activations: bool = simple_parsing.field(default=False, action="store_true")
     resume: bool = simple_parsing.field(default=False, action="store_true")
+    overwrite: bool = simple_parsing.field(default=False, action="store_true")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,8 @@ class LorsaEvaluateFlags(_EvaluationFlags):
 def train(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> None:
     """Make, initialize, train, save and evaluate a Lorsa."""
     context = flags.context_size
+    if not flags.resume and not flags.overwrite:
+        check_unused(flags.out)  # before the model is loaded
     model = open_model(flags.model, flags.device)
     training_text, held_out_text = open_text(flags.dataset, context * flags.n_sequences)
     layer = len(model.blocks) // 2 if flags.layer is None else flags.layer
@@ -116,7 +127,7 @@ def train(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: Lorsa
         data = CachedSequences.collect(model, layer, tokens)
     done = initialize_lorsa_(lorsa, read_attention(model, layer), batches(data, settings.batch_size), initialization)
     print(f"initialized: d_init {done.d_init}, normalized MSE {done.initial_nmse:.3f} on {done.n_tokens} positions")
-    train_lorsa(lorsa, data, settings, out=flags.out, resume=flags.resume)
+    train_lorsa(lorsa, data, settings, out=flags.out, resume=flags.resume, overwrite=flags.overwrite)
     _report(model, lorsa, layer, held_out_text, flags, flags.out)
     print(f"written: {flags.out}")
 
@@ -147,15 +158,14 @@ def _report(model: Any, lorsa: Lorsa, layer: int, text: Dataset, flags: _Evaluat
             "kl_recovered": loss.kl_recovered,
         }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
+        with written_whole(out / "metrics.json") as unfinished:
+            unfinished.write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured, indent=2))
 
 
 def _how_to_resume(flags: LorsaTrainFlags, settings: LorsaTraining, initialization: LorsaInit) -> str:
-    if not settings.checkpoint_every:
-        return "no checkpoint was kept, give --checkpoint-every to be able to continue"
-    return f"the same command with --resume continues from {flags.out}"
+    way = "the same command with --resume" if not flags.overwrite else "the same command, --resume for --overwrite,"
+    return f"{way} continues from {flags.out}"
 
 
 COMMANDS = {
