@@ -76,7 +76,9 @@ def tensor_metadata(path: str | Path) -> dict[str, str]:
 def _opened(path: str | Path) -> Any:
     try:
         return safe_open(path, "pt")
-    except (SafetensorError, IsADirectoryError) as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
 
 

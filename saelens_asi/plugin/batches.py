@@ -295,9 +295,9 @@ class SaveableStore(ActivationsStore):
             self.iterable_sequences = self._iterate_tokenized_sequences()
         if self.cached_activation_dataset is not None:
             self.current_row_idx = 0
-        batches = self.get_multi_hook_data_loader() if self._hook_names is not None else self.get_data_loader()
-        assert isinstance(batches, MixedBatches)
-        if self._hook_names is None:
+        names = None if self._hook_names is None else list(self._hook_names)
+        self.batches = batches = MixedBatches(self, names)
+        if names is None:
             self._dataloader = batches
         if place is not None:
             batches.go_to(place)

@@ -169,8 +169,7 @@ class DataState:
             self._pending = None
         if self._prefetch is not None and self._store is not None:
             source: Any = self._store
-            if self._store._hook_names is not None:
-                assert isinstance(self._store, SaveableStore)
+            if self._store._hook_names is not None and isinstance(self._store, SaveableStore):
                 source = self._store.batches
             self._own_prefetcher = self.provider = PrefetchingIterator(iter(source), prefetch=self._prefetch)
         return self.provider

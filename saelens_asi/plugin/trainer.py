@@ -8,9 +8,7 @@ import functools
 import inspect
 import json
 import logging
-import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,28 +26,15 @@ from torch import Tensor
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.batches import make_saveable
-from saelens_asi.plugin.checkpoints import (
-    LATEST,
-    Keeper,
-    KeepSettings,
-    Reason,
-    check_whole,
-    find_latest,
-    how_to_resume,
-    refuse_misfit,
-    run_misfit,
-    sae_misfit,
-    said_of,
-)
-from saelens_asi.plugin.data_state import DataState
+from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.interrupts import Interrupts
+from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
 from saelens_asi.plugin.preflight import check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import (
-    RUNNER_CONFIGS,
     Recorder,
     Silence,
     StepFacts,
@@ -58,7 +43,7 @@ from saelens_asi.plugin.recorder import (
 )
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, check_hooks, find_store, open_stream
-from saelens_asi.resume import one_writer, write_json
+from saelens_asi.resume import write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -67,7 +52,7 @@ SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 GUARD = "guard.json"
 
 
-class PluginTrainer(SAETrainer[Any, Any]):
+class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
 
     Beside the two flags, for these runs only: checkpoints are whole and hold all that the rest of the run follows from,
@@ -80,10 +65,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
 
     coordinator: Any = None
 
-    cfg: SAETrainerConfig
-    save_checkpoint_fn: SaveCheckpointFn | None
     n_training_steps: int
-    n_training_samples: int
     initialization_pending: bool
     checkpoint_thresholds: list[int]
     data_provider: DataProvider
@@ -114,10 +96,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
             save_checkpoint_fn=save_checkpoint_fn,
             **later_arguments,
         )
-        self.data_state = DataState(self.data_provider, self.evaluator)
-        self.interrupts, self.guard = Interrupts(), Guard(sae.cfg.max_skipped_fraction)
-        self.progress = Progress(self)
-        self.run_id = uuid.uuid4().hex[:8]
+        self.guard, self.progress = Guard(sae.cfg.max_skipped_fraction), Progress(self)
         settings = initializer_settings(sae.cfg)
         self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
         if settings is not None and self.initialization_pending:
@@ -125,9 +104,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if sae.cfg.optimizer == "sparse_adam":
             self._use_sparse_adam()
         self.progress.watch(self.optimizer)
-        self._runner = runner_of(save_checkpoint_fn)
-        self.keeper = self._make_keeper()
-        self._resolve_latest()
+        self._keep(KeepSettings.of(sae.cfg), sae.cfg.resume, self.data_provider, self.evaluator)
 
     def _use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -147,22 +124,15 @@ class PluginTrainer(SAETrainer[Any, Any]):
     def fit(self) -> AnyTrainingSAE:
         if self.coordinator is None:
             self._resume_if_asked()
-        with ExitStack() as stack:
-            stack.callback(self._sparse_steps.finish)
-            check_run(self)
-            if self.keeper is not None:
-                stack.enter_context(one_writer(self.keeper.folder, "checkpoint_path"))
-            stack.enter_context(self.interrupts.held_back())
-            stack.callback(self.data_state.close)
-            self.data_provider = self.data_state.start()
-            try:
+        check_run(self)
+        try:
+            with self._kept() as self.data_provider:
                 self._initialize_if_pending()
                 if self.keeper is not None:
                     self.keeper.start_clock()
                 return super().fit()
-            except BaseException as error:
-                self._save_after(error)
-                raise
+        finally:
+            self._sparse_steps.finish()
 
     def _initialize_if_pending(self) -> None:
         if not self.initialization_pending:
@@ -226,7 +196,6 @@ class PluginTrainer(SAETrainer[Any, Any]):
         return output
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError where weights, moments or too many activations are not finite: as none is saved."""
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
 
     def _last_good(self) -> Path | None:
@@ -238,13 +207,6 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if self.coordinator is None:
             self._between_steps()
         return super().maybe_reset_sparsity()
-
-    def _between_steps(self) -> None:
-        if self.interrupts.received is not None:
-            raise self.interrupts.exception()
-        name = str(self.n_training_samples)
-        if self.keeper is not None and self.n_training_samples and self.keeper.is_due(name):
-            self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
 
     def _is_recorded(self, n_samples: int) -> bool:
         is_last = self.n_training_samples + n_samples >= self.cfg.total_training_samples
@@ -292,15 +254,6 @@ class PluginTrainer(SAETrainer[Any, Any]):
         self.act_freq_scores += firings
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
-    def _checkpoint_if_needed(self) -> None:
-        if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
-            name = str(self.n_training_samples)
-            if self.keeper is None:
-                self.save_checkpoint(name)
-            else:
-                self.keeper.save_or_warn(lambda: self.save_checkpoint(name))
-            self.checkpoint_thresholds.pop(0)
-
     def save_checkpoint(
         self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
     ) -> None:
@@ -313,28 +266,9 @@ class PluginTrainer(SAETrainer[Any, Any]):
             return
         self._save_whole(checkpoint_name, "asked for", Path(base), wandb_aliases)
 
-    def _save_whole(
-        self, name: str, reason: Reason, base: Path | None = None, wandb_aliases: list[str] | None = None
-    ) -> None:
-        self.check_finite()
-        keeper = self.keeper
-        if keeper is None or (base is not None and base != keeper.folder):
-            assert base is not None
-            keeper = Keeper(KeepSettings.of(self.sae.cfg), base, self._facts)
-        # A function of the user's is told the folder's name, which it has only once it is whole.
-        own_fn = self.save_checkpoint_fn if self._runner is None else None
-        if own_fn is not None:
-            self.save_checkpoint_fn = None
-        try:
-            with keeper.writing(name, reason) as folder:
-                super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
-                self._add_own_files(folder)
-                self.data_state.save(folder, keeper.settings.buffer_bytes)
-        finally:
-            if own_fn is not None:
-                self.save_checkpoint_fn = own_fn
-        if own_fn is not None:
-            own_fn(checkpoint_path=keeper.folder / name)
+    def _write(self, folder: Path, wandb_aliases: list[str] | None) -> None:
+        super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
+        self._add_own_files(folder)
 
     def _add_own_files(self, folder: Path) -> None:
         self._recorder.copy_to(folder)
@@ -359,8 +293,7 @@ class PluginTrainer(SAETrainer[Any, Any]):
         """
         path = Path(checkpoint_path)
         if self.coordinator is None:
-            check_whole(path)
-            refuse_misfit(path, self.misfit(path))
+            self._check_resume(path)
         if self.initialization_pending:
             logger.info("resuming from %s: initializer is not applied to trained weights", path)
         self.initialization_pending = False
@@ -372,12 +305,13 @@ class PluginTrainer(SAETrainer[Any, Any]):
             self.sae.load_weights_from_checkpoint(path)
         self.n_training_steps = self.steps_done()  # SAELens's own checkpoints hold one too few
         self._recorder.resume(path, self.steps_done())
-        self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n >= self.n_training_samples]
         if (path / GUARD).exists():
             self.guard.n_skipped = json.loads((path / GUARD).read_text())["n_skipped"]
         self._take_over_provenance(path / SAE_CFG_FILENAME)
-        if self.coordinator is None and self.keeper is not None:
-            self.keeper.last_good = path
+        self._has_resumed(path)
+
+    def resume_from(self, path: Path) -> None:
+        self.load_trainer_state(path)
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
@@ -395,106 +329,21 @@ class PluginTrainer(SAETrainer[Any, Any]):
         if METADATA_KEY in saved:
             self.sae.cfg.metadata[METADATA_KEY] = saved[METADATA_KEY]
 
-    def _make_keeper(self) -> Keeper | None:
-        folder = self.cfg.checkpoint_path
-        return None if folder is None else Keeper(KeepSettings.of(self.sae.cfg), Path(folder), self._facts)
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "run": self.run_id,
-            "n_training_steps": self.steps_done(),
-            "n_training_samples": self.n_training_samples,
-            "settings": self._settings(),
-        }
-
     def _settings(self) -> dict[str, Any]:
         return {**schedule_settings(self.cfg), **self.data_state.settings}
 
     def misfit(self, path: Path) -> str:
-        """How a checkpoint's run differs from this one, in words; empty where a resume goes on as the run would."""
         return "; ".join(filter(None, (sae_misfit(path, self.sae.cfg), run_misfit(path, self._settings()))))
 
-    def _resolve_latest(self) -> None:
-        """Have the runner resume from the newest checkpoint where its config says 'latest', in that run's folder."""
-        cfg = getattr(self._runner, "cfg", None)
-        if cfg is None or getattr(cfg, "resume_from_checkpoint", None) != LATEST:
-            return
-        found = self._find_latest()
-        self._runner.cfg = cfg = copy.copy(cfg)  # the user's stays as it was
-        cfg.resume_from_checkpoint = None if found is None else str(found)
-        if found is not None:
-            cfg.checkpoint_path = str(found.parent)
-
-    def _find_latest(self) -> Path | None:
-        found = None
-        if self.keeper is not None:
-            base = self.keeper.folder
-            # SAELens's runners add a folder of their own to the user's, another one each time.
-            around = [base.parent, *base.parent.glob("*/")] if self._runner_adds_folder() else []
-            found = find_latest([base, *around], self.misfit)
-        if found is None:
-            logger.warning("no checkpoint to resume from: the run starts at its beginning")
-        elif self.keeper is not None:
-            self._go_on_in(found.parent)
-        return found
-
-    def _runner_adds_folder(self) -> bool:
-        return isinstance(getattr(self._runner, "cfg", None), LanguageModelSAERunnerConfig)
-
     def _go_on_in(self, folder: Path) -> None:
-        self.cfg = dataclasses.replace(self.cfg, checkpoint_path=str(folder))
-        self.keeper = self._make_keeper()
+        super()._go_on_in(folder)
         self._recorder.place(folder, output_folder(self.save_checkpoint_fn))
 
-    def _resume_if_asked(self) -> None:
-        """``resume`` of the SAE's config: for runners that know no checkpoint to resume from."""
-        wanted = self.sae.cfg.resume
-        if wanted is None or self.n_training_samples:
-            return
-        found = self._find_latest() if wanted == LATEST else Path(wanted)
-        if found is not None:
-            self.load_trainer_state(found)
+    def _torn(self) -> str:
+        return "" if self.progress.is_whole else "ended within the optimizer's step"
 
-    def _save_after(self, error: BaseException) -> None:
-        """Save what there is when a run ends early, and say how it goes on."""
-        if self.keeper is None or isinstance(error, FloatingPointError):
-            return
-        if self.initialization_pending or not self.n_training_samples:
-            logger.warning("ended before training began: there is nothing to save, the same command starts again")
-            nothing_left_to_save(self._runner)
-            return
-        if not self.progress.is_whole:
-            logger.error(
-                "ended within the optimizer's step (%r): no checkpoint can be written of that. %s",
-                error,
-                how_to_resume(self.keeper.last_good),
-            )
-            return
-        reason: Reason = "interrupt" if self.interrupts.received is not None else "failure"
-        path = self.keeper.folder / str(self.n_training_samples)
-        if self.keeper.last_good != path:
-            self.keeper.save_or_warn(lambda: self._save_whole(path.name, reason))
-        nothing_left_to_save(self._runner)
-        logger.warning(
-            "ended after %d samples (%s): %s",
-            self.n_training_samples,
-            self.interrupts.received.name if self.interrupts.received is not None else repr(error),
-            how_to_resume(self.keeper.last_good),
-        )
-
-
-def schedule_settings(cfg: SAETrainerConfig) -> dict[str, Any]:
-    """What of a trainer's config a resume has to share."""
-    names = (
-        *("lr", "lr_end", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles"),
-        *("adam_beta1", "adam_beta2", "train_batch_size_samples", "dead_feature_window", "feature_sampling_window"),
-        "autocast",
-    )
-    # A constant rate can go on for longer than was planned; a schedule that ends cannot.
-    ends = cfg.lr_decay_steps > 0 or cfg.lr_scheduler_name != "constant"
-    return {name: getattr(cfg, name) for name in names} | (
-        {"total_training_samples": cfg.total_training_samples} if ends else {}
-    )
+    def _has_begun(self) -> bool:
+        return self.n_training_samples > 0 and not self.initialization_pending
 
 
 def until_interrupted(stream: ActivationStream, interrupts: Interrupts) -> ActivationStream:
@@ -507,18 +356,6 @@ def until_interrupted(stream: ActivationStream, interrupts: Interrupts) -> Activ
             yield batch
 
     return dataclasses.replace(stream, batches=batches())
-
-
-def runner_of(save_checkpoint_fn: SaveCheckpointFn | None) -> Any:
-    """SAELens's runner behind a trainer, which hands it a method of its own; None for a trainer made by hand."""
-    runner = getattr(save_checkpoint_fn, "__self__", None)
-    return runner if isinstance(getattr(runner, "cfg", None), RUNNER_CONFIGS) else None
-
-
-def nothing_left_to_save(runner: Any) -> None:
-    """Keep SAELens's runner from writing a second time, past the manifest, when an interrupt reaches it."""
-    if runner is not None:
-        runner.save_checkpoint = lambda checkpoint_path: None
 
 
 def extend_trainer() -> None:
