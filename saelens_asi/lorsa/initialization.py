@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +15,11 @@ from saelens_asi.initialization import ActiveSubspaceInit, choose_d_init, random
 from saelens_asi.lorsa.attention import AttentionTarget
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.model import Lorsa
+from saelens_asi.lorsa.sequences import finite_sequences
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("random", "active", "per_head")
 _NAMED_NORMS = ("least_squares", "matched")
@@ -107,12 +111,14 @@ class LorsaInitialization:
         n_tokens: positions that were read.
         norm: geometric mean of the rows' norms (root mean square) of W_V and of W_O.
         initial_nmse: E|y - y_hat|^2 / E|y - E y|^2 on the sample.
+        n_skipped_tokens: positions of sequences that were left out because they hold a number that is not finite.
     """
 
     d_init: list[int]
     n_tokens: int
     norm: float
     initial_nmse: float
+    n_skipped_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ class _Estimate:
     heads: list[RunningMoments]
     mean_read: Tensor  # (n_heads, d_model) float64
     sample: list[tuple[Tensor, Tensor]]
+    n_skipped: int
 
 
 @torch.no_grad()
@@ -130,6 +137,8 @@ def initialize_lorsa_(
     lorsa: Lorsa, target: AttentionTarget, batches: Iterable[tuple[Tensor, Tensor]], settings: LorsaInit
 ) -> LorsaInitialization:
     """Initialize W_V, W_O, b_V and b_D of a fresh Lorsa made from ``target``, in place.
+
+    Sequences with a number that is not finite are left out and counted.
 
     Args:
         lorsa: its queries and keys must be those of the target, as ``Lorsa.from_attention`` makes them.
@@ -164,6 +173,7 @@ def initialize_lorsa_(
         n_tokens=estimate.output.n_tokens,
         norm=norm,
         initial_nmse=_error(lorsa, estimate.sample) / spectrum.total_variance,
+        n_skipped_tokens=estimate.n_skipped,
     )
     lorsa.provenance["initialization"] = {"settings": settings.to_dict(), **asdict(done)}
     return done
@@ -178,8 +188,17 @@ def _estimate(
     heads = [RunningMoments.zeros(target.d_head, lorsa.W_V.device) for _ in range(target.n_heads)]
     read = torch.zeros(target.n_heads, target.d_model, dtype=torch.float64, device=output.mean.device)
     sample: list[tuple[Tensor, Tensor]] = []
+    n_skipped = 0
     for x, y in batches:
         x, y = x.to(lorsa.W_V), y.to(lorsa.W_V)
+        good = finite_sequences(x, y, skip)
+        if not good.all():
+            if not n_skipped:
+                logger.warning("sequences with activations that are not finite are left out of the initialization")
+            n_skipped += int((~good).sum()) * x.shape[1]
+            x, y = x[good], y[good]
+            if not len(x):
+                continue
         output.update_(y[:, skip:])
         pattern = exact.scores(x.shape[1], x.shape[1]).pattern(*exact.queries_and_keys(x))[:, :, skip:]
         if settings.method == "per_head":
@@ -194,7 +213,7 @@ def _estimate(
             break
     if output.n_tokens < max(2, n_tokens if settings.n_tokens != "auto" else 2):
         raise ValueError(f"n_tokens={settings.n_tokens}, but the batches hold only {output.n_tokens}: give more data")
-    return _Estimate(output, heads, read / output.n_tokens, sample)
+    return _Estimate(output, heads, read / output.n_tokens, sample, n_skipped)
 
 
 def _random_features_(lorsa: Lorsa, spectrum: Spectrum, settings: LorsaInit, generator: torch.Generator) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from saelens_asi.activations.fingerprint import content_checksum, data_fingerprint, model_fingerprint
 from saelens_asi.lorsa.attention import AttentionModel, attention_activations
 from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
+from saelens_asi.sparse.finite import finite_rows
 
 FILE_FORMAT = "saelens_asi.lorsa_sequences.v1"
 
@@ -192,6 +193,13 @@ def _row_ids(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     if "text" not in row:
         raise ValueError(f"rows need a column 'text', 'tokens' or 'input_ids'; these have {sorted(row)}")
     return list(tokenizer(row["text"], add_special_tokens=False).input_ids)
+
+
+def finite_sequences(x: Tensor, y: Tensor, skip_positions: int) -> Tensor:
+    """(n,) bool of (n, n_positions, d_model) input and output: which sequences hold finite numbers only, of the output
+    those beyond the skipped positions.
+    """
+    return finite_rows(x.flatten(1)) & finite_rows(y[:, skip_positions:].flatten(1))
 
 
 def batches(data: Sequences, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

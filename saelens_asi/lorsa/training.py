@@ -34,9 +34,9 @@ from saelens_asi.lorsa.run_folder import (
     read_last,
     write_state,
 )
-from saelens_asi.lorsa.sequences import ModelSequences, Sequences
+from saelens_asi.lorsa.sequences import ModelSequences, Sequences, finite_sequences
 from saelens_asi.resume import one_writer
-from saelens_asi.sparse.finite import all_finite, finite_rows
+from saelens_asi.sparse.finite import all_finite
 from saelens_asi.sparse_adam import SparseAdam
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,10 @@ class TrainingRun:
         """Go back to the newest checkpoint, make room for a new run, or see that there is room."""
         if self.folder is None or self._checkpoints is None:
             return
-        json.dumps(self.lorsa.provenance, allow_nan=False)  # or the first checkpoint would not be written
+        try:
+            json.dumps(self.lorsa.provenance, allow_nan=False)
+        except (TypeError, ValueError) as error:  # or no checkpoint could be written
+            raise ValueError(f"lorsa.provenance cannot be written as JSON: {error}") from None
         self._checkpoints.remove_unfinished()
         if resume:
             self.restore()
@@ -327,7 +330,8 @@ class TrainingRun:
         lorsa.current_k = settings.k_at(self.done, lorsa.cfg.k)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr_at(self.done)
-        x, y = self._finite_sequences(x.to(lorsa.W_V), y.to(lorsa.W_V)[:, lorsa.cfg.skip_positions :])
+        x, y = self._finite_sequences(x.to(lorsa.W_V), y.to(lorsa.W_V))
+        y = y[:, lorsa.cfg.skip_positions :]
         if not len(x):
             self._moving = True
             self.done += 1
@@ -347,7 +351,7 @@ class TrainingRun:
 
     def _finite_sequences(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The sequences that hold finite numbers only. On an accelerator this waits, as a step does anyway."""
-        good = finite_rows(x.flatten(1)) & finite_rows(y.flatten(1))
+        good = finite_sequences(x, y, self.lorsa.cfg.skip_positions)
         if good.all():
             return x, y
         n_bad, settings = int((~good).sum()), self.settings

@@ -642,6 +642,25 @@ def test_weights_that_are_not_finite_stop_the_run_and_reach_no_checkpoint(
     assert not (tmp_path / "lorsa.json").exists()
 
 
+@pytest.mark.parametrize("method", ["per_head", "active", "random"])
+def test_an_initialization_leaves_out_what_is_not_finite(
+    method: Any, model: Any, data: CachedSequences, caplog: Any
+) -> None:
+    norm: Any = "least_squares" if method == "per_head" else "matched"
+    bad, good = spoilt(data, [5, 40]), torch.tensor([i for i in range(64) if i not in (5, 40)])
+    lorsas, done = [], []
+    for pairs in (batches(bad, 8), (data.batch(index[torch.isin(index, good)]) for index in torch.arange(64).split(8))):
+        lorsa = Lorsa.from_attention(model, LAYER, n_ov_heads=N_OV, k=K)
+        start = LorsaInit(method=method, norm=norm, d_init=4, n_tokens=62 * (tiny_attention.N_CTX - 1))
+        done.append(initialize_lorsa_(lorsa, read_attention(model, LAYER), pairs, start))
+        lorsas.append(lorsa)
+    assert [one.n_skipped_tokens for one in done] == [2 * tiny_attention.N_CTX, 0]
+    assert lorsas[0].provenance["initialization"]["n_skipped_tokens"] == 2 * tiny_attention.N_CTX
+    assert len([record for record in caplog.records if "not finite" in record.message]) == 1
+    for name, tensor in lorsas[0].state_dict().items():
+        assert torch.equal(tensor, lorsas[1].state_dict()[name]), name
+
+
 def test_a_lorsa_that_starts_poisoned_is_refused(model: Any, data: CachedSequences) -> None:
     lorsa = made(model, data)
     with torch.no_grad():
@@ -663,7 +682,7 @@ def test_what_would_fail_later_is_refused_before_the_model_runs(
         train_lorsa(made(model, data), ModelSequences(model, 5, data.tokens), settings, out=tmp_path, progress=False)
     lorsa = made(model, data)
     lorsa.provenance["loss"] = float("nan")
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError, match=r"lorsa\.provenance cannot be written as JSON"):
         train_lorsa(lorsa, untouched, settings, out=tmp_path / "run", progress=False)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
