@@ -196,7 +196,8 @@ def _encode(
             best = screen.top_k(x, encoder, k, workspace)
             answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
         active = entries_of(best)
-        active = active.where(active.scores != 0 if encoder.magnitude else active.scores > 0)
+        # Not "> 0": a score that is not a number stays, and the loss is none either, as with SAELens's own step.
+        active = active.where(active.scores != 0 if encoder.magnitude else ~(active.scores <= 0))
     return active, [entries_of(answer) for answer in answers]
 
 

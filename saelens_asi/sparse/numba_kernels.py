@@ -449,7 +449,7 @@ def top_k_by_bounds(
         features[:] = -1
         _fill_bounds(bounds, group_maxima, code_products[token], token_terms[:, token], feature_terms, n_groups)
         _fold_maxima(family_maxima, group_maxima, n_groups)
-        n_scored = 0
+        n_scored, all_numbers = 0, True
         while True:
             n_picked = 0
             while n_picked < picked.shape[0]:
@@ -469,3 +469,7 @@ def top_k_by_bounds(
                 score = (products[i] + bias[picked[i]]) * scale[picked[i]]
                 if score > heap[0]:
                     _replace_smallest(heap, features, score, picked[i])
+                elif score != score:
+                    all_numbers = False
+        if not all_numbers:  # to be seen by the caller, as a token that is given up
+            features[0] = -1

@@ -334,11 +334,12 @@ def _screened_tile(
     starts = torch.arange(0, first.numel() + 1, n_first, device=x.device)
     threshold = _scores(x, encoder, starts, first.flatten()).view(n_tokens, n_first).topk(k, dim=1).values[:, -1]
 
-    tokens, groups = (maxima >= threshold[:, None]).nonzero(as_tuple=True)
+    # Not ">=", or bounds that are not numbers would rule out features whose scores are none either.
+    tokens, groups = (~(maxima < threshold[:, None])).nonzero(as_tuple=True)
     if tokens.numel() * (_SCORE_COST * x.shape[1] + _FIND_COST) > n_tokens * d_sae * x.shape[1]:
         return None
     features = groups[:, None] + members
-    reaches = bounds.take(features + tokens[:, None] * d_sae) >= threshold[tokens, None]
+    reaches = ~(bounds.take(features + tokens[:, None] * d_sae) < threshold[tokens, None])
     features = features[reaches]
     counts = torch.zeros(n_tokens, dtype=torch.int64, device=x.device).index_add_(0, tokens, reaches.sum(dim=1))
     if (counts < k).any():  # only where scores are not numbers

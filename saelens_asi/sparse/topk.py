@@ -229,27 +229,34 @@ def encode_batch_top_k(
     k = min(d_sae, 2 * math.ceil(n_entries / max(1, n_tokens)))
     best, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
     entries = entries_of(best)
-    lowest = best.scores.amin(dim=1) if k else best.scores.new_zeros(n_tokens)
+    lowest = _ranked(best.scores).amin(dim=1) if k else best.scores.new_zeros(n_tokens)
     while True:
-        positive = entries.where(entries.scores > 0)
+        positive = entries.where(~(entries.scores <= 0))
         n_surplus = positive.scores.numel() - n_entries
-        threshold = positive.scores.kthvalue(n_surplus).values if n_surplus > 0 else positive.scores.new_zeros(())
+        ranked = _ranked(positive.scores)
+        threshold = ranked.kthvalue(n_surplus).values if n_surplus > 0 else ranked.new_zeros(())
         unsure = lowest > threshold
         if k == d_sae or not unsure.any():
             return _drop_smallest(positive, n_surplus, threshold), answers
         k = min(d_sae, 2 * k)
         (more,) = encode_top_k(x[unsure], encoder, [Query(k)], workspace)
-        lowest[unsure] = more.scores.amin(dim=1)
+        lowest[unsure] = _ranked(more.scores).amin(dim=1)
         settled, wider = entries.where(~unsure[entries.tokens]), entries_of(more)
         wider = wider._replace(tokens=unsure.nonzero().squeeze(1)[wider.tokens])
         entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
+
+
+def _ranked(scores: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+    """Scores to be compared by: what is not a number comes first, as in ``topk``, and is kept."""
+    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _drop_smallest(entries: Entries, n: int, threshold: Float[Tensor, ""]) -> Entries:
     """All but the n smallest entries, of which ``threshold`` is the largest."""
     if n <= 0:
         return entries
-    dropped = entries.scores < threshold
-    ties = (entries.scores == threshold).nonzero().squeeze(1)
+    ranked = _ranked(entries.scores)
+    dropped = ranked < threshold
+    ties = (ranked == threshold).nonzero().squeeze(1)
     dropped[ties[: n - int(dropped.sum())]] = True
     return entries.where(~dropped)
