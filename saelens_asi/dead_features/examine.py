@@ -46,9 +46,11 @@ def autopsy(
     2. ``duplicate``: the row's cosine to a live feature's is at least ``duplicate_cosine``, and that feature scores
        higher on ``outscored_share`` of the tokens where this one scores above 0. To revive it would be to copy.
     3. ``starved``: ``more_tokens`` times the tokens would show it firing; extrapolated from the tail of its margins
-       on the sample (peaks over threshold).
+       on the sample (peaks over threshold). Or it fired in training (``optimizer_state`` of a checkpoint tells) at a
+       rate that lets less than 3 firings be expected of these tokens: silence then says nothing (rule of three).
     4. ``momentum``: it fires with the movement undone that momentum alone made in the steps since its last gradient
-       (needs ``optimizer_state``; moments can be traced back for about 600 steps). It would not have happened with
+       (needs ``optimizer_state``; moments can be traced back for about 600 steps, with the learning rates of the
+       training history beside it, or one that never changed). It would not have happened with
        SparseAdam (arXiv 2508.16929).
     5. the change under which it fires most often, and at least ``revived_share`` as often as features do on average:
        ``outside``: what of its row lies outside the top principal directions that hold ``variance_share`` of the
@@ -184,11 +186,12 @@ def _diagnose(
         gamma_seen=float(mean.norm()) / deviation,
         mean_bar=statistics.bar_sum / statistics.n_contests,
         dead=dead,
-        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, settings),
+        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, statistics.moments.n_tokens, settings),
         features=table,
         evidence=evidence,
         settings=settings,
         has_optimizer_state=state is not None,
+        knows_learning_rates=state is None or state.knows_learning_rates,
     )
     return replace(record, advice=advise(record, sae.cfg, sae.cfg.metadata.get(METADATA_KEY)))
 

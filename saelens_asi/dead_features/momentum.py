@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from sae_lens import SAE
 from torch import Tensor
+
+from saelens_asi.history import read_history
+from saelens_asi.plugin.sparse_steps import feature_row_groups
 
 TRAINER_STATE = "trainer_state.pt"  # SAELens's name for it
 
@@ -39,11 +44,29 @@ class OptimizerState:
         moments: from a parameter's number to ``step``, ``exp_avg`` and ``exp_avg_sq``.
         groups: of parameters.
         silent_steps: (d_sae,) steps since each feature fired, SAELens's own count; None where it was not given.
+        past_rates: (d_sae,) share of the tokens of SAELens's last window on which each feature fired; None likewise.
+        learning_rates: (step, learning rate of that step), as the training history recorded them; empty without one.
     """
 
     moments: Mapping[int, Mapping[str, Tensor]]
     groups: Sequence[AdamGroup]
     silent_steps: Tensor | None
+    past_rates: Tensor | None = None
+    learning_rates: Sequence[tuple[int, float]] = ()
+
+    @property
+    def knows_learning_rates(self) -> bool:
+        """Whether the rates of the last steps are known: recorded, or the same from the beginning to the end."""
+        return bool(self.learning_rates) or all(
+            group["lr"] == group.get("initial_lr", group["lr"]) for group in self.groups
+        )
+
+    def rates_before(self, step: int, n: int) -> Tensor:
+        """(n,) learning rates of a step and the ones before it, float64; between records by a straight line."""
+        if not self.learning_rates:
+            return torch.full((n,), float(self.groups[0].get("initial_lr", self.groups[0]["lr"])), dtype=torch.float64)
+        steps, rates = zip(*self.learning_rates, strict=True)
+        return torch.from_numpy(np.interp(step - np.arange(n), steps, rates))
 
 
 class Drift(NamedTuple):
@@ -81,13 +104,13 @@ class _Moments(NamedTuple):
         ratios = (self.first.abs() / self.second.sqrt().clamp(min=1e-30)).movedim(self.feature_dim, 0)
         return ratios if ratios.ndim == 1 else ratios.flatten(1).amax(dim=1)
 
-    def moved(self, steps: Tensor) -> Tensor:
+    def moved(self, steps: Tensor, state: OptimizerState) -> Tensor:
         """What the last (n,) ``steps`` without a gradient added to the parameter, float32."""
         beta1, beta2 = self.group["betas"]
-        factor = _summed_steps(steps, self.step, self.group["betas"])
+        factor = _summed_steps(steps, self.step, self.group["betas"], state)
         factor = factor.reshape([-1 if i == self.feature_dim else 1 for i in range(self.first.ndim)])
         last = self.first / (1 - beta1**self.step) / ((self.second / (1 - beta2**self.step)).sqrt() + self.group["eps"])
-        return (-float(self.group.get("initial_lr", self.group["lr"])) * last * factor).float()
+        return (-last * factor).float()
 
 
 def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerState:
@@ -96,6 +119,7 @@ def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerSta
     Raises:
         ValueError: for anything else.
     """
+    learning_rates: list[tuple[int, float]] = []
     if isinstance(source, str | Path):
         path = Path(source)
         path = path / TRAINER_STATE if path.is_dir() else path
@@ -104,7 +128,11 @@ def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerSta
                 f"optimizer_state={str(source)!r} holds no {TRAINER_STATE}: give the folder of a SAELens checkpoint "
                 "(a finished SAE has no optimizer state)"
             )
-        source = torch.load(path, map_location="cpu", weights_only=True)
+        learning_rates = _recorded_rates(path.parent)
+        try:
+            source = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"optimizer_state={str(path)!r} cannot be read as a trainer's state: {error}") from None
     optimizer = source.get("optimizer", source) if isinstance(source, Mapping) else None
     if not isinstance(source, Mapping) or not isinstance(optimizer, Mapping) or not optimizer.keys() >= _KEYS:
         what = f"with keys {sorted(map(str, source))}" if isinstance(source, Mapping) else f"of {type(source)}"
@@ -112,7 +140,25 @@ def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerSta
             f"optimizer_state {what} is not the state of an optimizer: give "
             "optimizer.state_dict(), or the folder of a SAELens checkpoint"
         )
-    return OptimizerState(optimizer["state"], optimizer["param_groups"], source.get("n_forward_passes_since_fired"))
+    return OptimizerState(
+        optimizer["state"],
+        optimizer["param_groups"],
+        source.get("n_forward_passes_since_fired"),
+        _past_rates(source),
+        learning_rates,
+    )
+
+
+def _recorded_rates(folder: Path) -> list[tuple[int, float]]:
+    try:
+        return [(record["step"], record["lr"]) for record in read_history(folder)]
+    except (OSError, KeyError):
+        return []
+
+
+def _past_rates(source: Mapping[str, Any]) -> Tensor | None:
+    fired, n_tokens = source.get("act_freq_scores"), source.get("n_frac_active_samples")
+    return None if fired is None or not n_tokens else fired / n_tokens
 
 
 def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
@@ -122,9 +168,10 @@ def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
     steps before are known from the moments now: s steps ago m was beta1**-s times larger, v beta2**-s. Their sum over
     the silent steps is what SparseAdam would not have moved (arXiv 2508.16929, stale momentum).
 
-    The learning rate is the peak of the state's schedule; an auxiliary loss that reaches silent features breaks the
-    trace. The number of silent steps is SAELens's own count; where only the optimizer's state is given, it is read from
-    the moments, which a gradient after long silence leaves at |m| / sqrt(v) = (1 - beta1) / sqrt(1 - beta2).
+    The learning rates are those that the training history recorded; without one, a schedule that has changed them
+    leaves nothing to be traced. An auxiliary loss that reaches silent features breaks the trace. The number of silent
+    steps is SAELens's own count; where only the optimizer's state is given, it is read from the moments, which a
+    gradient after long silence leaves at |m| / sqrt(v) = (1 - beta1) / sqrt(1 - beta2).
 
     Args:
         sae: the SAE whose ``named_parameters()`` the optimizer holds.
@@ -141,14 +188,15 @@ def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
         steps = _silent_steps(ratio, group["betas"])
     else:
         steps = state.silent_steps.to(features.device)[features].long()
-    is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & (group.get("row_dim") is None)
+    can_be_traced = "row_dim" not in group and state.knows_learning_rates  # SparseAdam moves no silent row
+    is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & can_be_traced
     steps = torch.where(is_traced, steps, 0)
-    return Drift({name: one.moved(steps) for name, one in moments.items()}, steps, is_traced)
+    return Drift({name: one.moved(steps, state) for name, one in moments.items()}, steps, is_traced)
 
 
 def _feature_moments(sae: SAE, state: OptimizerState, features: Tensor) -> dict[str, _Moments]:
     """Moments of some features in each parameter that holds features. Raises ValueError where they do not fit."""
-    names = [name for name, parameter in sae.named_parameters() if parameter.requires_grad]
+    names = _parameter_names(sae, state)
     groups = {i: group for group in state.groups for i in group["params"]}
     if len(groups) != len(names):
         raise ValueError(f"the optimizer's state is of {len(groups)} parameters, this SAE has {len(names)}: {names}")
@@ -165,10 +213,24 @@ def _feature_moments(sae: SAE, state: OptimizerState, features: Tensor) -> dict[
             )
         at = (slice(None), features) if name == "W_enc" else (features,)
         first, second = (own[key].to(parameter.device)[at].double() for key in ("exp_avg", "exp_avg_sq"))
-        moments[name] = _Moments(first, second, len(at) - 1, float(own["step"]), group)
+        moments[name] = _Moments(first, second, len(at) - 1, float(torch.as_tensor(own["step"]).max()), group)
     if not moments:
         raise ValueError("the optimizer's state holds no moments of this SAE's features: it has taken no step yet")
     return moments
+
+
+def _parameter_names(sae: SAE, state: OptimizerState) -> list[str]:
+    """Names in the order in which the optimizer numbers its parameters.
+
+    That of ``named_parameters()``, but for the groups that a trainer makes for SparseAdam, by where features lie.
+    """
+    names = {parameter: name for name, parameter in sae.named_parameters() if parameter.requires_grad}
+    own = feature_row_groups(sae)  # type: ignore[arg-type]  # an inference SAE has the same parameters
+    shapes = [(group["row_dim"], len(group["params"])) for group in own]
+    of_state = [(group.get("row_dim"), len(group["params"])) for group in state.groups]
+    if any("row_dim" in group for group in state.groups) and shapes == of_state:
+        return [names[parameter] for group in own for parameter in group["params"]]
+    return list(names.values())
 
 
 def _silent_steps(ratio: Tensor, betas: tuple[float, float]) -> Tensor:
@@ -181,8 +243,8 @@ def _silent_steps(ratio: Tensor, betas: tuple[float, float]) -> Tensor:
     return steps.round().clamp(min=0, max=2**31).long()
 
 
-def _summed_steps(steps: Tensor, step: float, betas: tuple[float, float]) -> Tensor:
-    """(n,) all silent steps together, in units of the last of them; 0 for no silent step."""
+def _summed_steps(steps: Tensor, step: float, betas: tuple[float, float], state: OptimizerState) -> Tensor:
+    """(n,) all silent steps together, each times its learning rate, in units of the last; 0 for no silent step."""
     beta1, beta2 = betas
     longest = int(steps.max()) if len(steps) else 0
     if beta1 == 0 or longest == 0:
@@ -190,5 +252,6 @@ def _summed_steps(steps: Tensor, step: float, betas: tuple[float, float]) -> Ten
     before = torch.arange(min(longest, max(1, int(step) - 1)), dtype=torch.float64, device=steps.device)
     correction = (1 - beta2 ** (step - before)).sqrt() / (1 - beta1 ** (step - before))
     sizes = (math.sqrt(beta2) / beta1) ** before * correction / correction[0]
+    sizes = sizes * state.rates_before(int(step), len(sizes)).to(sizes.device)
     total = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     return total[steps.clamp(max=len(sizes))]

@@ -17,6 +17,9 @@ Verdict = Literal[
 ]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
+# Expected firings from which on none at all is evidence: at a rate r, n tokens show none with a chance of exp(-r n).
+SURE_FIRINGS = 3.0
+
 VERDICT_TITLES: dict[Verdict, str] = {
     "broken": "row is zero or not finite",
     "duplicate": "duplicate of a live feature",
@@ -100,6 +103,7 @@ class Evidence:
         outscored: share of the contests that it enters in which that live feature scores higher.
         silent_steps: steps since its last gradient, as far as its moments can be traced back; 0 where they cannot.
         drift: how far momentum moved its encoder row in those steps, relative to the row's length before.
+        past_rate: share of the tokens on which it fired in the last window of training; NaN where nothing is known.
     """
 
     fires_if: dict[str, Tensor]
@@ -111,6 +115,7 @@ class Evidence:
     outscored: Tensor
     silent_steps: Tensor
     drift: Tensor
+    past_rate: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Autopsy:
         evidence: measurements of the dead ones.
         settings: the thresholds used.
         has_optimizer_state: whether stale momentum could be looked for.
+        knows_learning_rates: whether it could be traced: not where a schedule moved the rates and none recorded them.
         advice: what to change, one sentence each, most frequent cause first.
     """
 
@@ -150,6 +156,7 @@ class Autopsy:
     evidence: Evidence
     settings: AutopsySettings
     has_optimizer_state: bool
+    knows_learning_rates: bool = True
     advice: tuple[str, ...] = ()
 
     @property
@@ -164,6 +171,17 @@ class Autopsy:
     def counts(self) -> dict[Verdict, int]:
         """Dead features by verdict, most frequent first; verdicts that do not occur are left out."""
         return dict(Counter(self.verdicts).most_common())
+
+    @property
+    def rate_excluded(self) -> float:
+        """Firings a token that these tokens exclude, at 95 %: one that fires less often is like one that never does."""
+        return SURE_FIRINGS / self.n_tokens
+
+    @property
+    def tokens_needed(self) -> Tensor:
+        """(n_dead,) tokens after which silence would be evidence, by the rate in training; NaN where none is known."""
+        rate = self.evidence.past_rate
+        return torch.where(rate > 0, SURE_FIRINGS / rate, torch.nan)
 
     def having(self, verdict: str) -> Tensor:
         """Indices of the dead features with a verdict. Raises ValueError for a verdict that does not exist."""
@@ -189,9 +207,33 @@ class Autopsy:
                 align="lrrrr",
             ),
         ]
+        if len(self.dead):
+            lines += ["", self._certainty()]
         if not self.has_optimizer_state and len(self.dead):
             lines += ["", "Stale momentum was not looked for: it needs the optimizer's state."]
+        elif not self.knows_learning_rates and len(self.dead):
+            lines += [
+                "",
+                "Stale momentum was not looked for: the learning rate changed in training, and no training history "
+                "beside the optimizer's state tells how.",
+            ]
         return "\n".join([*lines, "", *(f"- {sentence}" for sentence in self.advice)])
+
+    def _certainty(self) -> str:
+        sentence = (
+            f"No firing on {self.n_tokens:,} tokens excludes more than one in {round(1 / self.rate_excluded):,} (95 "
+            "%): a feature that is rarer than that, on a direction of its own, looks like one outside the subspace."
+        )
+        needed = self.tokens_needed[self.tokens_needed > self.n_tokens]
+        if len(needed):
+            return (
+                f"{sentence} {len(needed):,} fired in training, so seldom that these tokens may miss them: "
+                f"{round(float(needed.median())):,} tokens would tell of half of them, "
+                f"{round(float(needed.max())):,} of all."
+            )
+        if not self.evidence.past_rate.isfinite().any():
+            return f"{sentence} The rates in training would tell: give the folder of a checkpoint, or more tokens."
+        return sentence
 
     def _cells(self, verdict: Verdict, count: int) -> list[str]:
         revived, rate = "-", "-"
@@ -209,6 +251,7 @@ class Autopsy:
         evidence = {name: value for name, value in vars(self.evidence).items() if isinstance(value, Tensor)}
         columns = {
             "feature": self.dead,
+            "tokens_needed": self.tokens_needed,
             **{name: value[self.dead] for name, value in vars(self.features).items() if name != "fires"},
             **evidence,
             **{f"fires_if_{cause}": fires for cause, fires in self.evidence.fires_if.items()},
@@ -227,6 +270,8 @@ class Autopsy:
             "n_dead": len(self.dead),
             "counts": dict(self.counts),
             "has_optimizer_state": self.has_optimizer_state,
+            "knows_learning_rates": self.knows_learning_rates,
+            "rate_excluded": _plain(self.rate_excluded),
             "settings": asdict(self.settings),
             "advice": list(self.advice),
             "dead": {

@@ -26,7 +26,7 @@ from saelens_asi.dead_features.changes import (
 )
 from saelens_asi.dead_features.contests import Encoding, Rows, feature_parameters, rows_of
 from saelens_asi.dead_features.momentum import OptimizerState, silent_drift
-from saelens_asi.dead_features.record import AutopsySettings, Evidence, Verdict
+from saelens_asi.dead_features.record import SURE_FIRINGS, AutopsySettings, Evidence, Verdict
 
 # Single changes of a row, in the order that decides ties.
 _SINGLE: tuple[Verdict, ...] = ("outside", "mean", "norm", "bias")
@@ -67,6 +67,9 @@ class Trial:
         decoder = self.sae.W_dec.detach().to(cosine)
         n_more = self.settings.more_tokens * self.n_contests
         silent_steps, drift = torch.zeros_like(twin), torch.zeros_like(cosine)
+        past_rate = torch.full_like(cosine, torch.nan)
+        if state is not None and state.past_rates is not None:
+            past_rate = state.past_rates.to(cosine)[self.dead]
         if state is not None:
             fires_if["momentum"], silent_steps, drift = self._momentum(state, rows, inputs)
         return Evidence(
@@ -79,6 +82,7 @@ class Trial:
             outscored=outscored.cpu(),
             silent_steps=silent_steps.cpu(),
             drift=drift.cpu(),
+            past_rate=past_rate.cpu(),
         )
 
     def _revivals(
@@ -137,8 +141,12 @@ class Trial:
         return bars * (1 - _ROUNDING)
 
 
-def decide(evidence: Evidence, broken: Tensor, fires_at_least: float, settings: AutopsySettings) -> tuple[Verdict, ...]:
+def decide(
+    evidence: Evidence, broken: Tensor, fires_at_least: float, n_tokens: int, settings: AutopsySettings
+) -> tuple[Verdict, ...]:
     """For each dead feature the first verdict that holds, in the order of ``autopsy``'s docstring."""
+    # It fired in training, so seldom that silence on these tokens is no evidence against it.
+    is_rare = (evidence.past_rate > 0) & (evidence.past_rate * n_tokens < SURE_FIRINGS)
     single = [cause for cause in _SINGLE if cause in evidence.fires_if]
     highest, change_index = torch.stack([evidence.fires_if[cause] for cause in single]).max(dim=0)
     none = torch.zeros_like(highest)
@@ -147,7 +155,7 @@ def decide(evidence: Evidence, broken: Tensor, fires_at_least: float, settings: 
     criteria: list[tuple[Tensor, Verdict]] = [
         (broken, "broken"),
         (resembles & is_outscored, "duplicate"),
-        (evidence.expected_margin > 0, "starved"),
+        ((evidence.expected_margin > 0) | is_rare, "starved"),
         (evidence.fires_if.get("momentum", none) > 0, "momentum"),
         *(((highest >= fires_at_least) & (change_index == i), cause) for i, cause in enumerate(single)),
         (evidence.fires_if["several"] >= fires_at_least, "several"),
