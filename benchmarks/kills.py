@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.train_step import machine
 from saelens_asi.resume import write_json
-from tests.helpers import kept_run, resumable
+from tests.helpers import kept_run, lorsa_run, resumable
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 N_STEPS = 60
@@ -65,10 +65,17 @@ def _compare_digests(kind: str) -> Compare:
     return compare
 
 
+def _compare_lorsas(one: Path, other: Path) -> list[str]:
+    return [] if lorsa_run.digest(one) == lorsa_run.digest(other) else ["lorsa"]
+
+
 def workloads() -> dict[str, tuple[Start, Compare]]:
     """From a name to what runs in a folder, and what compares two folders."""
     of_training = {kind: (_train(kind), _compare_ends) for kind in kept_run.KINDS}
-    return of_training | {kind: (start, _compare_digests(kind)) for kind, start in resumable.KINDS.items()}
+    others: dict[str, tuple[Start, Compare]] = {
+        kind: (start, _compare_digests(kind)) for kind, start in resumable.KINDS.items()
+    }
+    return {**of_training, **others, "lorsa": (lorsa_run.run, _compare_lorsas)}
 
 
 def _in_process(start: Start, folder: Path) -> None:

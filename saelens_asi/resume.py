@@ -164,15 +164,19 @@ def damage(folder: str | Path) -> str | None:
     folder, manifest = Path(folder), read_manifest(folder)
     if manifest is None:
         return f"it has no {MANIFEST} that can be read"
-    for name, listed in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != listed["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {listed['bytes']}"
-        if checksum(path) != listed["xxh3_128"]:
-            return f"the checksum of {name} differs"
-    return None
+    try:
+        differing = (_difference(folder / name, name, listed) for name, listed in manifest["files"].items())
+        return next((difference for difference in differing if difference is not None), None)
+    except (OSError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be followed ({type(error).__name__}: {error})"
+
+
+def _difference(path: Path, name: str, listed: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != listed["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, not {listed['bytes']}"
+    return f"the checksum of {name} differs" if checksum(path) != listed["xxh3_128"] else None
 
 
 @contextmanager
