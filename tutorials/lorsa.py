@@ -61,7 +61,8 @@ lorsas = {}
 for name, start in starts.items():
     lorsas[name] = lo.Lorsa.from_attention(model, layer, n_ov_heads=n_features, k=k, n_ctx=CONTEXT)
     lo.initialize_lorsa_(lorsas[name], target, lo.batches(training, 8), start)
-    lo.train_lorsa(lorsas[name], training, settings, out=OUT / name.replace(" ", "_"), progress=False)
+    folder = OUT / name.replace(" ", "_")
+    lo.train_lorsa(lorsas[name], training, settings, out=folder, overwrite=True, progress=False)
     metrics = lo.lorsa_metrics(lorsas[name], lo.batches(held_out, 8))
     print(f"{name:14} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}   L0 {metrics.l0:.1f}")
 

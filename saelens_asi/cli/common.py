@@ -22,8 +22,8 @@ from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
 # What a wrong model, dataset, folder, flag or value raises, here and below; anything else is a bug, with its traceback.
-# The hub's errors are OSErrors.
-BAD_INPUT = (ValueError, OSError, ImportError, argparse.ArgumentError, DatasetsError)
+# The hub's errors are OSErrors. FloatingPointError: activations or weights that are not finite ended a run.
+BAD_INPUT = (ValueError, OSError, ImportError, argparse.ArgumentError, DatasetsError, FloatingPointError)
 
 # TransformerLens answers a wrong name with all names of models there are.
 _LONGEST_ERROR = 600
