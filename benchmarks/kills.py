@@ -81,6 +81,7 @@ def workloads() -> dict[str, tuple[Start, Compare]]:
 def _in_process(start: Start, folder: Path) -> None:
     torch.set_num_threads(1)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was started in the background
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
