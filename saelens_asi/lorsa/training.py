@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi.history import LORSA_HISTORY, History
+from saelens_asi.interrupts import Interrupts
 from saelens_asi.lorsa.attention import attention_module
 from saelens_asi.lorsa.checkpoints import DISK_ERRORS, Checkpoints, check_folder
 from saelens_asi.lorsa.config import from_dict
-from saelens_asi.lorsa.interrupts import Interrupts
 from saelens_asi.lorsa.io import save_lorsa
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.run_folder import (

@@ -17,6 +17,7 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SaveCheckpointFn
 
+from saelens_asi.interrupts import Interrupts
 from saelens_asi.plugin.checkpoints import (
     LATEST,
     Keeper,
@@ -28,7 +29,6 @@ from saelens_asi.plugin.checkpoints import (
     refuse_misfit,
 )
 from saelens_asi.plugin.data_state import DataState
-from saelens_asi.plugin.interrupts import Interrupts
 from saelens_asi.plugin.recorder import RUNNER_CONFIGS
 from saelens_asi.plugin.stream import Provider
 from saelens_asi.resume import one_writer, read_manifest
@@ -173,10 +173,12 @@ class KeptRun:
                 raise
 
     def _between_steps(self) -> None:
-        """Where a run is saved, or ends on a signal."""
-        if self.interrupts.received is not None:
-            raise self.interrupts.exception()
+        """Where a run is saved, by time or for a signal, which then does what it would have done."""
         name = str(self.n_training_samples)
+        if self.interrupts.received is not None:
+            if self.keeper is not None and self._has_begun() and self.keeper.last_good != self.keeper.folder / name:
+                self.keeper.save_or_warn(lambda: self._save_whole(name, "interrupt"))
+            self.interrupts.deliver()
         if self.keeper is not None and self.n_training_samples and self.keeper.is_due(name):
             self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
 
@@ -226,16 +228,11 @@ class KeptRun:
                 "%s (%r): no checkpoint can be written of that. %s", torn, error, how_to_resume(keeper.last_good)
             )
             return
-        path, received = keeper.folder / str(self.n_training_samples), self.interrupts.received
+        path = keeper.folder / str(self.n_training_samples)
         if keeper.last_good != path:
-            reason: Reason = "failure" if received is None else "interrupt"
-            keeper.save_or_warn(lambda: self._save_whole(path.name, reason))
-        logger.warning(
-            "ended after %d samples (%s): %s",
-            self.n_training_samples,
-            repr(error) if received is None else received.name,
-            how_to_resume(keeper.last_good),
-        )
+            keeper.save_or_warn(lambda: self._save_whole(path.name, "failure"))
+        way_out = how_to_resume(keeper.last_good)
+        logger.warning("ended after %d samples (%r): %s", self.n_training_samples, error, way_out)
 
     def _leave_runner_nothing_to_save(self) -> None:
         """Keep SAELens's runner from writing a second time, past the manifest, when an interrupt reaches it."""

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
+from saelens_asi.interrupts import Interrupts
 from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.guard import Guard, Progress
-from saelens_asi.plugin.interrupts import Interrupts
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
 from saelens_asi.plugin.preflight import check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
@@ -347,12 +347,11 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
 
 
 def until_interrupted(stream: ActivationStream, interrupts: Interrupts) -> ActivationStream:
-    """The same stream, which a signal ends between two batches."""
+    """The same stream, between whose batches a signal does what it would have done."""
 
     def batches() -> Iterator[Batch]:
         for batch in stream.batches:
-            if interrupts.received is not None:
-                raise interrupts.exception()
+            interrupts.deliver()
             yield batch
 
     return dataclasses.replace(stream, batches=batches())

@@ -49,7 +49,7 @@ IMPORTED = {
     "sae_lens.synthetic": ("SyntheticSAERunnerConfig",),
     "sae_lens.synthetic.training": ("SyntheticActivationIterator",),
     "sae_lens.tokenization_and_batching": ("concat_and_batch_sequences", "_add_tokens_to_batch"),
-    "sae_lens.training._interruption": ("InterruptedException", "interrupt_callback"),
+    "sae_lens.training._interruption": ("InterruptedException",),
     "sae_lens.training.activation_scaler": ("ActivationScaler",),
     _STORE: ("ActivationsStore",),
     "sae_lens.training.mixing_buffer": ("multi_hook_concat_split_iter",),

@@ -78,7 +78,7 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_exactly(numbers, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(type(stopped), "_train_step", step)
-        with pytest.raises(KeyboardInterrupt if numbers[0] == "SIGINT" else InterruptedException):
+        with pytest.raises(KeyboardInterrupt if numbers[0] == "SIGINT" else SystemExit):
             stopped.fit()
     assert stock == stopped.sae.training_forward_pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -90,16 +90,27 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_exactly(numbers, tmp_pat
     assert _same(_end(whole), _end(resumed))
 
 
-def test_a_handler_of_the_users_own_is_left_alone(tmp_path):
-    def own(number: int, frame: Any) -> None: ...
+def test_a_handler_of_the_users_own_is_called_once_the_run_is_saved(tmp_path):
+    """One that returns, such as that of a queue, lets the run go on."""
+    saved: list[int] = []
+
+    def own(number: int, frame: Any) -> None:
+        saved.extend(int(path.name) // tiny.BATCH for path in _checkpoints(tmp_path))
+
+    class Batches(kept_run.Batches):
+        def __next__(self) -> torch.Tensor:
+            if self.n == 8 + 5:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__next__()
 
     before = signal.signal(signal.SIGTERM, own)
     try:
-        trainer = _by_hand(tmp_path)
-        with trainer.interrupts.held_back():
-            assert signal.getsignal(signal.SIGTERM) is own
+        trainer = _by_hand(tmp_path, provider=Batches())
+        trainer.fit()
+        assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert (saved, trainer.steps_done()) == ([6], 20)
 
 
 def test_killed_processes_end_as_untouched_ones(tmp_path):
