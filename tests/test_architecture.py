@@ -23,7 +23,7 @@ PACKAGES = [
 
 # What somebody sees who opens the package.
 ENTRIES = {
-    *("sparse", "history.py", "resume.py"),
+    *("sparse", "history.py", "interrupts.py", "resume.py"),
     *("activations", "sparse_adam.py"),
     "spectra",
     *("initialization.py", "evaluation"),

@@ -411,6 +411,21 @@ def _replace_smallest(heap: Singles, features: Integers, score: np.float32, feat
     heap[at], features[at] = score, feature
 
 
+@_inlined
+def _keep_largest(
+    heap: Singles, features: Integers, products: Singles, picked: Integers, bias: Singles, scale: Singles
+) -> bool:
+    """Put scores into the heap that are larger than its smallest; whether all of them are numbers."""
+    all_numbers = True
+    for i in range(picked.shape[0]):
+        score = (products[i] + bias[picked[i]]) * scale[picked[i]]
+        if score > heap[0]:
+            _replace_smallest(heap, features, score, picked[i])
+        elif score != score:
+            all_numbers = False
+    return all_numbers
+
+
 @_compiled(
     void(
         *(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1]),
@@ -465,11 +480,6 @@ def top_k_by_bounds(
                 features[0] = -1
                 break
             _four_products(products, row, encoder_rows, picked, n_picked)
-            for i in range(n_picked):
-                score = (products[i] + bias[picked[i]]) * scale[picked[i]]
-                if score > heap[0]:
-                    _replace_smallest(heap, features, score, picked[i])
-                elif score != score:
-                    all_numbers = False
+            all_numbers &= _keep_largest(heap, features, products, picked[:n_picked], bias, scale)
         if not all_numbers:  # to be seen by the caller, as a token that is given up
             features[0] = -1
