@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from sae_lens.config import SAETrainerConfig
 
 from saelens_asi.plugin.fields import AnyTrainingSAE
@@ -32,6 +33,14 @@ def check_run(trainer: PlannedRun) -> None:
     store = find_store(trainer.data_provider, trainer.evaluator)
     if store is not None and store._hook_names is None:
         check_hooks(trainer.data_provider, trainer.evaluator, {store.hook_name: trainer.sae.cfg.d_in})
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def check_sae(sae: AnyTrainingSAE) -> None:

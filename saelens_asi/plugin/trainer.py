@@ -32,7 +32,7 @@ from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
-from saelens_asi.plugin.preflight import check_run
+from saelens_asi.plugin.preflight import check_device, check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import (
     Recorder,
@@ -83,6 +83,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         **later_arguments: Any,
     ) -> None:
         refuse_known_failures(cfg, sae)
+        check_device(cfg.device)
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         self._sparse_steps, self._recorder = SparseSteps(), Recorder()

@@ -20,6 +20,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.config import SAETrainerConfig
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
@@ -462,6 +463,13 @@ def test_without_a_checkpoint_latest_starts_anew(tmp_path, caplog):
 def test_k_above_d_sae_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"k=49 is more than the d_sae=48 features"):
         _by_hand(tmp_path, k=49).fit()
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nowhere"])
+def test_a_device_that_is_not_there_is_named(device):
+    cfg = SAETrainerConfig(total_training_samples=64, train_batch_size_samples=32, lr_end=1e-4, device=device)
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+        SAETrainer(cfg, tiny.training_sae(**FLAGS), iter(()))
 
 
 def test_a_disk_too_small_is_said_at_the_start(tmp_path, monkeypatch):
