@@ -59,11 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _signal_handlers_restored() -> Iterator[None]:
-    """SAELens's runners replace the handlers and leave theirs behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signal_handlers_of_a_program() -> Iterator[None]:
+    """Python's own: SAELens's runners leave theirs behind, and a background job of a shell ignores SIGINT."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number, handler in own.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in own.items():
         signal.signal(number, handler)
 
 
