@@ -6,6 +6,7 @@ Writes a table (CSV, JSON), one spectrum file a hook, figures, and report.md. In
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,14 @@ from datasets import Dataset
 from torch import Tensor
 
 from saelens_asi import plots
+from saelens_asi.activations.fingerprint import (
+    Fingerprints,
+    check_fingerprints,
+    data_fingerprint,
+    fingerprints,
+    sealed,
+    unsealed,
+)
 from saelens_asi.activations.hooks import layer_hooks, resolve_hook_names, split_name
 from saelens_asi.activations.replacement import Predictions
 from saelens_asi.activations.tokens import token_batches
@@ -40,12 +49,17 @@ from saelens_asi.cli.flags import (
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.plots import spectra as spectrum_plots
-from saelens_asi.resume import write_json, written_whole
+from saelens_asi.resume import differences, write_json
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
 from saelens_asi.spectra.findings import SpectrumRow, findings, table_rows, write_table
 from saelens_asi.spectra.hook_spectra import activation_spectra
 from saelens_asi.spectra.spectrum import Spectrum
+
+logger = logging.getLogger(__name__)
+
+# Of settings.json and losses.json: the model and the data that they tell of.
+_MADE_OF = "fingerprints"
 
 # Numbers of components at which the loss is measured, as shares of the width.
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -119,7 +133,7 @@ def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[Spe
     written = write_table(rows, flags.out)
 
     at_layer = {kind: name for name in names for layer, kind in [split_name(name)] if layer == detail}
-    losses = _losses(model, held_out, {k: n for k, n in at_layer.items() if k != "hook_z"}, spectra, flags)
+    losses = _losses(model, training, held_out, {k: n for k, n in at_layer.items() if k != "hook_z"}, spectra, flags)
     parts = None
     if {"attn_out", "hook_z"} & at_layer.keys():
         parts = _decomposition(model, training, detail, spectra, flags)
@@ -165,23 +179,61 @@ def _spectra(
     folder = flags.out / "spectra"
     files = {name: folder / f"{name}.safetensors" for name in names}
     own = {"model": flags.model, "dataset": flags.dataset, "dtype": flags.dtype}
-    settings = json.dumps({**own, "hooks": list(names), "n_tokens": flags.n_tokens, **flags.reading}, indent=1) + "\n"
-    done = folder / "settings.json"
-    if done.exists() and done.read_text() == settings:
-        print(f"The spectra are in {folder} already: delete {done} to measure them again", flush=True)
-        return {name: Spectrum.load(path) for name, path in files.items()}, files
+    settings = {**own, "hooks": list(names), "n_tokens": flags.n_tokens, **flags.reading}
+    done, made_of = folder / "settings.json", fingerprints(model, data)
+    if _of_this(done, settings, made_of):
+        try:
+            spectra = {name: Spectrum.load(path) for name, path in files.items()}
+        except (ValueError, FileNotFoundError) as error:
+            logger.warning("the spectra are measured again: %s", error)
+        else:
+            print(f"The spectra are in {folder} already: delete {done} to measure them again", flush=True)
+            return spectra, files
     checkpoint = flags.out / "pass.safetensors"
     spectra = activation_spectra(model, data, names, flags.n_tokens, checkpoint=checkpoint, **flags.reading)
+    # Or a kill between two of the files would leave some of this pass under the settings of the last one.
+    done.unlink(missing_ok=True)
     for name, spectrum in spectra.items():
         spectrum.save(files[name])
-    with written_whole(done) as unfinished:
-        unfinished.write_text(settings)
+    write_json(done, sealed({**settings, _MADE_OF: made_of}), indent=1)
     checkpoint.unlink(missing_ok=True)
     return spectra, files
 
 
+def _of_this(path: Path, settings: Mapping[str, Any], made_of: Fingerprints) -> bool:
+    """Whether a file tells of these settings, model and data; says why where only the latter are others."""
+    if not path.exists():
+        return False
+    try:
+        saved = unsealed(json.loads(path.read_bytes()))
+        known = saved.pop(_MADE_OF, None)
+        if differences(saved, settings):
+            return False
+        check_fingerprints(known, made_of, path, "measured again")
+    except (OSError, ValueError, AttributeError) as error:
+        _no_folder(path)
+        logger.warning("the spectra are measured again: %s", _about(path, error))
+        return False
+    return True
+
+
+def _about(path: Path, error: Exception) -> str:
+    """An error with the file that it comes from."""
+    return str(error) if str(path) in str(error) else f"{path} is damaged: {error}"
+
+
+def _no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a file is to be written: delete it, or set --out to another")
+
+
 def _losses(
-    model: Any, held_out: Dataset, hooks: Mapping[str, str], spectra: Mapping[str, Spectrum], flags: SpectrumFlags
+    model: Any,
+    data: Dataset,
+    held_out: Dataset,
+    hooks: Mapping[str, str],
+    spectra: Mapping[str, Spectrum],
+    flags: SpectrumFlags,
 ) -> dict[str, ComponentLosses]:
     """Loss by components for each hook, saved in losses.json as they come: a second run measures the missing ones."""
     if not flags.loss_tokens or not hooks:
@@ -189,23 +241,41 @@ def _losses(
     tokens = _first_windows(model, held_out, -(-flags.loss_tokens // flags.context_size), flags.context_size)
     path = flags.out / "losses.json"
     key = json.dumps([flags.model, flags.dataset, flags.n_tokens, flags.dtype, list(tokens.shape), flags.excluded])
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    saved = saved if saved.get("key") == key else {"key": key}
-    losses = {}
-    for kind, name in hooks.items():
-        if name not in saved:
+    made_of = {**fingerprints(model, data), "held_out": data_fingerprint(tokens)}
+    losses = _saved_losses(path, key, made_of)
+    for name in hooks.values():
+        if name not in losses:
             print(f"Loss by components of {name}", flush=True)
             numbers = sorted({max(1, round(share * spectra[name].d)) for share in _SHARES})
-            loss = loss_recovered(
+            losses[name] = loss_recovered(
                 model, tokens, name, numbers, spectrum=spectra[name], batch_size=_LOSS_BATCH, **flags.excluded
             )
-            saved[name] = {**vars(loss), "components": {str(k): p for k, p in loss.components.items()}}
-            write_json(path, saved, indent=1)
-        values = json.loads(json.dumps(saved[name]))
-        components = {int(k): Predictions(*p) for k, p in values["components"].items()}
-        ends = {end: Predictions(*values[end]) for end in ("clean", "zero", "mean")}
-        losses[kind] = ComponentLosses(name, **ends, components=components, n_tokens=values["n_tokens"])
-    return losses
+            values = {name: vars(loss) for name, loss in losses.items()}
+            write_json(path, sealed({"key": key, _MADE_OF: made_of, **values}), indent=1)
+    return {kind: losses[name] for kind, name in hooks.items()}
+
+
+def _saved_losses(path: Path, key: str, made_of: Fingerprints) -> dict[str, ComponentLosses]:
+    """By hook, those of this key, model and data. A damaged file is as good as none, with a warning."""
+    _no_folder(path)
+    if not path.exists():
+        return {}
+    try:
+        saved = unsealed(json.loads(path.read_bytes()))
+        known = saved.pop(_MADE_OF, None)
+        if saved.pop("key") != key:
+            return {}
+        check_fingerprints(known, made_of, path, "measured again")
+        return {name: _component_losses(name, values) for name, values in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the losses are measured again: %s", _about(path, error))
+        return {}
+
+
+def _component_losses(name: str, values: Mapping[str, Any]) -> ComponentLosses:
+    components = {int(k): Predictions(*p) for k, p in values["components"].items()}
+    ends = {end: Predictions(*values[end]) for end in ("clean", "zero", "mean")}
+    return ComponentLosses(name, **ends, components=components, n_tokens=values["n_tokens"])
 
 
 def _first_windows(model: Any, documents: Dataset, n_windows: int, context_size: int) -> Tensor:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from torch import Tensor
+
+from saelens_asi.activations.fingerprint import check_fingerprints, data_fingerprint, sealed, unsealed
 from saelens_asi.initialization import ActiveSubspaceInit
 from saelens_asi.resume import differences, write_json, written_whole
+
+logger = logging.getLogger(__name__)
 
 # Settings of ActiveSubspaceInit that a cell may vary.
 _INITIALIZATION = ("subspace", "norm", "center", "d_init")
@@ -173,24 +180,56 @@ class SweepRow(_Measures, total=False):
     initial_nmse: float
 
 
+# Of ``sweep.json``: what the cells of each hook were trained and evaluated on.
+_MADE_OF = "fingerprints"
+
+# What a line has at least.
+_NEEDED = {"hook_name", *(field.name for field in fields(Cell))}
+
+
 class SweepStore:
-    """The finished cells in ``folder/cells.jsonl``, and the settings that all of them share.
+    """The finished cells in ``folder/cells.jsonl``, and what all of them share: settings and activations.
 
     Raises:
-        ValueError: for a folder whose cells were made with other settings.
+        ValueError: for a folder whose cells were made with other settings, or a file of it that is damaged.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "sweep.json"
-        changed = differences(json.loads(path.read_text()), settings) if path.exists() else ""
+        self._shared_path = self.folder / "sweep.json"
+        saved = _read_shared(self._shared_path)
+        self._fingerprints: dict[str, dict[str, str | None]] | None = {} if saved is None else saved.pop(_MADE_OF, None)
+        changed = "" if saved is None else differences(saved, settings)
         if changed:
             raise ValueError(f"{self.folder} holds a sweep with other settings ({changed}): use another folder")
-        write_json(path, dict(settings), indent=1)
         self.path = self.folder / "cells.jsonl"
-        self.rows = read_sweep(self.folder)
-        self._drop_unfinished_line()
+        self.rows, whole = _read_lines(self.path)
+        self._settings = dict(settings)
+        if saved is None:
+            self._write_shared()
+        if not whole:
+            self._drop_torn_line()
+
+    def check(self, activations: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Compare activations to train and to evaluate on, by hook, with those of earlier cells, and note them.
+
+        A folder of an earlier version, which did not note them, goes on with a warning.
+
+        Raises:
+            ValueError: for other activations, with both sides.
+        """
+        known = dict(self._fingerprints or {})
+        for hook_name, (training, held_out) in activations.items():
+            now = {"training": data_fingerprint(training), "held_out": data_fingerprint(held_out)}
+            # A folder that notes them lacks those of a hook that is new to it.
+            noted = self._fingerprints is not None or all(row["hook_name"] != hook_name for row in self.rows)
+            saved = known.get(hook_name, {} if noted else None)
+            where = f"{self.folder}, hook {hook_name}"
+            known[hook_name] = check_fingerprints(saved, now, where, "give those activations, or another folder")
+        if known != self._fingerprints:
+            self._fingerprints = known
+            self._write_shared()
 
     def find(self, cell: Cell, hook_name: str) -> SweepRow | None:
         """The finished row of a cell on a hook."""
@@ -198,28 +237,97 @@ class SweepStore:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in own.items())), None)
 
     def add(self, cell: Cell, measured: Mapping[str, str | float]) -> SweepRow:
+        """Keep a finished cell: its line is on the disk when this returns, or nothing of it is after an error.
+
+        Raises:
+            OSError: where it cannot be written, as on a full disk.
+        """
         row = cast(SweepRow, {**cell.to_dict(), "method": cell.method, **measured})
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(sealed(row)).encode() + b"\n"
+        # Unbuffered: what a buffer holds would be written after all when the file is closed.
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(
+                    error.errno, f"{self.path} cannot be written ({error.strerror or error}): what it holds stays"
+                ) from error
         self.rows.append(row)
         return row
 
-    def _drop_unfinished_line(self) -> None:
+    def _write_shared(self) -> None:
+        made_of = {} if self._fingerprints is None else {_MADE_OF: self._fingerprints}
+        write_json(self._shared_path, sealed({**self._settings, **made_of}), indent=1)
+
+    def _drop_torn_line(self) -> None:
         """A line that a crash cut short would run into the next one."""
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with written_whole(self.path) as unfinished:
-                unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        lines = self.path.read_bytes().split(b"\n")
+        end = lines.pop()
+        if _row(end) is not None:  # only its line break is missing
+            lines.append(end)
+        else:
+            logger.warning("%s: its last line was cut short: the cell is trained again", self.path)
+        with written_whole(self.path) as unfinished:
+            unfinished.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def _read_shared(path: Path) -> dict[str, Any] | None:
+    """What ``sweep.json`` holds; None where it is not there."""
+    if not path.exists():
+        return None
+    try:
+        shared = unsealed(json.loads(path.read_bytes()))
+        made_of = shared.get(_MADE_OF, {})
+        if not isinstance(made_of, dict) or not all(isinstance(one, dict) for one in made_of.values()):
+            raise ValueError(f"{_MADE_OF} is of another type")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it if this call has the settings and activations of the sweep, or "
+            "use another folder"
+        ) from None
+    return shared
 
 
 def read_sweep(folder: str | Path) -> list[SweepRow]:
-    """The finished cells of a sweep: settings, ``method``, and what was measured. Empty where there are none yet."""
-    path = Path(folder) / "cells.jsonl"
+    """The finished cells of a sweep: settings, ``method``, and what was measured. Empty where there are none yet.
+
+    A last line that was cut short, as a crash leaves it, is no finished cell.
+
+    Raises:
+        ValueError: for any other line that is damaged, with its number.
+    """
+    return _read_lines(Path(folder) / "cells.jsonl")[0]
+
+
+def _read_lines(path: Path) -> tuple[list[SweepRow], bool]:
+    """The rows of a file, and whether its last line ends with a line break."""
     if not path.exists():
-        return []
+        return [], True
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not the cells of a sweep: delete it, or use another folder")
+    *lines, end = path.read_bytes().split(b"\n")
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line, where writing it was interrupted
-            continue
-    return rows
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip():
+            raise ValueError(
+                f"{path}, line {number} is damaged: delete that line, and the same sweep trains its cell again"
+            )
+    last = _row(end)
+    return rows if last is None else [*rows, last], not end
+
+
+def _row(line: bytes) -> SweepRow | None:
+    """The row that a line holds, with or without a checksum; None for a damaged line."""
+    try:
+        row = unsealed(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    whole = _NEEDED <= row.keys() <= _NEEDED | SweepRow.__annotations__.keys()
+    return cast(SweepRow, row) if whole else None

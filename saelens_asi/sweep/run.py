@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from sae_lens import SAETrainer, TrainingSAE
+from sae_lens import SAE, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelens_asi.activations.reader import signals_held_back
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
+from saelens_asi.resume import MANIFEST, damage, folder_written_whole, one_writer
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from saelens_asi.sweep.cells import Cell, SweepRow, SweepStore
@@ -168,8 +172,8 @@ def run_sweep(
 ) -> list[SweepRow]:
     """Train and evaluate each cell on each hook, where ``out`` does not hold it yet; returns their rows.
 
-    Each finished cell is a line of ``out/cells.jsonl`` at once; a sweep that is interrupted, or asked for more cells,
-    goes on from there. A cell that fails is named, and the others go on.
+    Each finished cell is a line of ``out/cells.jsonl`` at once; a sweep that is interrupted, by SIGKILL too, or asked
+    for more cells, goes on from there, to the same results. A cell that fails is named, and the others go on.
 
     Args:
         cells: of ``grid``.
@@ -177,36 +181,74 @@ def run_sweep(
         activations: from hook names to (n, d_in) activations to train on, and to evaluate on.
         out: folder.
         source: what the activations come from (model, dataset), kept beside the results.
-        save_saes: keep each SAE as a SAELens folder in ``out/saes``; one that is not there is trained again.
+        save_saes: keep each SAE as a SAELens folder in ``out/saes``; one that is not there whole is trained again.
 
     Raises:
-        ValueError: for a folder whose cells were made with other settings; after all cells, where some failed.
+        ValueError: for a folder whose cells were made with other settings or activations, that another run writes to,
+            or that is damaged; after all cells, where some failed.
+        OSError: where the disk is full. The cells that are finished stay.
     """
-    store = SweepStore(out, {"training": training.to_dict(), **(source or {})})
-    rows, failures = [], []
-    with tqdm(total=len(activations) * len(cells), desc="Sweep", unit="cell") as bar:
-        for hook_name, (train, held_out) in activations.items():
-            spectrum: dict[str, float] = {}
-            for cell in cells:
-                row, folder = store.find(cell, hook_name), sae_folder(out, cell, hook_name)
-                if row is None or (save_saes and not folder.exists()):
-                    spectrum = spectrum or _rank(held_out)
-                    try:
-                        sae, results = run_cell(cell, training, train, held_out)
-                    except (ValueError, RuntimeError) as error:
-                        failures.append(f"{describe(cell)}: {error}")
-                        logger.error("this cell failed, the sweep goes on: %s", failures[-1])
-                        continue
-                    if save_saes:
-                        sae.cfg.metadata.hook_name = hook_name
-                        sae.save_inference_model(str(folder))
-                    row = row or store.add(cell, {"hook_name": hook_name, **spectrum, **results})
-                    tqdm.write(_line(cell, row))
-                rows.append(row)
-                bar.update()
+    out = Path(out)
+    with one_writer(out, "out"):
+        _remove_unfinished(out)
+        store = SweepStore(out, {"training": training.to_dict(), **(source or {})})
+        store.check(activations)
+        rows, failures = [], []
+        with tqdm(total=len(activations) * len(cells), desc="Sweep", unit="cell") as bar:
+            for hook_name, (train, held_out) in activations.items():
+                spectrum: dict[str, float] = {}
+                for cell in cells:
+                    row, folder = store.find(cell, hook_name), sae_folder(out, cell, hook_name)
+                    if row is None or (save_saes and not _is_saved(folder)):
+                        spectrum = spectrum or _rank(held_out)
+                        try:
+                            sae, results = run_cell(cell, training, train, held_out)
+                        except (ValueError, RuntimeError) as error:
+                            failures.append(f"{describe(cell)}: {error}")
+                            logger.error("this cell failed, the sweep goes on: %s", failures[-1])
+                            continue
+                        with signals_held_back():
+                            if save_saes:
+                                _save(sae, folder, hook_name)
+                            row = row or store.add(cell, {"hook_name": hook_name, **spectrum, **results})
+                        tqdm.write(_line(cell, row))
+                    rows.append(row)
+                    bar.update()
     if failures:
         raise ValueError("\n".join([f"{len(failures)} cells failed, the others are kept:", *failures]))
     return rows
+
+
+def _save(sae: TrainingSAE, folder: Path, hook_name: str) -> None:
+    """Write the folder of a finished SAE, whole or not at all."""
+    sae.cfg.metadata.hook_name = hook_name
+    try:
+        with folder_written_whole(folder, {}) as unfinished:
+            sae.save_inference_model(str(unfinished))
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        message = f"the SAE cannot be written to {folder} ({error}): what is finished stays, the same sweep goes on"
+        raise OSError(number, message) from error
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder is that of a finished SAE; one of an earlier version, without a manifest, has to load."""
+    if (folder / MANIFEST).exists():
+        return damage(folder) is None
+    try:
+        SAE.load_from_disk(folder)
+    except Exception:  # whatever a torn file makes of loading
+        return False
+    return True
+
+
+def _remove_unfinished(out: Path) -> None:
+    """What runs left that were killed while they wrote; nobody else writes here now."""
+    for path in [*out.glob("*.json*.tmp"), *(out / "saes").glob("*/.*.tmp"), *(out / "saes").glob("*/.*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sae_folder(out: str | Path, cell: Cell, hook_name: str) -> Path:

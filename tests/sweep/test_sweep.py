@@ -14,6 +14,7 @@ from saelens_asi import cli
 from saelens_asi.cli.sweep import write_report
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.plots import sweep_figures
+from saelens_asi.resume import one_writer
 from saelens_asi.sweep import (
     METHODS,
     Cell,
@@ -29,6 +30,7 @@ from saelens_asi.sweep.cells import grid
 from saelens_asi.sweep.results import best_rates
 from saelens_asi.sweep.run import ARCHITECTURES
 from tests.helpers import tiny
+from tests.helpers.damage import assert_survives_kills
 
 TRAINING = SweepTraining(training_tokens=320, batch_size=32, dead_after_tokens=64)
 SIZES: dict[str, Any] = {"d_sae": 48, "k": 4}
@@ -306,3 +308,66 @@ def test_a_crash_while_a_cut_line_is_dropped_loses_no_cell(data, tmp_path, monke
             run.SweepStore(tmp_path, {"a": 1})
     assert (tmp_path / "cells.jsonl").read_text() == before
     assert len(run.SweepStore(tmp_path, {"a": 1}).rows) == 1
+
+
+CELLS = grid({"seed": [0, 1], "d_sae": [48], "k": [4]})
+
+
+def test_a_save_that_was_killed_is_no_finished_sae(data, tmp_path):
+    rows = run_sweep(CELLS, TRAINING, data, tmp_path, save_saes=True)
+    folder = run.sae_folder(tmp_path, CELLS[0], HOOK)
+    (folder / "sae_weights.safetensors").write_bytes((folder / "sae_weights.safetensors").read_bytes()[:900])
+    leftover = folder.with_name(f".{folder.name}.1.tmp")
+    leftover.mkdir()
+    assert run_sweep(CELLS, TRAINING, data, tmp_path, save_saes=True) == rows
+    assert SAE.load_from_disk(folder).cfg.d_sae == 48
+    assert not leftover.exists()
+
+
+def test_a_damaged_line_is_named_and_a_torn_last_one_is_trained_anew(data, tmp_path):
+    run_sweep(CELLS, TRAINING, data, tmp_path)
+    path = tmp_path / "cells.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert [row["seed"] for row in read_sweep(tmp_path)] == [0]
+    assert [row["seed"] for row in run_sweep(CELLS, TRAINING, data, tmp_path)] == [0, 1]
+    for damaged in (b"?" + whole[1:], whole.replace(b'"nmse": 0.', b'"nmse": 1.', 1)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cells\.jsonl, line 1 is damaged: delete that line"):
+            run_sweep(CELLS, TRAINING, data, tmp_path)
+
+
+def test_other_activations_are_refused_and_a_folder_of_an_earlier_version_goes_on(data, tmp_path, caplog):
+    run_sweep(CELLS, TRAINING, data, tmp_path)
+    train, held_out = data[HOOK]
+    with pytest.raises(ValueError, match=r"training was '.*' and is '.*give those activations, or another folder"):
+        run_sweep(CELLS, TRAINING, {HOOK: (train * 2, held_out)}, tmp_path)
+    shared = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps({"training": shared["training"]}))
+    run_sweep(CELLS, TRAINING, data, tmp_path)
+    assert "earlier version" in caplog.text
+
+
+def test_one_run_writes_a_sweep(data, tmp_path):
+    with one_writer(tmp_path, "out"), pytest.raises(ValueError, match="is being written by process"):
+        run_sweep(CELLS, TRAINING, data, tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    store = run.SweepStore(tmp_path, {"a": 1})
+    store.add(Cell(), {"hook_name": HOOK})
+    before = store.path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"cells\.jsonl cannot be written"):
+            store.add(Cell(seed=1), {"hook_name": HOOK})
+    assert store.path.read_bytes() == before
+    assert store.rows == read_sweep(tmp_path)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_results(tmp_path):
+    assert_survives_kills("sweep", tmp_path)
