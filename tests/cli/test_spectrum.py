@@ -257,3 +257,20 @@ def test_what_a_second_run_reads_is_written_whole(
     assert not list(tmp_path.rglob(f"{name}*"))
     spectrum(llama_folder, text_folder, tmp_path, "--hooks", "mlp_out")
     assert json.loads(next(tmp_path.rglob(name)).read_text())
+
+
+def test_another_model_or_damaged_losses_are_measured_again(
+    finished: Path, llama_folder: Path, text_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    settings, losses = tmp_path / "spectra" / "settings.json", tmp_path / "losses.json"
+    saved = json.loads(settings.read_text())
+    saved.pop("checksum")
+    saved["fingerprints"]["model"] = "another model under this name"
+    settings.write_text(json.dumps(saved))
+    losses.write_bytes(losses.read_bytes()[:-100])
+    spectrum(llama_folder, text_folder, tmp_path)
+    assert "model was 'another model under this name' and is" in caplog.text
+    assert "the losses are measured again" in caplog.text
+    assert settings.read_bytes() == (finished / "spectra" / "settings.json").read_bytes()
+    assert losses.read_bytes() == (finished / "losses.json").read_bytes()
