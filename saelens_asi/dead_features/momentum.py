@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,20 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from saelens_asi.history import read_history
+from saelens_asi.history import TRAINING_HISTORY, read_history
 from saelens_asi.plugin.sparse_steps import feature_row_groups
+from saelens_asi.resume import MANIFEST, damage
 
 TRAINER_STATE = "trainer_state.pt"  # SAELens's name for it
 
 _KEYS = {"state", "param_groups"}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Steps after which 0.9**n leaves too little of a float32 moment to be traced back.
 _LONGEST_MEMORY = 600
+
+# Moments in float32 are off by some rounding a step.
+_ROUNDING = 1.01
 
 
 class AdamGroup(TypedDict, total=False):
@@ -45,7 +49,9 @@ class OptimizerState:
         groups: of parameters.
         silent_steps: (d_sae,) steps since each feature fired, SAELens's own count; None where it was not given.
         past_rates: (d_sae,) share of the tokens of SAELens's last window on which each feature fired; None likewise.
-        learning_rates: (step, learning rate of that step), as the training history recorded them; empty without one.
+        learning_rates: (step, learning rate of that step), ascending, as the training history recorded them; empty
+            without one.
+        known_since: the first step whose learning rate is known.
     """
 
     moments: Mapping[int, Mapping[str, Tensor]]
@@ -53,6 +59,7 @@ class OptimizerState:
     silent_steps: Tensor | None
     past_rates: Tensor | None = None
     learning_rates: Sequence[tuple[int, float]] = ()
+    known_since: int = 1
 
     @property
     def knows_learning_rates(self) -> bool:
@@ -75,7 +82,8 @@ class Drift(NamedTuple):
     Attributes:
         moved: from a parameter's name to what was added to it, in the layout of ``contests.feature_parameters``.
         steps: (n,) silent steps, 0 where nothing is known.
-        is_traced: (n,) bool; not where the feature never had a gradient, or its moments have decayed to nothing.
+        is_traced: (n,) bool; not where the feature never had a gradient, its moments have decayed to nothing or do not
+            fit the silence, or the learning rate of one of those steps is not known.
     """
 
     moved: dict[str, Tensor]
@@ -116,44 +124,98 @@ class _Moments(NamedTuple):
 def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerState:
     """A SAELens checkpoint folder, its ``trainer_state.pt``, what is in it, or an optimizer's ``state_dict()``.
 
+    Nothing in the file is executed: only tensors and plain values are read.
+
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, damaged files, and moments that are not finite.
     """
-    learning_rates: list[tuple[int, float]] = []
+    name, recorded = "optimizer_state", list[tuple[int, float]]()
     if isinstance(source, str | Path):
         path = Path(source)
         path = path / TRAINER_STATE if path.is_dir() else path
-        if not path.exists():
+        name = f"optimizer_state={str(source)!r}"
+        if not path.is_file():
             raise ValueError(
-                f"optimizer_state={str(source)!r} holds no {TRAINER_STATE}: give the folder of a SAELens checkpoint "
+                f"{name} holds no {TRAINER_STATE}: give the folder of a SAELens checkpoint "
                 "(a finished SAE has no optimizer state)"
             )
-        learning_rates = _recorded_rates(path.parent)
-        try:
-            source = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"optimizer_state={str(path)!r} cannot be read as a trainer's state: {error}") from None
+        recorded = _recorded_rates(path.parent)
+        source = _loaded(path, name)
     optimizer = source.get("optimizer", source) if isinstance(source, Mapping) else None
     if not isinstance(source, Mapping) or not isinstance(optimizer, Mapping) or not optimizer.keys() >= _KEYS:
         what = f"with keys {sorted(map(str, source))}" if isinstance(source, Mapping) else f"of {type(source)}"
         raise ValueError(
-            f"optimizer_state {what} is not the state of an optimizer: give "
+            f"{name} {what} is not the state of an optimizer: give "
             "optimizer.state_dict(), or the folder of a SAELens checkpoint"
         )
+    _check_adam(optimizer, name)
+    now, n_steps = float(optimizer["param_groups"][0]["lr"]), _steps_taken(optimizer)
+    learning_rates = sorted((step, lr) for step, lr in recorded if step <= n_steps)
+    known_since = learning_rates[0][0] if learning_rates else _constant_since(source.get("lr_scheduler"), n_steps)
+    if learning_rates:
+        learning_rates.append((n_steps + 1, now))  # the schedule has moved on to the step that would come next
     return OptimizerState(
         optimizer["state"],
         optimizer["param_groups"],
         source.get("n_forward_passes_since_fired"),
         _past_rates(source),
         learning_rates,
+        known_since,
     )
 
 
-def _recorded_rates(folder: Path) -> list[tuple[int, float]]:
+def _loaded(path: Path, name: str) -> Any:
+    if (path.parent / MANIFEST).exists() and (broken := damage(path.parent)):
+        raise ValueError(f"{name} is damaged ({broken}): give the folder of a whole checkpoint")
     try:
-        return [(record["step"], record["lr"]) for record in read_history(folder)]
-    except (OSError, KeyError):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{name}: {path} is damaged, or holds more than tensors and plain values ({said}): give the folder of a "
+            "whole checkpoint"
+        ) from None
+
+
+def _check_adam(optimizer: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError for what is not the state of an Adam, or not finite."""
+    moments, groups = optimizer["state"], optimizer["param_groups"]
+    is_adam = (
+        isinstance(moments, Mapping)
+        and isinstance(groups, list)
+        and len(groups) > 0
+        and all(isinstance(group, Mapping) and group.keys() >= {"params", "lr", "betas", "eps"} for group in groups)
+        and all(isinstance(own, Mapping) and own.keys() >= {"step", *_MOMENTS} for own in moments.values())
+        and all(isinstance(own[key], Tensor) for own in moments.values() for key in _MOMENTS)
+    )
+    if not is_adam:
+        raise ValueError(f"{name} is not the state of Adam or SparseAdam, whose moments an autopsy reads")
+    for number, own in moments.items():
+        if not all(bool(own[key].isfinite().all()) for key in _MOMENTS):
+            raise ValueError(f"{name}: moments of parameter {number} are NaN or infinite: give an earlier checkpoint")
+
+
+def _steps_taken(optimizer: Mapping[str, Any]) -> int:
+    return max((int(torch.as_tensor(own["step"]).max()) for own in optimizer["state"].values()), default=0)
+
+
+def _constant_since(scheduler: object, n_steps: int) -> int:
+    """The first step of the present part of a schedule of SAELens's; without one, the first of all."""
+    milestones = scheduler.get("_milestones", ()) if isinstance(scheduler, Mapping) else ()
+    return 1 + max((int(milestone) for milestone in milestones if milestone <= n_steps), default=0)
+
+
+def _recorded_rates(folder: Path) -> list[tuple[int, float]]:
+    path = folder / TRAINING_HISTORY
+    if not path.exists():
         return []
+    try:
+        return [(int(record["step"]), float(record["lr"])) for record in read_history(path)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the training history {path} cannot be read ({error!r}): mend it, or remove it to do without its "
+            "learning rates"
+        ) from None
 
 
 def _past_rates(source: Mapping[str, Any]) -> Tensor | None:
@@ -169,9 +231,10 @@ def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
     the silent steps is what SparseAdam would not have moved (arXiv 2508.16929, stale momentum).
 
     The learning rates are those that the training history recorded; without one, a schedule that has changed them
-    leaves nothing to be traced. An auxiliary loss that reaches silent features breaks the trace. The number of silent
-    steps is SAELens's own count; where only the optimizer's state is given, it is read from the moments, which a
-    gradient after long silence leaves at |m| / sqrt(v) = (1 - beta1) / sqrt(1 - beta2).
+    leaves nothing to be traced. The number of silent steps is SAELens's own count; where only the optimizer's state is
+    given, it is read from the moments, which a gradient after long silence leaves at
+    |m| / sqrt(v) = (1 - beta1) / sqrt(1 - beta2). Moments larger than such a silence can leave tell of a gradient in
+    between, as an auxiliary loss gives: what holds them counts as not moved.
 
     Args:
         sae: the SAE whose ``named_parameters()`` the optimizer holds.
@@ -182,7 +245,8 @@ def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
         ValueError: for the state of other parameters.
     """
     moments = _feature_moments(sae, state, features)
-    group = next(iter(moments.values())).group
+    direction = moments.get("W_enc") or moments.get("W_dec") or next(iter(moments.values()))
+    group = direction.group
     ratio = torch.stack([one.ratios() for one in moments.values()]).amax(dim=0)
     if state.silent_steps is None:
         steps = _silent_steps(ratio, group["betas"])
@@ -190,8 +254,16 @@ def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:
         steps = state.silent_steps.to(features.device)[features].long()
     can_be_traced = "row_dim" not in group and state.knows_learning_rates  # SparseAdam moves no silent row
     is_traced = (ratio > 0) & (steps > 0) & (steps <= _LONGEST_MEMORY) & can_be_traced
+    is_traced &= direction.step - steps + 1 >= state.known_since
+    is_counted = state.silent_steps is not None
+    if is_counted:
+        is_traced &= direction.ratios() <= _largest_ratio(steps, group["betas"])
     steps = torch.where(is_traced, steps, 0)
-    return Drift({name: one.moved(steps, state) for name, one in moments.items()}, steps, is_traced)
+    moved = {}
+    for name, one in moments.items():
+        fits = one.ratios() <= _largest_ratio(steps, one.group["betas"])
+        moved[name] = one.moved(torch.where(fits, steps, 0) if is_counted else steps, state)
+    return Drift(moved, steps, is_traced)
 
 
 def _feature_moments(sae: SAE, state: OptimizerState, features: Tensor) -> dict[str, _Moments]:
@@ -241,6 +313,18 @@ def _silent_steps(ratio: Tensor, betas: tuple[float, float]) -> Tensor:
     first = (1 - beta1) / math.sqrt(1 - beta2)
     steps = (first / ratio.clamp(min=1e-300)).log() / math.log(math.sqrt(beta2) / beta1)
     return steps.round().clamp(min=0, max=2**31).long()
+
+
+def _largest_ratio(steps: Tensor, betas: tuple[float, float]) -> Tensor:
+    """(n,) the largest |m| / sqrt(v) that any gradients can leave after so many steps without one, float64.
+
+    By the inequality of Cauchy and Schwarz, with m and v as sums over gradients.
+    """
+    beta1, beta2 = betas
+    if beta1**2 >= beta2:
+        return torch.full_like(steps, math.inf, dtype=torch.float64)
+    at_once = (1 - beta1) / math.sqrt(1 - beta2) / math.sqrt(1 - beta1**2 / beta2)
+    return _ROUNDING * at_once * (beta1 / math.sqrt(beta2)) ** steps.double()
 
 
 def _summed_steps(steps: Tensor, step: float, betas: tuple[float, float], state: OptimizerState) -> Tensor:

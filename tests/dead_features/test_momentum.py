@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from sae_lens import TrainingSAE
 from sae_lens.registry import get_sae_training_class
+from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_asi import autopsy
 from saelens_asi.dead_features.momentum import _feature_moments, load_optimizer_state, silent_drift
@@ -147,3 +151,105 @@ def test_a_state_that_cannot_be_read_is_named_and_never_executed(damage, tmp_pat
     with pytest.raises(ValueError, match=r"optimizer_state='.*end"):
         load_optimizer_state(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_damage_anywhere_in_the_state_of_a_kept_run_is_named(tmp_path):
+    """Its manifest tells, also where torch would read other numbers without a word."""
+    trainer, path = _checkpoint(tmp_path, "topk", optimizer="sparse_adam")
+    file, x = path / "trainer_state.pt", tiny.activations(100)
+    whole, generator = file.read_bytes(), random.Random(0)
+    for _ in range(30):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"optimizer_state=.*trainer_state.pt"):
+            autopsy(trainer.sae, x, optimizer_state=path, progress=False)
+
+
+def test_damage_to_the_state_of_stock_saelens_never_ends_in_an_error_of_a_library(tmp_path):
+    """Without a manifest a flipped number cannot be told from another; whatever is refused is named."""
+    trainer, path = _checkpoint(tmp_path, "topk")
+    file, x = path / "trainer_state.pt", tiny.activations(100)
+    whole, generator = file.read_bytes(), random.Random(1)
+    refused: list[str] = []
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(20):
+            damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            autopsy(trainer.sae, x, optimizer_state=path, progress=False)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) >= 50
+    assert all("optimizer" in message for message in refused)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_moments_that_are_not_finite_are_refused(value):
+    trainer = tiny.trainer(n_steps=4)
+    trainer.fit()
+    trainer.optimizer.state[trainer.sae.b_enc]["exp_avg_sq"][5] = value
+    with pytest.raises(ValueError, match=r"moments of parameter \d are NaN or infinite"):
+        load_optimizer_state(trainer.optimizer.state_dict())
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused():
+    sae = tiny.training_sae()
+    optimizer = torch.optim.SGD(sae.parameters(), lr=0.1, momentum=0.9)
+    sae(tiny.activations(50)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="not the state of Adam or SparseAdam"):
+        load_optimizer_state(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\x00", b'{"step": 3}\n', b'{"step": 3, "lr": null}\n', b"[1]\n", b"{\n{\n"])
+def test_a_damaged_history_is_named(text, tmp_path):
+    _, path = _checkpoint(tmp_path, "topk")
+    (path / "training_history.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=r"training history .*training_history.jsonl cannot be read"):
+        load_optimizer_state(path)
+
+
+def _gradients_at(steps: set[int], n_steps: int, **schedule: Any) -> tuple[Any, dict[str, Any]]:
+    """An SAE whose feature 0 has a gradient at some steps alone, with a schedule as SAELens's trainers have it."""
+    sae = tiny.training_sae()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    settings = {"warm_up_steps": 0, "decay_steps": 0, "lr_end": 1e-2, "num_cycles": 1, **schedule}
+    scheduler = get_lr_scheduler("constant", optimizer, training_steps=100, lr=1e-2, **settings)
+    for step in range(1, n_steps + 1):
+        for parameter in sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if step in steps:
+            sae.W_enc.grad[:, 0] = torch.rand(tiny.D_MODEL) + 0.5
+        optimizer.step()
+        scheduler.step()
+    return sae, {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
+
+
+def test_a_gradient_within_the_silence_is_seen_and_not_traced():
+    """As an auxiliary loss gives one: the feature did not fire, and still was not moved by momentum alone."""
+    feature = torch.tensor([0])
+    for gradients, is_traced in (({5}, True), ({5, 35}, False)):
+        sae, state = _gradients_at(gradients, 40)
+        state["n_forward_passes_since_fired"] = torch.full((sae.cfg.d_sae,), 35.0)
+        assert silent_drift(sae, load_optimizer_state(state), feature).is_traced.item() is is_traced
+
+
+def test_a_silence_that_began_in_the_warm_up_is_not_traced_without_a_history():
+    for gradient, is_traced in ((5, False), (25, True)):
+        sae, state = _gradients_at({gradient}, 40, warm_up_steps=20)
+        state["n_forward_passes_since_fired"] = torch.full((sae.cfg.d_sae,), 40.0 - gradient)
+        loaded = load_optimizer_state(state)
+        assert loaded.knows_learning_rates
+        assert silent_drift(sae, loaded, torch.tensor([0])).is_traced.item() is is_traced
+
+
+def test_a_silence_that_began_before_the_first_record_is_not_traced(tmp_path):
+    for gradient, is_traced in ((5, False), (25, True)):
+        sae, state = _gradients_at({gradient}, 40, warm_up_steps=20)
+        state["n_forward_passes_since_fired"] = torch.full((sae.cfg.d_sae,), 40.0 - gradient)
+        torch.save(state, tmp_path / "trainer_state.pt")
+        lines = [json.dumps({"step": step, "lr": 1e-2}) for step in (20, 30, 40)]
+        (tmp_path / "training_history.jsonl").write_text("\n".join(lines) + "\n")
+        assert silent_drift(sae, load_optimizer_state(tmp_path), torch.tensor([0])).is_traced.item() is is_traced
