@@ -2,21 +2,23 @@
 
 SAES are folders that SAELens wrote (a folder of such folders stands for all of them), or pretrained ones: release,
 release/sae_id, release/pattern with *, or owner/repository/path on the hub. Writes results.json, results.md, firing
-counts and figures. Interrupted, the same command continues with the SAEs that are missing.
+counts and figures. Interrupted, the same command continues with the SAEs that are missing. SAEs that cannot be loaded
+or evaluated are left out and named with the reason; the command then ends with an error, after the others.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import simple_parsing
 from datasets import Dataset, concatenate_datasets
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.load_model import load_model as load_hooked_transformer
 
 from saelens_asi import plots
@@ -37,13 +39,17 @@ from saelens_asi.cli.flags import (
 )
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import EvaluationFolder, evaluation_rows, evaluation_table, write_csv
-from saelens_asi.evaluation.run import evaluate
-from saelens_asi.evaluation.saes import SAESource, find_saes
-from saelens_asi.history import TRAINING_HISTORY, read_history
+from saelens_asi.evaluation.run import evaluate_each, none_left
+from saelens_asi.evaluation.saes import SAESource, find_saes, read_cfg
+from saelens_asi.history import TRAINING_HISTORY, Record, read_history
 from saelens_asi.plots import evaluation as evaluation_plots
+
+logger = logging.getLogger(__name__)
 
 _HELD_OUT_SHARE = 4  # training documents for each held-out one, as load_documents cuts them
 _CONTEXT_SIZE = 256
+
+_T = TypeVar("_T")
 
 # What HookedTransformer.from_pretrained can do to weights; a model that is loaded as it is knows none of it.
 _PROCESSING = (
@@ -78,28 +84,60 @@ class EvaluateFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, PassFlags, HookFla
 
 
 def run(flags: EvaluateFlags) -> dict[str, SAEEvaluation]:
-    """Do what the flags ask for; returns the results by name."""
+    """Do what the flags ask for; returns the results by name.
+
+    Raises:
+        ValueError: where an SAE was left out, when the results of the others are written; and for bad input.
+    """
+    left_out = _LeftOut()
     # SAELens hints at settings for the model, which _load_model follows.
     with warnings.catch_warnings():
         if not flags.model:
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         sources = {source.name: source for source in find_saes(flags.saes)}
-        results = _measure(flags, sources)
-    chosen = {name: results.evaluations[name] for name in sources}
-    written = _write(flags.out, chosen, sources)
+        results = _measure(flags, sources, left_out)
+    chosen = {name: results.evaluations[name] for name in sources if name not in left_out.reasons}
+    written = _write(flags.out, chosen, sources, left_out.reasons)
     print(f"\n{(flags.out / 'results.md').read_text()}\nWritten:")
     for path in (results.path, results.counts_path, *written):
         print(f"  {path}")
+    if left_out.reasons:
+        raise ValueError(
+            f"{len(left_out.reasons)} of {len(sources)} SAEs are left out of {flags.out}: "
+            + "; ".join(left_out.reasons.values())
+        )
     return chosen
 
 
-def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource]) -> EvaluationFolder:
+class _LeftOut:
+    """SAEs that cannot be loaded or evaluated, by name, and why; each is logged when it is found."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, reason: object) -> None:
+        self.reasons[name] = f"SAES: {reason}"
+        logger.warning("Left out: %s", self.reasons[name])
+
+    def each(self, sources: Iterable[SAESource], function: Callable[[SAESource], _T]) -> dict[str, _T]:
+        """The function's value by the names of the SAEs for which it raises no ValueError."""
+        values = {}
+        for source in sources:
+            try:
+                values[source.name] = function(source)
+            except ValueError as error:
+                self.add(source.name, error)
+        return values
+
+
+def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _LeftOut) -> EvaluationFolder:
     """Evaluate the SAEs that the folder does not hold yet, some at a time, each group kept when it is done."""
-    first = _metadata(next(iter(sources.values())), flags.device)
+    metadata = left_out.each(sources.values(), _folder_metadata)
+    first = _first_metadata([sources[name] for name in metadata], flags.device, left_out)
     name = flags.model or _model_name(first.get("model_name"))
     processing = {} if flags.model else _processing(first)
     if not flags.model:
-        _check_same_model(name, processing, {key: _folder_metadata(one) for key, one in sources.items()})
+        _check_same_model(name, processing, metadata)
     model = cache(lambda: _load_model(name, processing, flags))
     how = {
         "model": name,
@@ -110,36 +148,57 @@ def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource]) -> Evaluati
         "dtype": flags.dtype,
     }
     results = EvaluationFolder(flags.out, how)
-    missing = [one for one in sources.values() if one not in results]
-    if len(missing) < len(sources):
-        print(f"{len(sources) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
-    if not missing:
-        return results
-    print(f"Loading {name} and {how['dataset']}", flush=True)
-    text = _documents(flags, how["dataset"])
+    usable = [one for one in sources.values() if one.name not in left_out.reasons]
+    missing = [one for one in usable if one not in results]
+    if len(missing) < len(usable):
+        print(f"{len(usable) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
+    text: Dataset | None = None
     for start in range(0, len(missing), flags.saes_per_pass):
         group = missing[start : start + flags.saes_per_pass]
-        saes = {one.name: one.load(flags.device) for one in group}
+        saes = left_out.each(group, lambda one: one.load(flags.device))
+        if not saes:
+            continue
         if not flags.model:
             _check_same_model(name, processing, {key: sae.cfg.metadata.to_dict() for key, sae in saes.items()})
-        records = evaluate(
+        if text is None:
+            print(f"Loading {name} and {how['dataset']}", flush=True)
+            text = _documents(flags, how["dataset"])
+        found = evaluate_each(
             saes, model(), text, hook_name=how["hook_name"], n_tokens=flags.n_tokens,
             loss_tokens=flags.loss_tokens, batch_size=flags.batch_size, context_size=how["context_size"],
         )  # fmt: skip
-        results.add(records, group)
+        for key, reason in found.left_out.items():
+            left_out.add(key, reason)
+        if found.records:
+            results.add(found.records, [one for one in group if one.name in found.records])
+    if len(left_out.reasons) == len(sources):
+        raise ValueError(none_left(left_out.reasons))
     return results
 
 
 def _folder_metadata(source: SAESource) -> dict[str, Any]:
-    """What a folder's config says of its training; nothing for an SAE on the hub."""
+    """What a folder's config says of its training; nothing for an SAE on the hub.
+
+    Raises:
+        ValueError: for a config that cannot be read, with its path.
+    """
     if source.folder is None:
         return {}
-    cfg = json.loads((source.folder / "cfg.json").read_text())
-    return cfg.get("metadata") or cfg
+    cfg = read_cfg(source.folder)
+    metadata = cfg.get("metadata") or cfg
+    context_size = metadata.get("context_size") if isinstance(metadata, dict) else -1
+    if context_size is not None and not (isinstance(context_size, int) and context_size > 0):
+        raise ValueError(f"{source.folder / SAE_CFG_FILENAME} is damaged: metadata={metadata!r}")
+    return metadata
 
 
-def _metadata(source: SAESource, device: str) -> dict[str, Any]:
-    return _folder_metadata(source) or source.load(device).cfg.metadata.to_dict()
+def _first_metadata(sources: Iterable[SAESource], device: str, left_out: _LeftOut) -> dict[str, Any]:
+    """Of the first SAE that can be loaded as far as it takes to know."""
+    for source in sources:
+        found = left_out.each([source], lambda one: _folder_metadata(one) or one.load(device).cfg.metadata.to_dict())
+        if found:
+            return found[source.name]
+    raise ValueError(none_left(left_out.reasons))
 
 
 def _model_name(name: str | None) -> str:
@@ -180,7 +239,9 @@ def _documents(flags: EvaluateFlags, dataset: str) -> Dataset:
     return open_text(dataset, _HELD_OUT_SHARE * n_tokens)[1]
 
 
-def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource]) -> list[Path]:
+def _write(
+    out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, SAESource], left_out: Mapping[str, str]
+) -> list[Path]:
     """Table and figures of these results."""
     rows = evaluation_rows(results)
     n_tokens = {result.n_tokens for result in results.values()}
@@ -191,6 +252,8 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
         "normalized MSE. CE and KL recovered: 0 is the hook set to zero, 100 the model as it is; CE can pass 100, or "
         "lose its meaning, where the hook's own output raises the loss on this text.",
     ]
+    if left_out:
+        lines += ["", "Left out:", "", *(f"- {name}: {reason}" for name, reason in left_out.items())]
     (out / "results.md").write_text("\n".join(lines) + "\n")
     if len(results) <= len(plots.COLORS):
         rates = {name: result.firing_rates for name, result in results.items()}
@@ -202,11 +265,22 @@ def _write(out: Path, results: dict[str, SAEEvaluation], sources: Mapping[str, S
         figures["dead_against_rank.png"] = evaluation_plots.dead_against_rank(results)
         write_csv(rows, out / "dead_against_rank.csv")
         written.append(out / "dead_against_rank.csv")
-    folders = {name: source.folder for name, source in sources.items() if source.folder is not None}
-    histories = {name: read_history(folder) for name, folder in folders.items() if (folder / TRAINING_HISTORY).exists()}
+    folders = {name: folder for name in results if (folder := sources[name].folder) is not None}
+    histories = _histories({name: one for name, one in folders.items() if (one / TRAINING_HISTORY).exists()})
     if 0 < len(histories) <= len(plots.COLORS):
         figures["training_history.png"] = plots.training_history(histories)
     return written + [plots.save(figure, out / name) for name, figure in figures.items()]
+
+
+def _histories(folders: Mapping[str, Path]) -> dict[str, list[Record]]:
+    """Training histories by name; one that is damaged costs its curve, not the figures of the others."""
+    histories = {}
+    for name, folder in folders.items():
+        try:
+            histories[name] = read_history(folder)
+        except (OSError, ValueError) as error:
+            logger.warning("The training history of %s is not drawn: %s", name, error)
+    return histories
 
 
 COMMAND = Command(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import pandas as pd
+import torch
+import xxhash
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.saes import SAESource
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.resume import load_tensors, save_tensors, write_json
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = {
     "name": "SAE",
@@ -118,12 +124,16 @@ class EvaluationFolder:
     """Evaluations by name in ``results.json`` and ``firing_counts.safetensors`` of a folder.
 
     What the folder holds is kept where it was measured with the same settings; otherwise it starts empty, and the first
-    ``add`` takes the place of what was there.
+    ``add`` takes the place of what was there. An evaluation counts where it fits its checksum, and is
+    missing otherwise: files that were damaged cost what they held, with a warning, and never change a number.
 
     Attributes:
         path: ``results.json``: settings, sources and measures, as JSON.
         counts_path: (d_sae,) firing counts of each SAE.
         evaluations: those in the folder, by the SAE's name.
+
+    Raises:
+        ValueError: where a folder has the name of one of the files.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
@@ -131,17 +141,37 @@ class EvaluationFolder:
         self.evaluations: dict[str, SAEEvaluation] = {}
         self._settings = dict(settings)
         self._sources: dict[str, dict[str, str | int]] = {}
+        for path in (self.path, self.counts_path):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder, where results are to be written: move it, or write elsewhere")
         folder.mkdir(parents=True, exist_ok=True)
         if not (self.path.exists() and self.counts_path.exists()):
             return
-        saved = json.loads(self.path.read_text())
-        if saved.get("settings") != self._settings:
+        try:
+            saved = json.loads(self.path.read_text())
+            settings, results, checksums = saved["settings"], saved["results"], saved.get("checksums", {})
+            if settings != self._settings:
+                return
+            counts = load_tensors(self.counts_path)
+            whole = {
+                name: values
+                for name, values in results.items()
+                if name in counts and checksums.get(name) == self._checksum(name, values, counts[name])
+            }
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            # ValueErrors of load_tensors name the other file.
+            logger.warning("%s cannot be gone on from: %s. All SAEs are evaluated anew", self.path, error)
             return
-        counts = load_tensors(self.counts_path)
-        for name, values in saved["results"].items():
-            if name in counts:
-                self._sources[name] = values.pop("source")
-                self.evaluations[name] = SAEEvaluation.from_dict(values, counts[name])
+        for name, values in whole.items():
+            self._sources[name] = values.pop("source")
+            self.evaluations[name] = SAEEvaluation.from_dict(values, counts[name])
+        # Counts without a result, and a result without counts, are left by an interruption between the two files.
+        damaged = [name for name in results if name in counts and name not in whole]
+        if damaged:
+            logger.warning(
+                "%s or %s is damaged, or of an earlier version, in what it holds of %s: evaluated anew",
+                self.path, self.counts_path, ", ".join(damaged),
+            )  # fmt: skip
 
     def __contains__(self, source: SAESource) -> bool:
         """Whether it holds the evaluation of this very SAE, and not of another one under its name."""
@@ -152,6 +182,16 @@ class EvaluationFolder:
         self.evaluations |= evaluations
         self._sources |= {source.name: source.identity() for source in sources}
         results = {name: {"source": self._sources[name], **one.to_dict()} for name, one in self.evaluations.items()}
+        checksums = {
+            name: self._checksum(name, results[name], one.firing_counts) for name, one in self.evaluations.items()
+        }
         # The counts first: a result without its counts would be measured again, counts without a result are ignored.
         save_tensors(self.counts_path, {name: one.firing_counts for name, one in self.evaluations.items()})
-        write_json(self.path, {"settings": self._settings, "results": results}, indent=1)
+        write_json(self.path, {"settings": self._settings, "results": results, "checksums": checksums}, indent=1)
+
+    def _checksum(self, name: str, values: Mapping[str, Any], counts: Tensor) -> str:
+        """Of one evaluation with its name, counts and the settings it was measured with."""
+        own = [self._settings, name, values, str(counts.dtype), list(counts.shape)]
+        digest = xxhash.xxh3_128(json.dumps(own, sort_keys=True).encode())
+        digest.update(counts.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from sae_lens import SAE
@@ -30,6 +31,8 @@ _LOSS_BATCH = 4
 
 # Given activations that are looked at together.
 _ROWS = 4096
+
+_T = TypeVar("_T")
 
 
 @overload
@@ -112,51 +115,117 @@ def evaluate(
         progress: show a progress bar.
 
     Returns:
-        One SAEEvaluation, or one by each name.
+        One SAEEvaluation, or one by each name. Of several SAEs, those that cannot be evaluated are left out, with a
+        warning that says why.
 
     Raises:
         ValueError: for a hook that does not exist or has another width than the SAE, for a transcoder or a temporal
-            SAE, for fewer than 2 activations, and for activations that are constant or not finite.
+            SAE, for weights that are not finite, for fewer than 2 activations, and for activations that are constant
+            or not finite. Where several SAEs are given: if that is so for all of them; names them.
+    """
+    found = evaluate_each(
+        sae if isinstance(sae, Mapping) else {"": sae}, model, data,
+        activations=activations, hook_name=hook_name, n_tokens=n_tokens, loss_tokens=loss_tokens, ranks=ranks,
+        batch_size=batch_size, context_size=context_size, exclude_special_tokens=exclude_special_tokens,
+        exclude_positions=exclude_positions, progress=progress,
+    )  # fmt: skip
+    if not found.records:
+        raise ValueError(none_left(found.left_out))
+    for reason in found.left_out.values():
+        logger.warning("Left out of the evaluation: %s", reason)
+    return found.records if isinstance(sae, Mapping) else found.records[""]
+
+
+class Evaluations(NamedTuple):
+    """What came of several SAEs.
+
+    Attributes:
+        records: by name, of those that could be evaluated.
+        left_out: by name, in words, why the others could not.
+    """
+
+    records: dict[str, SAEEvaluation]
+    left_out: dict[str, str]
+
+
+def none_left(left_out: Mapping[str, str]) -> str:
+    """The error where no SAE can be evaluated."""
+    if len(left_out) == 1:
+        return next(iter(left_out.values()))
+    return f"none of {', '.join(left_out)} can be evaluated: {'; '.join(left_out.values())}"
+
+
+def evaluate_each(
+    saes: Mapping[str, SAE[Any]],
+    model: HookedModel | None,
+    data: TokenData | None,
+    *,
+    activations: Tensor | Iterable[Tensor] | None = None,
+    hook_name: str | None = None,
+    n_tokens: int | None = None,
+    loss_tokens: int = 4096,
+    ranks: bool = True,
+    batch_size: int = 8,
+    context_size: int = 256,
+    exclude_special_tokens: bool | Sequence[int] = True,
+    exclude_positions: Sequence[int] = (),
+    progress: bool = True,
+) -> Evaluations:
+    """``evaluate`` of several SAEs by name, which raises nothing for what is wrong with single ones.
+
+    Raises:
+        ValueError: for arguments, text and activations that no SAE can be evaluated on.
     """
     if (activations is None) == (model is None or data is None):
         raise ValueError("give either activations=..., or a model and data (token ids or a dataset)")
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"n_tokens={n_tokens} must be at least 2")
-    saes = _inference_forms(sae if isinstance(sae, Mapping) else {"": sae})
-    with ExitStack() as stack:
-        for one in saes.values():
-            stack.enter_context(on_flat_vectors(one))
-        if activations is not None or model is None or data is None:
-            running = _RunningEvaluations(saes, dict.fromkeys(saes), ranks)
-            _read_given(running, activations if activations is not None else (), n_tokens, progress)
-            losses: Mapping[str, SAELossRecovered] = {}
-        else:
-            for name, one in saes.items():
-                warn_of_other_windows(one, name, data, exclude_positions)
-            places = {name: _place(one, name, model, hook_name) for name, one in saes.items()}
-            running = _RunningEvaluations(saes, places, ranks)
-            text = TextPass(
-                model,
-                data,
-                hook_points(model, running.by_hook),
-                n_tokens,
-                batch_size=batch_size,
-                context_size=context_size,
-                exclude_special_tokens=exclude_special_tokens,
-                exclude_positions=exclude_positions,
-            )
-            losses = _read_text(running, text, loss_tokens, progress)
-    results = {name: running.result(name, losses.get(name)) for name in saes}
-    return results if isinstance(sae, Mapping) else results[""]
-
-
-def _inference_forms(saes: Mapping[str, SAE[Any]]) -> dict[str, SAE[Any]]:
     if not saes:
         raise ValueError("no SAE is given: name at least one")
-    forms = {name: inference_form(sae) for name, sae in saes.items()}
-    for name, sae in forms.items():
-        check_sae(sae, name)
-    return forms
+    left_out: dict[str, str] = {}
+    forms = _each(saes, _checked_form, left_out)
+    given = activations is not None or model is None or data is None
+    places: Mapping[str, Place | None] = dict.fromkeys(forms)
+    if model is not None and not given:
+        places = _each(forms, lambda name, one: _place(one, name, model, hook_name), left_out)
+    running = _RunningEvaluations({name: forms[name] for name in places}, places, ranks, left_out)
+    losses: Mapping[str, SAELossRecovered] = {}
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_NoneLeft))
+        for name, one in running.left.items():
+            stack.enter_context(on_flat_vectors(one))
+            warn_of_other_windows(one, name, data, exclude_positions)
+        running.check_left()
+        if given or model is None or data is None:
+            _read_given(running, activations if activations is not None else (), n_tokens, progress)
+        else:
+            points = hook_points(model, running.by_hook)
+            text = TextPass(
+                model, data, points, n_tokens, batch_size=batch_size, context_size=context_size,
+                exclude_special_tokens=exclude_special_tokens, exclude_positions=exclude_positions,
+            )  # fmt: skip
+            losses = _read_text(running, text, loss_tokens, progress)
+    records = _each(running.left, lambda name, _: running.result(name, losses.get(name)), left_out)
+    return Evaluations(records, left_out)
+
+
+def _each(
+    saes: Mapping[str, SAE[Any]], function: Callable[[str, SAE[Any]], _T], left_out: dict[str, str]
+) -> dict[str, _T]:
+    """The function's value for each SAE; in ``left_out`` for which it raised ValueError, and why."""
+    values = {}
+    for name, sae in saes.items():
+        try:
+            values[name] = function(name, sae)
+        except ValueError as error:
+            left_out[name] = str(error)
+    return values
+
+
+def _checked_form(name: str, sae: SAE[Any]) -> SAE[Any]:
+    form = inference_form(sae)
+    check_sae(form, name)
+    return form
 
 
 def _place(sae: SAE[Any], name: str, model: HookedModel, hook_name: str | None) -> Place:
@@ -165,7 +234,16 @@ def _place(sae: SAE[Any], name: str, model: HookedModel, hook_name: str | None) 
     if not hook_name:
         which = f" of {name!r}" if name else ""
         raise ValueError(f"the metadata{which} name no hook: give hook_name=...")
-    return Place(hook_of_module(model, hook_name), metadata.hook_head_index)
+    try:
+        hook = hook_of_module(model, hook_name)
+        hook_points(model, [hook])  # raises where there is none of that name
+        return Place(hook, metadata.hook_head_index)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+
+
+class _NoneLeft(Exception):
+    """No SAE is left for which reading on would be of use."""
 
 
 class _RunningEvaluations:
@@ -174,10 +252,13 @@ class _RunningEvaluations:
     Attributes:
         by_hook: from a hook's name to those of the SAEs on it.
         n_read: activations so far, where they were given.
+        left_out: why an SAE is measured no more.
     """
 
-    def __init__(self, saes: Mapping[str, SAE[Any]], places: Mapping[str, Place | None], ranks: bool) -> None:
-        self.saes, self.places, self.ranks = saes, places, ranks
+    def __init__(
+        self, saes: Mapping[str, SAE[Any]], places: Mapping[str, Place | None], ranks: bool, left_out: dict[str, str]
+    ) -> None:
+        self.saes, self.places, self.ranks, self.left_out = saes, places, ranks, left_out
         self.n_read = 0
         self.by_hook: dict[str, list[str]] = {}
         for name, place in places.items():
@@ -185,10 +266,20 @@ class _RunningEvaluations:
         self._running: dict[str, RunningReconstruction] = {}
         self._moments: dict[tuple[Place | None, int], RunningMoments] = {}
 
+    @property
+    def left(self) -> dict[str, SAE[Any]]:
+        return {name: sae for name, sae in self.saes.items() if name not in self.left_out}
+
+    def check_left(self) -> None:
+        if not self.left:
+            raise _NoneLeft
+
     def add(self, names: Iterable[str], vectors: Tensor) -> None:
         """Vectors (n, width) of one hook, for the SAEs on it."""
         measured = set()
         for name in names:
+            if name in self.left_out:
+                continue
             sae, place = self.saes[name], self.places[name]
             try:
                 x = vectors[:, (place or Place("activations")).columns(sae.cfg.d_in, vectors.shape[1])]
@@ -200,7 +291,8 @@ class _RunningEvaluations:
                 running = self._running.get(name) or RunningReconstruction.zeros(sae.cfg.d_sae, sae.cfg.d_in)
                 self._running[name] = measure_(running, sae, x)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}" if name else str(error)) from None
+                self.left_out[name] = f"{name}: {error}" if name else str(error)
+        self.check_left()
 
     def result(self, name: str, loss: SAELossRecovered | None) -> SAEEvaluation:
         sae, place, running = self.saes[name], self.places[name], self._running[name]
@@ -208,6 +300,12 @@ class _RunningEvaluations:
             metrics = running.metrics()
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name else str(error)) from None
+        if loss is not None and not math.isfinite(loss.reconstructed + loss.kl_reconstructed):
+            which = f"of {name} " if name else ""
+            raise ValueError(
+                f"the predictions with the reconstructions {which}in place are NaN or infinite: check its weights, or "
+                "run the model in a wider dtype (bfloat16 or float32)"
+            )
         spectrum = None
         if self.ranks:
             spectrum = Spectrum.from_moments(self._moments[place, sae.cfg.d_in])
@@ -275,7 +373,8 @@ class _LossWindows:
         if not self._windows:
             raise ValueError("the data fills no window to compare predictions on: give more text, or loss_tokens=0")
         tokens, keep = (torch.stack(parts) for parts in zip(*self._windows, strict=True))
-        saes = {name: (running.saes[name], place) for name, place in running.places.items() if place is not None}
+        places = {name: running.places[name] for name in running.left}
+        saes = {name: (running.saes[name], place) for name, place in places.items() if place is not None}
         return sae_losses_recovered(
             model, saes, tokens, replaced=keep, predicted=keep[:, :-1] & keep[:, 1:], batch_size=_LOSS_BATCH
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens import SAE, TrainingSAE
@@ -27,6 +29,7 @@ from torch.nn.functional import embedding_bag
 
 from saelens_asi.activations.sae_state import SCALED_OUTSIDE, has_hooks, replaced_methods, stock_methods
 from saelens_asi.evaluation.metrics import RunningReconstruction
+from saelens_asi.resume import checksum, tensor_metadata
 from saelens_asi.sparse.topk import top_k
 
 logger = logging.getLogger(__name__)
@@ -55,14 +58,37 @@ def inference_form(sae: SAE) -> SAE:
     return inference_sae.to(device=str(sae.device))
 
 
+@torch.no_grad()
+def check_weights(sae: SAE) -> None:
+    """Raise ValueError, with the weights' names, where they are not finite. An infinite threshold never fires."""
+    bad = {
+        name: int((weights.isnan() if name == "threshold" else ~weights.isfinite()).sum())
+        for name, weights in sae.state_dict().items()
+        if weights.is_floating_point()
+    }
+    named = ", ".join(f"{count:,} of {name}" for name, count in bad.items() if count)
+    if named:
+        raise ValueError(f"weights are NaN or infinite ({named}): train it again, or take an earlier checkpoint")
+
+
 def check_sae(sae: SAE, name: str) -> None:
-    """Raise ValueError for what is no SAE of single activations; warn of a scale that is not part of the weights."""
+    """Raise ValueError for what is no SAE of single activations, and for weights or a k that cannot be used.
+
+    Warns of a scale that is not part of the weights.
+    """
     which = repr(name) if name else "this"
     architecture = sae.cfg.architecture()
     if hasattr(sae.cfg, "d_out"):
         raise ValueError(f"{which} is a {architecture}: it predicts another hook than it reads; give SAEs only")
     if architecture == "temporal":
         raise ValueError(f"{which} is a temporal SAE, which encodes whole sequences: give SAEs of single activations")
+    k = getattr(sae.cfg, "k", None)
+    if k is not None and not 0 < k <= sae.cfg.d_sae:
+        raise ValueError(f"{which} has k={k}, which must be from 1 to its d_sae={sae.cfg.d_sae}: correct its cfg.json")
+    try:
+        check_weights(sae)
+    except ValueError as error:
+        raise ValueError(f"{repr(name) if name else 'sae'}: {error}") from None
     mode = sae.cfg.normalize_activations
     if mode in SCALED_OUTSIDE:
         logger.warning(
@@ -98,28 +124,90 @@ class SAESource:
     sae_id: str = ""
 
     def identity(self) -> dict[str, str | int]:
-        """What tells this SAE from another one under the same name, as plain values."""
+        """What tells this SAE from another one under the same name, as plain values; where files miss, of those left.
+
+        A cfg.json is told by its content: with another k or threshold the same weights are another SAE.
+        """
         if self.folder is None:
             return {"release": self.release, "sae_id": self.sae_id}
-        state = (self.folder / SAE_WEIGHTS_FILENAME).stat()
-        return {"folder": str(self.folder.resolve()), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+        own: dict[str, str | int] = {"folder": str(self.folder.resolve())}
+        weights, cfg = self.folder / SAE_WEIGHTS_FILENAME, self.folder / SAE_CFG_FILENAME
+        if weights.exists():
+            own |= {"bytes": weights.stat().st_size, "modified_ns": weights.stat().st_mtime_ns}
+        return own | ({"cfg": checksum(cfg)} if cfg.is_file() else {})
 
     def load(self, device: str = "cpu", dtype: str | None = None) -> SAE:
-        """The SAE, ready for inference, normalization folded into its weights."""
+        """The SAE, ready for inference, normalization folded into its weights.
+
+        Raises:
+            ValueError: where it cannot be loaded, or holds weights that are not finite; names its file or folder.
+        """
+        place = self.folder or "/".join(filter(None, (self.release, self.sae_id)))
+        if self.folder is not None:
+            read_cfg(self.folder)
+            _check_readable(self.folder / SAE_WEIGHTS_FILENAME)
+        try:
+            # To the CPU first: what goes wrong with the device is not the files' fault.
+            sae = self._on_cpu(dtype)
+            check_weights(sae)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever SAELens meets in a config or in tensors that it does not expect
+            own = isinstance(error, ValueError | OSError)
+            what = str(error) if own else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{place} cannot be loaded: {' '.join(what.split())}") from None
+        return sae.to(device=device)
+
+    def _on_cpu(self, dtype: str | None) -> SAE:
         if self.folder is None:
-            return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype or "float32")
+            return SAE.from_pretrained(self.release, self.sae_id, device="cpu", dtype=dtype or "float32")
         if not (self.folder / TRAINER_STATE_FILENAME).exists():
-            return SAE.load_from_disk(self.folder, device=device, dtype=dtype)
-        sae = TrainingSAE.load_from_disk(self.folder, device=device, dtype=dtype)
+            return SAE.load_from_disk(self.folder, dtype=dtype)
+        sae = TrainingSAE.load_from_disk(self.folder, dtype=dtype)
         scaler = ActivationScaler()
         if (self.folder / ACTIVATION_SCALER_CFG_FILENAME).exists():
-            scaler.load(self.folder / ACTIVATION_SCALER_CFG_FILENAME)
+            scaler = _scaler(self.folder / ACTIVATION_SCALER_CFG_FILENAME)
         if scaler.scaling_factor is not None:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
         if scaler.whitening is not None:
             whitening = scaler.whitening
             sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
         return inference_form(sae)
+
+
+def read_cfg(folder: Path) -> dict[str, Any]:
+    """What the cfg.json of an SAE's folder holds. Raises ValueError, with its path, where that is no JSON object."""
+    return _json_object(folder / SAE_CFG_FILENAME)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read, or is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
+def _check_readable(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    tensor_metadata(path)
+
+
+def _scaler(path: Path) -> ActivationScaler:
+    """The scaler of a checkpoint. Raises ValueError, with its path, where it cannot be read."""
+    values, scaler = _json_object(path), ActivationScaler()
+    try:
+        scaler.load(path)
+    except Exception as error:  # a value that is missing, or tensors that are damaged
+        raise ValueError(f"{path}, or the whitening beside it, is damaged: {type(error).__name__}: {error}") from None
+    if values.get("has_whitening") and scaler.whitening is None:
+        raise ValueError(f"{path} tells of a whitening, whose file is missing beside it")
+    return scaler
 
 
 def find_saes(names: Sequence[str]) -> list[SAESource]:
@@ -137,14 +225,28 @@ def find_saes(names: Sequence[str]) -> list[SAESource]:
 
 
 def _in_folder(root: Path) -> list[SAESource]:
-    weights = sorted(root.rglob(SAE_WEIGHTS_FILENAME), key=lambda path: _natural(path.parent))
-    folders = [path.parent for path in weights if (path.parent / SAE_CFG_FILENAME).exists()]
+    weights = {path.parent for path in root.rglob(SAE_WEIGHTS_FILENAME)}
+    # An SAE whose weights are lost is one that cannot be loaded, not one that nobody asked for.
+    alone = {path.parent for path in root.rglob(SAE_CFG_FILENAME) if path.parent not in weights and _is_of_sae(path)}
+    folders = sorted((one for one in weights | alone if not _is_unfinished(one.relative_to(root))), key=_natural)
     if not folders:
         raise ValueError(
             f"{root} holds no SAE: nowhere below it are {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}, which "
             "SAELens saves"
         )
     return [SAESource(root.resolve().name if path == root else str(path.relative_to(root)), path) for path in folders]
+
+
+def _is_of_sae(path: Path) -> bool:
+    try:
+        return {"architecture", "d_sae"} <= _json_object(path).keys()
+    except ValueError:
+        return False
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder is the temporary one of a checkpoint whose writing was cut off."""
+    return any(part.startswith(".") and part.endswith((".tmp", ".old")) for part in path.parts)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.registry import get_sae_training_class
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import saelens_asi as asi
 from saelens_asi import cli
@@ -113,7 +113,7 @@ def test_a_second_run_measures_only_what_is_missing_or_changed(
     saes, out = tmp_path / "saes", tmp_path / "out"
     shutil.copytree(sae_folder, saes)
     measured: list[list[str]] = []
-    stock = command.evaluate
+    stock = command.evaluate_each
 
     def interrupted_after_two(found: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if len(measured) == 2:
@@ -121,7 +121,7 @@ def test_a_second_run_measures_only_what_is_missing_or_changed(
         measured.append(list(found))
         return stock(found, *args, **kwargs)
 
-    monkeypatch.setattr(command, "evaluate", interrupted_after_two)
+    monkeypatch.setattr(command, "evaluate_each", interrupted_after_two)
     with pytest.raises(SystemExit) as exit_info:
         evaluate([saes], out, "--saes-per-pass", "1")
     assert exit_info.value.code == 130
@@ -132,7 +132,7 @@ def test_a_second_run_measures_only_what_is_missing_or_changed(
         measured.append(list(found))
         return stock(found, *args, **kwargs)
 
-    monkeypatch.setattr(command, "evaluate", counted)
+    monkeypatch.setattr(command, "evaluate_each", counted)
     evaluate([saes], out, "--saes-per-pass", "1")
     assert measured == [["run/attn_out"], ["run/mlp_out"], ["run/o_proj"]]
     whole, parts = (json.loads((folder / "results.json").read_text())["results"] for folder in (finished, out))
@@ -292,3 +292,134 @@ def test_many_saes_are_drawn_as_a_map() -> None:
     dead, alive = (axis.images[0].get_array() for axis in figure.axes[:2])
     assert dead[:, 0].tolist() == pytest.approx([i / 10 for i in range(7)])
     assert alive.sum(axis=1).tolist() == pytest.approx([1 - i / 10 for i in range(7)])
+
+
+WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _not_finite(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["W_dec"][3, 2] = torch.nan
+    tensors["b_enc"][:2] = -torch.inf
+    save_file(tensors, path)
+
+
+def _overflowing(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["W_dec"].fill_(3e38)
+    save_file(tensors, path)
+
+
+def _other_width(path: Path) -> None:
+    path.write_text(path.read_text().replace('"d_sae": 31', '"d_sae": 32'))
+
+
+def _other_hook(path: Path) -> None:
+    path.write_text(path.read_text().replace("hook_mlp_out", "hook_mlq_out"))
+
+
+def _list(path: Path) -> None:
+    path.write_text("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "reason"),
+    [
+        (WEIGHTS, _cut, "is not a safetensors file, or is damaged"),
+        (WEIGHTS, Path.unlink, "is missing"),
+        (WEIGHTS, _folder, "is not a safetensors file, or is damaged"),
+        (WEIGHTS, _not_finite, "cannot be loaded: weights are NaN or infinite (1 of W_dec, 2 of b_enc)"),
+        (WEIGHTS, _overflowing, "NaN or infinity"),
+        (CFG, _cut, "cannot be read, or is damaged"),
+        (CFG, Path.unlink, "is missing"),
+        (CFG, _folder, "cannot be read, or is damaged"),
+        (CFG, _list, "it holds no JSON object"),
+        (CFG, _other_width, "size mismatch"),
+        (CFG, _other_hook, "no hook of this model is called 'blocks.0.hook_mlq_out'"),
+    ],
+)
+def test_a_bad_sae_is_named_and_the_others_are_evaluated(
+    file: str,
+    harm: Any,
+    reason: str,
+    sae_folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(sae_folder, tmp_path / "saes")
+    harm(tmp_path / "saes" / "run" / "mlp_out" / file)
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate([tmp_path / "saes"], tmp_path / "out")
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr()
+    assert "1 of 3 SAEs are left out" in printed.err
+    assert "Traceback" not in printed.err
+    results, whole = (json.loads((one / "results.json").read_text())["results"] for one in (tmp_path / "out", finished))
+    assert list(results) == ["run/attn_out", "run/o_proj"]
+    assert all(results[name]["nmse"] == pytest.approx(whole[name]["nmse"]) for name in results)
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table in printed.out
+    (line,) = (line for line in table.splitlines() if line.startswith("- run/mlp_out: SAES: "))
+    assert reason in line
+    assert "mlp_out" in line.removeprefix("- run/mlp_out")
+    assert any(reason in record.getMessage() for record in caplog.records)
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_where_all_saes_are_bad_the_error_names_them(
+    sae_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sae_folder, tmp_path / "s")
+    for name in HOOKS:
+        _cut(tmp_path / "s" / "run" / name / WEIGHTS)
+    flags = command.EvaluateFlags(saes=(str(tmp_path / "s"),), out=tmp_path / "out", n_tokens=300, loss_tokens=0)
+    with pytest.raises(ValueError, match=r"none of run/attn_out, run/mlp_out, run/o_proj can be evaluated") as error:
+        command.run(flags)
+    for name in HOOKS:
+        assert str(tmp_path / "s" / "run" / name / WEIGHTS) in str(error.value)
+    with pytest.raises(SystemExit):
+        evaluate([tmp_path / "s" / "run" / "mlp_out"], tmp_path / "out")
+    assert f"SAES: {tmp_path / 's' / 'run' / 'mlp_out' / WEIGHTS} is not" in capsys.readouterr().err
+
+
+def test_an_sae_that_is_mended_is_all_that_a_second_run_measures(sae_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sae_folder, tmp_path / "saes")
+    path = tmp_path / "saes" / "run" / "attn_out" / CFG  # the first: model and text come from the next one
+    content = path.read_text()
+    _cut(path)
+    with pytest.raises(SystemExit):
+        evaluate([tmp_path / "saes"], tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    path.write_text(content)
+    evaluate([tmp_path / "saes"], tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert list(before) == ["run/mlp_out", "run/o_proj"]
+    assert set(after) == {*before, "run/attn_out"}
+    assert "Left out" not in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_damaged_history_costs_its_curve_alone(
+    sae_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(sae_folder / "run" / "mlp_out", tmp_path / "sae")
+    (tmp_path / "sae" / "training_history.jsonl").write_bytes(b"\xff\xfe{\n{}\n")
+    evaluate([tmp_path / "sae"], tmp_path / "out", "--loss-tokens", "0")
+    assert (tmp_path / "out" / "firing_rates.png").exists()
+    assert "training history of sae is not drawn" in caplog.text
+
+
+def test_the_unfinished_folder_of_a_checkpoint_is_no_sae(sae_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sae_folder / "run" / "mlp_out", tmp_path / "saes" / "100")
+    shutil.copytree(sae_folder / "run" / "mlp_out", tmp_path / "saes" / ".200.77.tmp")
+    assert [one.name for one in find_saes([str(tmp_path / "saes")])] == ["100"]

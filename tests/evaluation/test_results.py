@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from saelens_asi.evaluation.metrics import SAEEvaluation, SAELossRecovered
 from saelens_asi.evaluation.results import EvaluationFolder, evaluation_rows, evaluation_table, write_csv
 from saelens_asi.evaluation.saes import SAESource
 from saelens_asi.evaluation.tables import markdown_table
+from tests.helpers.damage import Damage, Hostile, damages
 
 SETTINGS = {"model": "tiny", "n_tokens": 100}
 
@@ -98,3 +102,63 @@ def test_markdown_cells_stay_as_they_are(rows: list[list[str]]) -> None:
 
 def test_a_markdown_cell_without_text_is_one_space() -> None:
     assert markdown_table(["", "n"], [["1", ""]], align="rl").splitlines() == ["| | n |", "|---:|---|", "| 1 | |"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    loss = SAELossRecovered(2.0, 3.0, 2.25, 1.0, 0.25, 90)
+    records = {"a": evaluation(0, effective_rank=3.5, intrinsic_dimension=4), "b": evaluation(1, loss=loss)}
+    EvaluationFolder(folder, SETTINGS).add(records, [source("a"), source("b")])
+    return folder
+
+
+@settings(deadline=None, max_examples=300)
+@given(damage=damages())
+def test_of_a_damaged_folder_only_what_is_right_is_used(
+    damage: Damage, saved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged") / "results"
+    shutil.copytree(saved, folder)
+    path = folder / damage.choose(["results.json", "firing_counts.safetensors"])
+    damage.apply(path)
+    whole = EvaluationFolder(saved, SETTINGS).evaluations
+    if path.is_dir():
+        with pytest.raises(ValueError, match=f"{path} is a folder"):
+            EvaluationFolder(folder, SETTINGS)
+        return
+    found = EvaluationFolder(folder, SETTINGS)
+    assert all(as_plain(one) == as_plain(whole[name]) for name, one in found.evaluations.items())
+    for name in found.evaluations:
+        assert (source(name) in found) == (source(name) in EvaluationFolder(saved, SETTINGS))
+    found.add({"c": evaluation(2)}, [source("c")])
+    assert source("c") in EvaluationFolder(folder, SETTINGS)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"nmse": 0.1,', '"nmse": 0.2,'), ('"sae_id": "x"', '"sae_id": "y"')])
+def test_a_number_that_was_changed_is_measured_again_with_a_warning(
+    old: str, new: str, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(saved, tmp_path / "results")
+    path = tmp_path / "results" / "results.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    folder = EvaluationFolder(tmp_path / "results", SETTINGS)
+    assert list(folder.evaluations) == ["b"]
+    assert f"{path} or " in caplog.text
+    assert "holds of a: evaluated anew" in caplog.text
+
+
+def test_results_of_other_settings_under_these_are_not_used(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "results")
+    path = tmp_path / "results" / "results.json"
+    path.write_text(path.read_text().replace('"n_tokens": 100\n', '"n_tokens": 200\n', 1))
+    assert not EvaluationFolder(tmp_path / "results", {**SETTINGS, "n_tokens": 200}).evaluations
+
+
+def test_no_pickle_is_read(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(saved, tmp_path / "results")
+    for name in ("firing_counts.safetensors", "results.json"):
+        (tmp_path / "results" / name).write_bytes(pickle.dumps(Hostile(tmp_path / "marker")))
+        assert not EvaluationFolder(tmp_path / "results", SETTINGS).evaluations
+        assert str(tmp_path / "results" / name) in caplog.text
+    assert not (tmp_path / "marker").exists()

@@ -328,3 +328,31 @@ def test_transcoders_and_temporal_saes_are_refused() -> None:
     cfg = temporal_config(d_in=16, d_sae=256, n_heads=4)
     with pytest.raises(ValueError, match="'t' is a temporal SAE"):
         asi.evaluate({"t": temporal(cfg)}, activations=torch.ones(3, 16))
+
+
+def test_of_several_saes_a_bad_one_is_left_out_with_a_warning(
+    model: Any, dataset: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, nan, huge = (get_sae_training_class("standard")[0](tiny.sae_config("standard")) for _ in range(3))
+    with torch.no_grad():
+        nan.W_enc[0, 0] = torch.nan
+        huge.W_dec.fill_(3e38)
+    how: dict[str, Any] = {"hook_name": MLP, "n_tokens": 200, "loss_tokens": 48, "progress": False}
+    alone = asi.evaluate(good, model, dataset, **how)
+    results = asi.evaluate({"nan": nan, "good": good, "huge": huge}, model, dataset, **how)
+    assert list(results) == ["good"]
+    assert results["good"].to_dict() == alone.to_dict()
+    assert "'nan': weights are NaN or infinite (1 of W_enc)" in caplog.text
+    assert "huge: among 200 activations or their reconstructions are NaN or infinity" in caplog.text
+    with pytest.raises(ValueError, match=r"sae: weights are NaN or infinite \(1 of W_enc\)"):
+        asi.evaluate(nan, model, dataset, **how)
+    with pytest.raises(ValueError, match=r"none of a, b can be evaluated: 'a': weights.*; 'b': weights"):
+        asi.evaluate({"a": nan, "b": nan}, activations=tiny.activations(50), progress=False)
+
+
+def test_an_sae_of_another_width_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    good, wide = (get_sae_training_class("standard")[0](tiny.sae_config("standard", d_in=d)) for d in (16, 17))
+    results = asi.evaluate({"wide": wide, "good": good}, activations=tiny.activations(50), progress=False)
+    assert list(results) == ["good"]
+    assert "wide: " in caplog.text
+    assert "d_in=17" in caplog.text
