@@ -35,6 +35,7 @@ from saelens_asi.cli.flags import (
     open_text,
 )
 from saelens_asi.dead_features.examine import autopsy
+from saelens_asi.dead_features.firings import SPARSITY
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
 from saelens_asi.evaluation.saes import find_saes
@@ -51,6 +52,8 @@ class AutopsyFlags(OutFlag, DeviceFlag, SpecialTokensFlag, PassFlags, HookFlags,
         sae: folder of an SAE or of a SAELens checkpoint, or release/sae_id on the hub.
         checkpoint: a SAELens checkpoint to read instead: it holds the optimizer's state too.
         n_sample: tokens on which changed features are tried.
+        dead_rate: a feature that fires on a smaller share of tokens is dead; to exclude a rate takes 3 / rate silent
+            tokens, read here or counted in training.
     """
 
     sae: str = simple_parsing.field(positional=True, metavar="SAE")
@@ -58,6 +61,7 @@ class AutopsyFlags(OutFlag, DeviceFlag, SpecialTokensFlag, PassFlags, HookFlags,
     hooks: tuple[str, ...] = ()
     n_tokens: int = 100_000
     n_sample: int = AutopsySettings().n_sample
+    dead_rate: float = AutopsySettings().dead_rate
     out: Path = Path("autopsy_output")
 
     @property
@@ -110,11 +114,14 @@ def run(flags: AutopsyFlags) -> Autopsy:
         exclude_special_tokens=not flags.keep_special_tokens,
         progress=False,  # the autopsy shows its own
     )  # fmt: skip
-    has_state = (Path(flags.source) / TRAINER_STATE).exists()
+    source = Path(flags.source)
+    has_state, has_rates = ((source / name).exists() for name in (TRAINER_STATE, SPARSITY))
     with torch.no_grad():
         record = autopsy(
-            sae, _as_trained(activations, Path(flags.source)),
-            optimizer_state=flags.source if has_state else None, n_sample=flags.n_sample,
+            sae, _as_trained(activations, source),
+            optimizer_state=source if has_state else None,
+            firing_rates=source if has_rates and not has_state else None,
+            n_sample=flags.n_sample, dead_rate=flags.dead_rate,
         )  # fmt: skip
     _write(record, flags.out, flags.source, f"{hook}, {model_name}")
     return record

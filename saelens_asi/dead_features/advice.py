@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from sae_lens import SAEConfig
@@ -72,6 +73,8 @@ def _remedy(verdict: Verdict, record: Autopsy, cfg: SAEConfig, started: Mapping[
             f"no single change revives them, all together do (not to be left out: {needed}); "
             f"{moved if started else at_once}"
         )
+    if verdict == "undecided":
+        return _how_to_decide(record)
     return {
         "broken": "look for overflow in training: lower lr, and leave autocast off",
         "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
@@ -80,3 +83,14 @@ def _remedy(verdict: Verdict, record: Autopsy, cfg: SAEConfig, started: Mapping[
         "unexplained": "no change that was tried revives them; raise k, or "
         + (_LONGER_WINDOW if started else "set aux_loss_coefficient"),
     }[verdict]
+
+
+def _how_to_decide(record: Autopsy) -> str:
+    undecided = record.mask("undecided")
+    causes = Counter(cause for cause, is_one in zip(record.if_dead, undecided.tolist(), strict=True) if is_one)
+    listed = ", ".join(f"{VERDICT_TITLES[cause]} {count:,}" for cause, count in causes.most_common())
+    missing = float(record.evidence.tokens_missing[undecided].max())
+    return (
+        f"read {round(missing):,} more tokens, give the checkpoint (optimizer_state) or the rates of training "
+        f"(firing_rates), or raise dead_rate; if they are dead, then: {listed}"
+    )

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from saelens_asi.dead_features.advice import advise
 from saelens_asi.dead_features.changes import ContestSample, Parts
 from saelens_asi.dead_features.contests import Encoding
+from saelens_asi.dead_features.firings import Firings, read_firing_rates
 from saelens_asi.dead_features.momentum import OptimizerState, load_optimizer_state
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings, FeatureTable
 from saelens_asi.dead_features.verdicts import Trial, decide
@@ -29,6 +30,7 @@ def autopsy(
     activations: Tensor | Iterable[Tensor],
     *,
     optimizer_state: str | Path | Mapping[str, Any] | None = None,
+    firing_rates: str | Path | Tensor | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Autopsy:
@@ -46,21 +48,25 @@ def autopsy(
     2. ``duplicate``: the row's cosine to a live feature's is at least ``duplicate_cosine``, and that feature scores
        higher on ``outscored_share`` of the tokens where this one scores above 0. To revive it would be to copy.
     3. ``starved``: ``more_tokens`` times the tokens would show it firing; extrapolated from the tail of its margins
-       on the sample (peaks over threshold). Or it fired in training (``optimizer_state`` of a checkpoint tells) at a
-       rate that lets less than 3 firings be expected of these tokens: silence then says nothing (rule of three).
-    4. ``momentum``: it fires with the movement undone that momentum alone made in the steps since its last gradient
-       (needs ``optimizer_state``; moments can be traced back for about 600 steps, with the learning rates of the
-       training history beside it, or one that never changed). It would not have happened with
+       on the sample (peaks over threshold). Or it fired in training (``optimizer_state`` of a checkpoint or
+       ``firing_rates`` tell) at a rate that lets less than 3 firings be expected of these tokens: silence then says
+       nothing (rule of three).
+    4. ``momentum``: it fires, at least 3 times on these tokens, with the movement undone that momentum alone made in
+       the steps since its last gradient (needs ``optimizer_state``; moments can be traced back for about 600 steps, with
+       the learning rates of the training history beside it, or one that never changed). It would not have happened with
        SparseAdam (arXiv 2508.16929).
-    5. the change under which it fires most often, and at least ``revived_share`` as often as features do on average:
+    5. ``undecided``: nothing says that it still fires, but the tokens, read here and silent in training, are less than
+       3 / ``dead_rate``: a feature that is rare, on a direction of its own, looks like one outside the subspace.
+       ``if_dead`` tells what it is if it is dead.
+    6. the change under which it fires most often, and at least ``revived_share`` as often as features do on average:
        ``outside``: what of its row lies outside the top principal directions that hold ``variance_share`` of the
        variance (and outside the mean's direction) is turned inside, at the same mean score (arXiv 2508.16929);
        ``mean``: the mean is subtracted from what all features see, and the bar is what they then set: the feature was
        opposed to the mean, or outscored by those along it (arXiv 2605.31518). Not tried for matching pursuit;
        ``norm``: its row is as long as the median live one;
        ``bias``: its bias and threshold are the median live feature's.
-    6. ``several``: no single change revives it, all four together do; which of them it needs is measured too.
-    7. ``unexplained``.
+    7. ``several``: no single change revives it, all four together do; which of them it needs is measured too.
+    8. ``unexplained``.
 
     One pass; memory O(d_in^2 + d_sae + n_sample d_in) besides the weights and blocks of scores. Time: that of encoding
     the activations once, and about six times that of scoring the dead features on the sample.
@@ -72,6 +78,8 @@ def autopsy(
             BatchTopK chooses among the tokens of one batch, as in training.
         optimizer_state: folder of a SAELens checkpoint, its ``trainer_state.pt``, or ``optimizer.state_dict()``, of
             exactly these weights.
+        firing_rates: (d_sae,) share of tokens on which each feature fired in training, or the folder that holds
+            SAELens's ``sparsity.safetensors``; None for the counters of ``optimizer_state``.
         progress: show progress bars.
         **settings: of ``AutopsySettings``.
 
@@ -86,6 +94,7 @@ def autopsy(
         )
     thresholds = AutopsySettings(**settings)
     state = None if optimizer_state is None else load_optimizer_state(optimizer_state)
+    firings = _firings(sae, state, firing_rates)
     encoding = Encoding.of(sae)
     statistics = _FiringStatistics(encoding, thresholds)
     for batch in _batches(activations, sae, progress):
@@ -93,7 +102,20 @@ def autopsy(
     n_tokens = statistics.moments.n_tokens
     if n_tokens < 2:
         raise ValueError(f"an autopsy needs at least 2 activations, got {n_tokens}")
-    return _diagnose(sae, encoding, statistics, thresholds, state, progress)
+    return _diagnose(sae, encoding, statistics, thresholds, state, firings, progress)
+
+
+def _firings(sae: SAE, state: OptimizerState | None, rates: str | Path | Tensor | None) -> Firings | None:
+    if rates is None:
+        firings = None if state is None else state.firings
+    else:
+        firings = Firings.of_rates(rates if isinstance(rates, Tensor) else read_firing_rates(rates))
+    if firings is not None and len(firings.rates) != sae.cfg.d_sae:
+        raise ValueError(
+            f"training counted the firings of {len(firings.rates)} features, this SAE has {sae.cfg.d_sae}: give the "
+            "optimizer_state and the firing_rates that belong to it"
+        )
+    return firings
 
 
 def _batches(activations: Tensor | Iterable[Tensor], sae: SAE, progress: bool) -> Iterator[Tensor]:
@@ -149,6 +171,7 @@ def _diagnose(
     statistics: _FiringStatistics,
     settings: AutopsySettings,
     state: OptimizerState | None,
+    firings: Firings | None,
     progress: bool,
 ) -> Autopsy:
     """The record of what became of every feature, from the pass and from trials of the dead ones."""
@@ -160,22 +183,16 @@ def _diagnose(
     dead = (~alive).nonzero().squeeze(1)
     fires_at_least = max(1.0, settings.revived_share * statistics.average_rate * len(statistics.sample.bars))
     trial = Trial(
-        sae,
-        encoding,
-        dead,
-        alive.nonzero().squeeze(1),
-        statistics.sample,
-        statistics.n_contests,
-        mean,
-        basis,
-        settings,
-        progress,
-    )
-    evidence = trial.evidence(state, fires_at_least)
+        sae, encoding, dead, alive.nonzero().squeeze(1), statistics.sample, statistics.moments.n_tokens,
+        statistics.n_contests, mean, basis, settings, progress,
+    )  # fmt: skip
+    evidence = trial.evidence(state, firings, fires_at_least)
     table = _table(encoding, statistics, basis, mean, spectrum)
     offset = sae.b_dec.detach().to(mean) if sae.cfg.apply_b_dec_to_input else torch.zeros_like(mean)
     deviation = max(spectrum.total_variance**0.5, torch.finfo(torch.float64).tiny)
     dead = dead.cpu()
+    sampled = len(statistics.sample.bars) / statistics.n_contests
+    verdicts, if_dead = decide(evidence, encoding.broken.cpu()[dead], fires_at_least, sampled, settings)
     record = Autopsy(
         n_tokens=statistics.moments.n_tokens,
         n_sample=len(statistics.sample.bars),
@@ -186,7 +203,8 @@ def _diagnose(
         gamma_seen=float(mean.norm()) / deviation,
         mean_bar=statistics.bar_sum / statistics.n_contests,
         dead=dead,
-        verdicts=decide(evidence, encoding.broken.cpu()[dead], fires_at_least, statistics.moments.n_tokens, settings),
+        verdicts=verdicts,
+        if_dead=if_dead,
         features=table,
         evidence=evidence,
         settings=settings,

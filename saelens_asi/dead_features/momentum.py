@@ -13,6 +13,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
+from saelens_asi.dead_features.firings import Firings
 from saelens_asi.history import TRAINING_HISTORY, read_history
 from saelens_asi.plugin.sparse_steps import feature_row_groups
 from saelens_asi.resume import MANIFEST, damage
@@ -48,7 +49,7 @@ class OptimizerState:
         moments: from a parameter's number to ``step``, ``exp_avg`` and ``exp_avg_sq``.
         groups: of parameters.
         silent_steps: (d_sae,) steps since each feature fired, SAELens's own count; None where it was not given.
-        past_rates: (d_sae,) share of the tokens of SAELens's last window on which each feature fired; None likewise.
+        firings: in training, SAELens's own count; None likewise.
         learning_rates: (step, learning rate of that step), ascending, as the training history recorded them; empty
             without one.
         known_since: the first step whose learning rate is known.
@@ -57,7 +58,7 @@ class OptimizerState:
     moments: Mapping[int, Mapping[str, Tensor]]
     groups: Sequence[AdamGroup]
     silent_steps: Tensor | None
-    past_rates: Tensor | None = None
+    firings: Firings | None = None
     learning_rates: Sequence[tuple[int, float]] = ()
     known_since: int = 1
 
@@ -158,7 +159,7 @@ def load_optimizer_state(source: str | Path | Mapping[str, Any]) -> OptimizerSta
         optimizer["state"],
         optimizer["param_groups"],
         source.get("n_forward_passes_since_fired"),
-        _past_rates(source),
+        Firings.of_state(source, n_steps),
         learning_rates,
         known_since,
     )
@@ -187,12 +188,19 @@ def _check_adam(optimizer: Mapping[str, Any], name: str) -> None:
         and all(isinstance(group, Mapping) and group.keys() >= {"params", "lr", "betas", "eps"} for group in groups)
         and all(isinstance(own, Mapping) and own.keys() >= {"step", *_MOMENTS} for own in moments.values())
         and all(isinstance(own[key], Tensor) for own in moments.values() for key in _MOMENTS)
+        and all(0 <= float(torch.as_tensor(own["step"]).max()) < math.inf for own in moments.values())
+        and all(_is_rate(beta) and beta < 1 for group in groups for beta in group["betas"])
+        and all(len(group["betas"]) == 2 and _is_rate(group["lr"]) and _is_rate(group["eps"]) for group in groups)
     )
     if not is_adam:
         raise ValueError(f"{name} is not the state of Adam or SparseAdam, whose moments an autopsy reads")
     for number, own in moments.items():
         if not all(bool(own[key].isfinite().all()) for key in _MOMENTS):
             raise ValueError(f"{name}: moments of parameter {number} are NaN or infinite: give an earlier checkpoint")
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, float | int | Tensor) and bool(0 <= value < math.inf)
 
 
 def _steps_taken(optimizer: Mapping[str, Any]) -> int:
@@ -216,11 +224,6 @@ def _recorded_rates(folder: Path) -> list[tuple[int, float]]:
             f"the training history {path} cannot be read ({error!r}): mend it, or remove it to do without its "
             "learning rates"
         ) from None
-
-
-def _past_rates(source: Mapping[str, Any]) -> Tensor | None:
-    fired, n_tokens = source.get("act_freq_scores"), source.get("n_frac_active_samples")
-    return None if fired is None or not n_tokens else fired / n_tokens
 
 
 def silent_drift(sae: SAE, state: OptimizerState, features: Tensor) -> Drift:

@@ -13,7 +13,17 @@ from torch import Tensor
 from saelens_asi.evaluation.tables import markdown_table
 
 Verdict = Literal[
-    "broken", "duplicate", "starved", "momentum", "outside", "mean", "norm", "bias", "several", "unexplained"
+    "broken",
+    "duplicate",
+    "starved",
+    "momentum",
+    "undecided",
+    "outside",
+    "mean",
+    "norm",
+    "bias",
+    "several",
+    "unexplained",
 ]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -25,6 +35,7 @@ VERDICT_TITLES: dict[Verdict, str] = {
     "duplicate": "duplicate of a live feature",
     "starved": "fires, but rarely: too few tokens",
     "momentum": "carried off by stale momentum",
+    "undecided": "dead or rare: too few tokens to tell",
     "outside": "outside the active subspace",
     "mean": "kept out by the mean",
     "norm": "row too short",
@@ -45,6 +56,9 @@ class AutopsySettings:
         revived_share: a change revives a feature that would then fire at least this share as often as features do on
             average (live and dead together: k / d_sae for TopK).
         more_tokens: a feature that so many times the tokens would show to fire is starved, not dead.
+        dead_rate: a feature that fires on a smaller share of tokens is dead. To exclude a rate takes 3 / rate silent
+            tokens, read here or in training; until then a feature that never fired is undecided. SAELens logs how many
+            features are below 1e-5.
         n_sample: tokens on which changed rows are tried.
         seed: of the sample.
     """
@@ -54,6 +68,7 @@ class AutopsySettings:
     outscored_share: float = 0.99
     revived_share: float = 0.1
     more_tokens: float = 10.0
+    dead_rate: float = 1e-5
     n_sample: int = 20_000
     seed: int = 0
 
@@ -63,6 +78,8 @@ class AutopsySettings:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
         if not 1 <= self.more_tokens < math.inf:
             raise ValueError(f"more_tokens={self.more_tokens} must be a factor of at least 1")
+        if not 0 < self.dead_rate < 1:
+            raise ValueError(f"dead_rate={self.dead_rate} must lie in (0, 1): it is a share of tokens")
         if self.n_sample < 2:
             raise ValueError(f"n_sample={self.n_sample} must be at least 2 tokens")
 
@@ -104,6 +121,10 @@ class Evidence:
         silent_steps: steps since its last gradient, as far as its moments can be traced back; 0 where they cannot.
         drift: how far momentum moved its encoder row in those steps, relative to the row's length before.
         past_rate: share of the tokens on which it fired in the last window of training; NaN where nothing is known.
+        silent_tokens: tokens of training since it last fired, at least; 0 where nothing is known.
+        tokens_needed: silent tokens, of training included, that tell it from a feature that still fires: at its past
+            rate, or at ``dead_rate`` where it has none.
+        tokens_missing: how many of those are still to be read; 0 where silence is evidence.
     """
 
     fires_if: dict[str, Tensor]
@@ -116,6 +137,9 @@ class Evidence:
     silent_steps: Tensor
     drift: Tensor
     past_rate: Tensor
+    silent_tokens: Tensor
+    tokens_needed: Tensor
+    tokens_missing: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,7 @@ class Autopsy:
         mean_bar: mean of the score that a feature must pass.
         dead: (n_dead,) indices.
         verdicts: one a dead feature.
+        if_dead: the same, but for features that are undecided the verdict that they have if they are dead, not rare.
         features: measurements of all features.
         evidence: measurements of the dead ones.
         settings: the thresholds used.
@@ -152,6 +177,7 @@ class Autopsy:
     mean_bar: float
     dead: Tensor
     verdicts: tuple[Verdict, ...]
+    if_dead: tuple[Verdict, ...]
     features: FeatureTable
     evidence: Evidence
     settings: AutopsySettings
@@ -178,10 +204,14 @@ class Autopsy:
         return SURE_FIRINGS / self.n_tokens
 
     @property
-    def tokens_needed(self) -> Tensor:
-        """(n_dead,) tokens after which silence would be evidence, by the rate in training; NaN where none is known."""
-        rate = self.evidence.past_rate
-        return torch.where(rate > 0, SURE_FIRINGS / rate, torch.nan)
+    def merely_rare(self) -> float:
+        """At least so many dead features are only rare, going by those that fired once and twice.
+
+        Chao's bound for unseen species (Chao 1984, bias-corrected). It takes tokens for independent; those of one text
+        are less than that.
+        """
+        once, twice = (int((self.features.fires == n).sum()) for n in (1, 2))
+        return min(float(len(self.dead)), once * (once - 1) / (2 * (twice + 1)))
 
     def having(self, verdict: str) -> Tensor:
         """Indices of the dead features with a verdict. Raises ValueError for a verdict that does not exist."""
@@ -220,20 +250,31 @@ class Autopsy:
         return "\n".join([*lines, "", *(f"- {sentence}" for sentence in self.advice)])
 
     def _certainty(self) -> str:
-        sentence = (
-            f"No firing on {self.n_tokens:,} tokens excludes more than one in {round(1 / self.rate_excluded):,} (95 "
-            "%): a feature that is rarer than that, on a direction of its own, looks like one outside the subspace."
-        )
-        needed = self.tokens_needed[self.tokens_needed > self.n_tokens]
-        if len(needed):
-            return (
-                f"{sentence} {len(needed):,} fired in training, so seldom that these tokens may miss them: "
+        """What silence on these tokens tells, and how many more a verdict takes."""
+        said = [
+            f"No firing on {self.n_tokens:,} tokens excludes more than one in {round(1 / self.rate_excluded):,} "
+            "(95 %), and nothing rarer."
+        ]
+        if self.merely_rare >= 1:
+            said.append(
+                f"Going by the {int((self.features.fires == 1).sum()):,} features that fired once, at least "
+                f"{self.merely_rare:,.0f} of the silent ones are merely rare (Chao's bound)."
+            )
+        rare = (self.evidence.past_rate > 0) & (self.evidence.tokens_missing > 0)
+        if rare.any():
+            needed = self.evidence.tokens_needed[rare]
+            said.append(
+                f"{len(needed):,} fired in training, so seldom that these tokens may miss them: "
                 f"{round(float(needed.median())):,} tokens would tell of half of them, "
                 f"{round(float(needed.max())):,} of all."
             )
-        if not self.evidence.past_rate.isfinite().any():
-            return f"{sentence} The rates in training would tell: give the folder of a checkpoint, or more tokens."
-        return sentence
+        missing = self.evidence.tokens_missing[self.mask("undecided")]
+        if len(missing):
+            said.append(
+                f"{len(missing):,} are dead or rare: {round(float(missing.max())):,} more silent tokens, or the record "
+                f"of their training, would exclude that they fire on one in {round(1 / self.settings.dead_rate):,}."
+            )
+        return " ".join(said)
 
     def _cells(self, verdict: Verdict, count: int) -> list[str]:
         revived, rate = "-", "-"
@@ -251,7 +292,6 @@ class Autopsy:
         evidence = {name: value for name, value in vars(self.evidence).items() if isinstance(value, Tensor)}
         columns = {
             "feature": self.dead,
-            "tokens_needed": self.tokens_needed,
             **{name: value[self.dead] for name, value in vars(self.features).items() if name != "fires"},
             **evidence,
             **{f"fires_if_{cause}": fires for cause, fires in self.evidence.fires_if.items()},
@@ -272,10 +312,12 @@ class Autopsy:
             "has_optimizer_state": self.has_optimizer_state,
             "knows_learning_rates": self.knows_learning_rates,
             "rate_excluded": _plain(self.rate_excluded),
+            "merely_rare": _plain(self.merely_rare),
             "settings": asdict(self.settings),
             "advice": list(self.advice),
             "dead": {
                 "verdict": list(self.verdicts),
+                "if_dead": list(self.if_dead),
                 **{name: [_plain(value) for value in column.tolist()] for name, column in columns.items()},
             },
         }

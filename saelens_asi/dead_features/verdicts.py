@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from saelens_asi.dead_features.changes import (
     without_mean,
 )
 from saelens_asi.dead_features.contests import Encoding, Rows, feature_parameters, rows_of
+from saelens_asi.dead_features.firings import Firings
 from saelens_asi.dead_features.momentum import OptimizerState, silent_drift
 from saelens_asi.dead_features.record import SURE_FIRINGS, AutopsySettings, Evidence, Verdict
 
@@ -42,7 +43,8 @@ class Trial:
     Attributes:
         dead, live: indices.
         sample: of the contests, as they were.
-        n_contests: of how many it was drawn.
+        n_tokens: that were read.
+        n_contests: of how many the sample was drawn; more than tokens for a pursuit.
         mean: (d_in,) of what the encoder sees.
         basis: (d_in, r) of the active subspace.
     """
@@ -52,13 +54,14 @@ class Trial:
     dead: Tensor
     live: Tensor
     sample: ContestSample
+    n_tokens: int
     n_contests: int
     mean: Tensor
     basis: Tensor
     settings: AutopsySettings
     progress: bool
 
-    def evidence(self, state: OptimizerState | None, fires_at_least: float) -> Evidence:
+    def evidence(self, state: OptimizerState | None, firings: Firings | None, fires_at_least: float) -> Evidence:
         """Everything that is measured on the dead features; without ``state`` nothing is known of momentum."""
         rows, inputs = self.encoding.rows.at(self.dead), self.sample.inputs - self.mean
         split, bars = Split.of(rows, self.mean), self.sample.bars
@@ -67,9 +70,10 @@ class Trial:
         decoder = self.sae.W_dec.detach().to(cosine)
         n_more = self.settings.more_tokens * self.n_contests
         silent_steps, drift = torch.zeros_like(twin), torch.zeros_like(cosine)
-        past_rate = torch.full_like(cosine, torch.nan)
-        if state is not None and state.past_rates is not None:
-            past_rate = state.past_rates.to(cosine)[self.dead]
+        dead, nothing = self.dead.cpu(), torch.zeros(len(self.dead), dtype=torch.float64)
+        past_rate = nothing + torch.nan if firings is None else firings.rates[dead]
+        silent_tokens = nothing if firings is None else firings.silent_tokens[dead]
+        tokens_needed = SURE_FIRINGS / torch.where(past_rate > 0, past_rate, self.settings.dead_rate)
         if state is not None:
             fires_if["momentum"], silent_steps, drift = self._momentum(state, rows, inputs)
         return Evidence(
@@ -82,7 +86,10 @@ class Trial:
             outscored=outscored.cpu(),
             silent_steps=silent_steps.cpu(),
             drift=drift.cpu(),
-            past_rate=past_rate.cpu(),
+            past_rate=past_rate,
+            silent_tokens=silent_tokens,
+            tokens_needed=tokens_needed,
+            tokens_missing=(tokens_needed - silent_tokens - self.n_tokens).round().clamp(min=0),
         )
 
     def _revivals(
@@ -142,11 +149,14 @@ class Trial:
 
 
 def decide(
-    evidence: Evidence, broken: Tensor, fires_at_least: float, n_tokens: int, settings: AutopsySettings
-) -> tuple[Verdict, ...]:
-    """For each dead feature the first verdict that holds, in the order of ``autopsy``'s docstring."""
-    # It fired in training, so seldom that silence on these tokens is no evidence against it.
-    is_rare = (evidence.past_rate > 0) & (evidence.past_rate * n_tokens < SURE_FIRINGS)
+    evidence: Evidence, broken: Tensor, fires_at_least: float, sampled: float, settings: AutopsySettings
+) -> tuple[tuple[Verdict, ...], tuple[Verdict, ...]]:
+    """For each dead feature the first verdict that holds, in the order of ``autopsy``'s docstring; and the first that
+    would hold were none undecided.
+
+    ``sampled`` is the share of the contests on which changed rows were tried.
+    """
+    is_silence_no_evidence = evidence.tokens_missing > 0
     single = [cause for cause in _SINGLE if cause in evidence.fires_if]
     highest, change_index = torch.stack([evidence.fires_if[cause] for cause in single]).max(dim=0)
     none = torch.zeros_like(highest)
@@ -155,11 +165,17 @@ def decide(
     criteria: list[tuple[Tensor, Verdict]] = [
         (broken, "broken"),
         (resembles & is_outscored, "duplicate"),
-        ((evidence.expected_margin > 0) | is_rare, "starved"),
-        (evidence.fires_if.get("momentum", none) > 0, "momentum"),
+        ((evidence.expected_margin > 0) | (is_silence_no_evidence & (evidence.past_rate > 0)), "starved"),
+        # It stayed silent where three firings were to be expected: the movement made the difference.
+        (evidence.fires_if.get("momentum", none) >= SURE_FIRINGS * sampled, "momentum"),
+        (is_silence_no_evidence, "undecided"),
         *(((highest >= fires_at_least) & (change_index == i), cause) for i, cause in enumerate(single)),
         (evidence.fires_if["several"] >= fires_at_least, "several"),
         (none == 0, "unexplained"),
     ]
+    return _first(criteria), _first([(mask, verdict) for mask, verdict in criteria if verdict != "undecided"])
+
+
+def _first(criteria: Sequence[tuple[Tensor, Verdict]]) -> tuple[Verdict, ...]:
     holds = torch.stack([mask for mask, _ in criteria])
     return tuple(criteria[i][1] for i in holds.int().argmax(dim=0).tolist())

@@ -16,6 +16,7 @@ VERDICT_COLORS = {
     "duplicate": "#8a6d1d",
     "starved": "#9ccfb5",
     "momentum": "#a04fb5",
+    "undecided": "#9aa7c7",
     "outside": "#1f6feb",
     "mean": "#d9822b",
     "norm": "#c2405a",

@@ -47,7 +47,7 @@ def test_it_examines_a_saved_sae_on_its_own_model_text_and_hook(
     assert (tmp_path / "autopsy.png").read_bytes().startswith(b"\x89PNG")
     text = load_documents(str(trained["data"]), 1000)[0]
     batches = HookActivations(bridge, text, tiny.ATTN_OUT, 1000, context_size=tiny.CONTEXT, progress=False)
-    found = autopsy(load_sae(str(trained["sae"])), batches, progress=False)
+    found = autopsy(load_sae(str(trained["sae"])), batches, firing_rates=trained["sae"], progress=False)
     assert read == json.loads(json.dumps(found.to_dict()))
     assert read["n_tokens"] == 1000
     assert read["n_dead"] > 0
