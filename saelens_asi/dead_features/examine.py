@@ -52,9 +52,9 @@ def autopsy(
        ``firing_rates`` tell) at a rate that lets less than 3 firings be expected of these tokens: silence then says
        nothing (rule of three).
     4. ``momentum``: it fires, at least 3 times on these tokens, with the movement undone that momentum alone made in
-       the steps since its last gradient (needs ``optimizer_state``; moments can be traced back for about 600 steps, with
-       the learning rates of the training history beside it, or one that never changed). It would not have happened with
-       SparseAdam (arXiv 2508.16929).
+       the steps since its last gradient (needs ``optimizer_state``; moments can be traced back for about 600 steps,
+       with the learning rates of the training history beside it, or one that never changed). It would not have
+       happened with SparseAdam (arXiv 2508.16929).
     5. ``undecided``: nothing says that it still fires, but the tokens, read here and silent in training, are less than
        3 / ``dead_rate``: a feature that is rare, on a direction of its own, looks like one outside the subspace.
        ``if_dead`` tells what it is if it is dead.
