@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import simple_parsing
 import torch
 from sae_lens import SAE, TrainingSAE
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
@@ -38,7 +39,7 @@ from saelens_asi.dead_features.examine import autopsy
 from saelens_asi.dead_features.firings import SPARSITY
 from saelens_asi.dead_features.momentum import TRAINER_STATE
 from saelens_asi.dead_features.record import Autopsy, AutopsySettings
-from saelens_asi.evaluation.saes import find_saes
+from saelens_asi.evaluation.saes import find_saes, read_cfg
 from saelens_asi.plots.autopsy import autopsy_figure
 
 _CONTEXT_SIZE = 256
@@ -73,17 +74,28 @@ def load_sae(name: str, device: str = "cpu") -> SAE[Any] | TrainingSAE[Any]:
     """One SAE of a folder or of the hub; of a checkpoint the training SAE, to which the optimizer's state belongs.
 
     Raises:
-        ValueError: for a name that leads to none, or to several.
+        ValueError: for a name that leads to none, or to several, and for damaged files.
     """
     folder = Path(name)
     if (folder / TRAINER_STATE).exists():
-        architecture = json.loads((folder / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
-        training_class: type[TrainingSAE[Any]] = get_sae_training_class(architecture)[0]
-        return training_class.load_from_disk(folder, device=device)
+        architecture = read_cfg(folder).get("architecture", "standard")
+        with _named(folder):
+            training_class: type[TrainingSAE[Any]] = get_sae_training_class(architecture)[0]
+            return training_class.load_from_disk(folder, device=device)
     sources = find_saes([name])
     if len(sources) > 1:
         raise ValueError(f"{name} holds {len(sources)} SAEs: name one of them, such as {sources[0].name!r}")
     return sources[0].load(device)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever SAELens meets in damaged files becomes a ValueError that names them."""
+    try:
+        yield
+    except Exception as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be loaded, or is damaged: {type(error).__name__}: {what}") from None
 
 
 class _Scaled:
@@ -133,7 +145,8 @@ def _as_trained(activations: HookActivations, source: Path) -> Iterable[Tensor]:
     if not path.exists():
         return activations
     scaler = ActivationScaler()
-    scaler.load(path)
+    with _named(path):
+        scaler.load(path)
     return _Scaled(activations, scaler)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from saelens_asi import autopsy, cli
 from saelens_asi.activations.loading import load_documents
@@ -101,3 +103,30 @@ def test_training_weights_of_a_checkpoint_are_read_as_they_are(trained: dict[str
     names = [name for name, _ in sae.named_parameters()]
     state = torch.load(trained["checkpoint"] / "trainer_state.pt", weights_only=True)
     assert len(names) == len(state["optimizer"]["state"])
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors", "trainer_state.pt", "activation_scaler.json"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_a_damaged_checkpoint_ends_in_one_line_that_names_it(
+    file: str, damage: str, trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(trained["checkpoint"], tmp_path / "checkpoint")
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes({"cut": whole[: len(whole) // 2], "text": b"[1, 2]", "empty": b""}[damage])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["autopsy", str(folder), "--n-tokens", "100", "--out", str(tmp_path / "out")])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert str(folder) in error
+    assert "Traceback" not in error
+
+
+def test_the_firing_rates_saved_beside_an_sae_are_used(trained: dict[str, Any], tmp_path: Path) -> None:
+    args = ["autopsy", str(trained["sae"]), "--n-tokens", "600", "--dead-rate", "0.003", "--out", str(tmp_path)]
+    cli.main(args)
+    read = json.loads((tmp_path / "autopsy.json").read_text())
+    assert read["settings"]["dead_rate"] == 0.003
+    rates = 10 ** load_file(trained["sae"] / "sparsity.safetensors")["sparsity"][read["dead"]["feature"]].double()
+    given = torch.tensor(read["dead"]["past_rate"], dtype=torch.float64)
+    torch.testing.assert_close(given, torch.where(rates > 1e-9, rates, 0.0), rtol=1e-4, atol=1e-9)
+    assert max(read["dead"]["silent_tokens"]) > 0
