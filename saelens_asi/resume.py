@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,15 @@ from torch import Tensor
 
 MANIFEST = "manifest.json"
 LOCK, WRITER = ".writer.lock", ".writer.json"
+
+# Endings of the hidden names that a folder has until it is whole, or until the one in its place is.
+_UNFINISHED, _REPLACED = ".tmp", ".old"
+
+# What a disk that is full, or gone, raises: Python, torch's writer and safetensors each say it in their own way.
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+# Of the time of a run that its checkpoints may take.
+_SHARE_OF_TIME = 0.01
 
 _CHUNK = 1 << 24  # bytes read at a time for a checksum
 
@@ -101,8 +111,8 @@ def folder_written_whole(path: str | Path, facts: Mapping[str, Any]) -> Iterator
         facts: what the manifest tells beside its files, as JSON.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}{_REPLACED}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
@@ -118,6 +128,18 @@ def folder_written_whole(path: str | Path, facts: Mapping[str, Any]) -> Iterator
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a folder of this name was never whole, or was being replaced, when its process was killed."""
+    return name.startswith(".") and name.endswith((_UNFINISHED, _REPLACED))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they wrote; for its only writer to call."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and is_unfinished(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -177,6 +199,47 @@ def _difference(path: Path, name: str, listed: Mapping[str, Any]) -> str | None:
     if path.stat().st_size != listed["bytes"]:
         return f"{name} has {path.stat().st_size} bytes, not {listed['bytes']}"
     return f"the checksum of {name} differs" if checksum(path) != listed["xxh3_128"] else None
+
+
+def check_writable(setting: str, folder: str | Path) -> None:
+    """Make a folder where it is not there. Raises ValueError, naming the setting, where it cannot be written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{setting}={str(folder)!r} cannot be written to ({error}): give another folder") from None
+
+
+class CheckpointClock:
+    """When a checkpoint by time is due.
+
+    Attributes:
+        minutes: between two, and longer where they would take over 1 % of the time; 0: never.
+        seconds_of_last: what the last one took.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.seconds_of_last = minutes, 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The time to the next checkpoint begins now."""
+        self._started = time.monotonic()
+
+    def is_due(self) -> bool:
+        wait = max(60 * self.minutes, self.seconds_of_last / _SHARE_OF_TIME)
+        return self.minutes > 0 and time.monotonic() - self._started >= wait
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the writing of a checkpoint: what it takes counts where it ends well."""
+        began = time.monotonic()
+        try:
+            yield
+            self.seconds_of_last = time.monotonic() - began
+        finally:
+            self.start()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch.nn.functional import embedding_bag
 
 from saelens_asi.activations.sae_state import SCALED_OUTSIDE, has_hooks, replaced_methods, stock_methods
 from saelens_asi.evaluation.metrics import RunningReconstruction
-from saelens_asi.resume import checksum, tensor_metadata
+from saelens_asi.resume import checksum, is_unfinished, tensor_metadata
 from saelens_asi.sparse.topk import top_k
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,8 @@ def _in_folder(root: Path) -> list[SAESource]:
     weights = {path.parent for path in root.rglob(SAE_WEIGHTS_FILENAME)}
     # An SAE whose weights are lost is one that cannot be loaded, not one that nobody asked for.
     alone = {path.parent for path in root.rglob(SAE_CFG_FILENAME) if path.parent not in weights and _is_of_sae(path)}
-    folders = sorted((one for one in weights | alone if not _is_unfinished(one.relative_to(root))), key=_natural)
+    whole = (one for one in weights | alone if not any(map(is_unfinished, one.relative_to(root).parts)))
+    folders = sorted(whole, key=_natural)
     if not folders:
         raise ValueError(
             f"{root} holds no SAE: nowhere below it are {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}, which "
@@ -242,11 +243,6 @@ def _is_of_sae(path: Path) -> bool:
         return {"architecture", "d_sae"} <= _json_object(path).keys()
     except ValueError:
         return False
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Whether a folder is the temporary one of a checkpoint whose writing was cut off."""
-    return any(part.startswith(".") and part.endswith((".tmp", ".old")) for part in path.parts)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from saelens_asi.resume import damage, folder_written_whole, read_manifest
+from saelens_asi.resume import CheckpointClock, check_writable, damage, folder_written_whole, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +16,6 @@ CHECKPOINTS = "checkpoints"
 
 # How many stay: should the newest be damaged, there is the one before.
 KEPT = 2
-
-# Of the time of a run that checkpoints by time may take: the interval is longer where one takes more.
-_SHARE_OF_TIME = 0.01
-
-# What a disk that is full, or gone, raises: Python, torch and safetensors each say it in their own way.
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class Checkpoints:
@@ -40,9 +30,7 @@ class Checkpoints:
     def __init__(self, folder: Path, every: int, minutes: float) -> None:
         self.folder = folder / CHECKPOINTS
         self._good: list[Path] = []
-        self._every, self._minutes = every, minutes
-        self._seconds_of_last = 0.0
-        self.start_clock()
+        self._every, self.clock = every, CheckpointClock(minutes)
 
     @property
     def last_good(self) -> Path | None:
@@ -53,16 +41,9 @@ class Checkpoints:
         """The run begins with the checkpoint after ``done`` steps."""
         self._good = [self.path(done)]
 
-    def start_clock(self) -> None:
-        """The time to the next checkpoint begins now."""
-        self._last = time.monotonic()
-
     def is_due(self, done: int) -> bool:
         """Whether there should be one now, after ``done`` steps."""
-        if self._every and done % self._every == 0:
-            return True
-        wait = max(60 * self._minutes, self._seconds_of_last / _SHARE_OF_TIME)
-        return self._minutes > 0 and time.monotonic() - self._last >= wait
+        return bool(self._every and done % self._every == 0) or self.clock.is_due()
 
     @property
     def saved_steps(self) -> int:
@@ -76,15 +57,11 @@ class Checkpoints:
     @contextmanager
     def writing(self, done: int) -> Iterator[Path]:
         """A temporary folder that becomes the checkpoint after ``done`` steps; then all but the newest two go."""
-        started, path = time.monotonic(), self.path(done)
-        try:
-            with folder_written_whole(path, {"step": done}) as unfinished:
-                yield unfinished
-            self._good.append(path)
-            self._seconds_of_last = time.monotonic() - started
-            self._remove_old()
-        finally:
-            self.start_clock()
+        path = self.path(done)
+        with self.clock.timed(), folder_written_whole(path, {"step": done}) as unfinished:
+            yield unfinished
+        self._good.append(path)
+        self._remove_old()
 
     def _remove_old(self) -> None:
         """Those that were passed over as damaged go too."""
@@ -92,11 +69,6 @@ class Checkpoints:
         for path in _by_step(self.folder):
             if path not in self._good:
                 shutil.rmtree(path, ignore_errors=True)
-
-    def remove_unfinished(self) -> None:
-        """Remove what earlier processes were killed over."""
-        for path in (*self.folder.glob(".step_*.tmp"), *self.folder.glob(".step_*.old")):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -160,12 +132,7 @@ def check_folder(folder: Path, n_bytes: int, n_bytes_at_the_end: int) -> None:
         n_bytes: of a checkpoint. One more than stay are there while one is written.
         n_bytes_at_the_end: of what is written beside them.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"out={str(folder)!r} cannot be written to ({error}): give another folder") from None
+    check_writable("out", folder)
     to_come = max(1, KEPT + 1 - len(checkpoints_in(folder)))
     needed, free = to_come * n_bytes + n_bytes_at_the_end, shutil.disk_usage(folder).free
     if free < needed:

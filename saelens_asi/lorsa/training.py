@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from saelens_asi.history import LORSA_HISTORY, History
 from saelens_asi.interrupts import Interrupts
 from saelens_asi.lorsa.attention import attention_module
-from saelens_asi.lorsa.checkpoints import DISK_ERRORS, Checkpoints, check_folder
+from saelens_asi.lorsa.checkpoints import Checkpoints, check_folder
 from saelens_asi.lorsa.config import from_dict
 from saelens_asi.lorsa.io import save_lorsa
 from saelens_asi.lorsa.model import Lorsa
@@ -35,7 +35,7 @@ from saelens_asi.lorsa.run_folder import (
     write_state,
 )
 from saelens_asi.lorsa.sequences import ModelSequences, Sequences, finite_sequences
-from saelens_asi.resume import one_writer
+from saelens_asi.resume import DISK_ERRORS, one_writer, remove_unfinished
 from saelens_asi.sparse.finite import all_finite
 from saelens_asi.sparse_adam import SparseAdam
 
@@ -290,7 +290,7 @@ class TrainingRun:
             json.dumps(self.lorsa.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:  # or no checkpoint could be written
             raise ValueError(f"lorsa.provenance cannot be written as JSON: {error}") from None
-        self._checkpoints.remove_unfinished()
+        remove_unfinished(self._checkpoints.folder)
         if resume:
             self.restore()
         elif overwrite:
@@ -304,7 +304,7 @@ class TrainingRun:
             raise FloatingPointError(f"weights are not finite before the first step; {self._last_good()}")
         if self.folder is not None and self._checkpoints is not None:
             self.history.write_to(self.folder / LORSA_HISTORY)
-            self._checkpoints.start_clock()
+            self._checkpoints.clock.start()
         self.lorsa.provenance["training"] = asdict(self.settings)
         self.lorsa.train()
         self._start = time.perf_counter()

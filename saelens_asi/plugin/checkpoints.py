@@ -16,19 +16,22 @@ from typing import Any, Literal
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
-from saelens_asi.resume import MANIFEST, damage, differences, folder_written_whole, read_manifest
+from saelens_asi.resume import (
+    DISK_ERRORS,
+    MANIFEST,
+    CheckpointClock,
+    damage,
+    differences,
+    folder_written_whole,
+    read_manifest,
+    remove_unfinished,
+)
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 
 Reason = Literal["interval", "interrupt", "failure", "asked for"]
-
-# Of the time of a run that checkpoints may take: the interval is longer where one takes more.
-_SHARE_OF_TIME = 0.01
-
-# What a disk that is full, or gone, raises: Python, torch's writer, and safetensors' each say it in their own way.
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 # Of an SAE's config: of another machine, of the weights' start, or of how the run is kept. A resume may change them.
 _FREE = {
@@ -67,37 +70,24 @@ class Keeper:
 
     def __init__(self, settings: KeepSettings, folder: Path, facts: Callable[[], Mapping[str, Any]]) -> None:
         self.folder, self.settings, self._facts = folder, settings, facts
-        self._last = time.monotonic()
-        self._seconds_of_last = 0.0
+        self.clock = CheckpointClock(settings.checkpoint_minutes)
         self.last_good: Path | None = None
 
-    def start_clock(self) -> None:
-        self._last = time.monotonic()
-
     def is_due(self, name: str) -> bool:
-        """Whether a checkpoint by time is due, that would have this name; a slow disk makes them rarer."""
-        if self.last_good == self.folder / name:
-            return False
-        minutes = self.settings.checkpoint_minutes
-        wait = max(60 * minutes, self._seconds_of_last / _SHARE_OF_TIME)
-        return minutes > 0 and time.monotonic() - self._last >= wait
+        """Whether a checkpoint by time is due, that would have this name."""
+        return self.last_good != self.folder / name and self.clock.is_due()
 
     @contextmanager
     def writing(self, name: str, reason: Reason) -> Iterator[Path]:
         """A temporary folder that becomes the checkpoint ``name``; those that need not stay are removed after it."""
-        started = time.monotonic()
         path = self.folder / name
-        self._remove_unfinished()
+        remove_unfinished(self.folder)
         facts = {**self._facts(), "reason": reason, "written": time.time()}
-        try:
-            with folder_written_whole(path, facts) as unfinished:
-                yield unfinished
-            self.last_good = path
-            self._seconds_of_last = time.monotonic() - started
-            logger.info("wrote checkpoint %s in %.1f s (%s)", path, self._seconds_of_last, reason)
-            self._remove_old()
-        finally:
-            self._last = time.monotonic()
+        with self.clock.timed(), folder_written_whole(path, facts) as unfinished:
+            yield unfinished
+        self.last_good = path
+        logger.info("wrote checkpoint %s in %.1f s (%s)", path, self.clock.seconds_of_last, reason)
+        self._remove_old()
 
     def save_or_warn(self, save: Callable[[], None]) -> None:
         """Save a checkpoint that the run can go on without: a disk that is full ends no training."""
@@ -106,14 +96,6 @@ class Keeper:
         except DISK_ERRORS as error:
             kept = f"the last good one is {self.last_good}" if self.last_good else "there is none yet"
             logger.warning("no checkpoint was written (%s): %s; the run goes on, and tries again later", error, kept)
-
-    def _remove_unfinished(self) -> None:
-        """What earlier processes were killed over; this process is the only one that writes here."""
-        for path in self.folder.glob(".*.tmp"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(".*.old"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> None:
         run = self._facts().get("run")

@@ -68,7 +68,7 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
         place_histories(self)
         initialize_multi_trainer(self, super()._estimate_scaling_factors)
         if self.keeper is not None:
-            self.keeper.start_clock()
+            self.keeper.clock.start()
 
     def _maybe_log_sparsity(self, final: bool = False) -> None:
         """SAELens's first act of a step: between two steps, so here is where a run is saved, or ends on a signal."""

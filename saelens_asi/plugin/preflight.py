@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from sae_lens.config import SAETrainerConfig
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.recorder import output_folder
 from saelens_asi.plugin.stream import Provider, check_hooks, find_store
+from saelens_asi.resume import check_writable
 
 
 class PlannedRun(Protocol):
@@ -52,14 +52,8 @@ def check_sae(sae: AnyTrainingSAE) -> None:
 def check_folders(folders: dict[str, str | Path | None], saes: list[AnyTrainingSAE]) -> None:
     """Raise ValueError, naming the setting, for a folder that cannot be written or whose disk is too small."""
     for setting, folder in folders.items():
-        if folder is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(f"{setting}={str(folder)!r} cannot be written to: {error}") from None
+        if folder is not None:
+            check_writable(setting, folder)
     checkpoints = folders.get("checkpoint_path")
     if checkpoints is None:
         return

@@ -130,7 +130,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             with self._kept() as self.data_provider:
                 self._initialize_if_pending()
                 if self.keeper is not None:
-                    self.keeper.start_clock()
+                    self.keeper.clock.start()
                 return super().fit()
         finally:
             self._sparse_steps.finish()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from saelens_asi.activations.reader import signals_held_back
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
-from saelens_asi.resume import MANIFEST, damage, folder_written_whole, one_writer
+from saelens_asi.resume import MANIFEST, damage, folder_written_whole, one_writer, remove_unfinished
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from saelens_asi.sweep.cells import Cell, SweepRow, SweepStore
@@ -244,11 +243,10 @@ def _is_saved(folder: Path) -> bool:
 
 def _remove_unfinished(out: Path) -> None:
     """What runs left that were killed while they wrote; nobody else writes here now."""
-    for path in [*out.glob("*.json*.tmp"), *(out / "saes").glob("*/.*.tmp"), *(out / "saes").glob("*/.*.old")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for path in out.glob("*.json*.tmp"):
+        path.unlink()
+    for folder in (out / "saes").glob("*/"):
+        remove_unfinished(folder)
 
 
 def sae_folder(out: str | Path, cell: Cell, hook_name: str) -> Path:

@@ -24,7 +24,6 @@ from saelens_asi.lorsa import (
     LorsaTraining,
     ModelSequences,
     batches,
-    checkpoints,
     initialize_lorsa_,
     load_lorsa,
     read_attention,
@@ -261,7 +260,7 @@ def test_checkpoints_come_by_time_and_take_at_most_one_per_cent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("saelens_asi.resume.time.monotonic", lambda: now[0])
     kept = Checkpoints(tmp_path, every=0, minutes=10)
     for seconds, due in ((599, False), (600, True)):
         now[0] = seconds

@@ -26,6 +26,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_asi import ActiveSubspaceInit
+from saelens_asi import resume as resuming
 from saelens_asi.plugin import checkpoints as keeping
 from saelens_asi.plugin.trainer import PluginTrainer
 from saelens_asi.resume import MANIFEST, damage, one_writer, read_manifest
@@ -248,7 +249,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
 
 
 def test_checkpoints_by_time_and_how_many_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(keeping, "_SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr(resuming, "_SHARE_OF_TIME", 1e9)
     trainer = _by_hand(tmp_path, n_checkpoints=2, checkpoint_minutes=1e-9, keep_checkpoints=3)
     trainer.fit()
     told = [(int(path.name) // tiny.BATCH, read_manifest(path)["reason"]) for path in _checkpoints(tmp_path)]
@@ -272,7 +273,7 @@ def test_checkpoints_take_at_most_their_share_of_the_time(tmp_path, monkeypatch)
 
 
 def test_no_checkpoints_by_time_where_none_are_wanted(tmp_path, monkeypatch):
-    monkeypatch.setattr(keeping, "_SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr(resuming, "_SHARE_OF_TIME", 1e9)
     _by_hand(tmp_path, checkpoint_minutes=0).fit()
     assert _checkpoints(tmp_path) == []
 
