@@ -5,12 +5,68 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+# Of these many signals ``signals_held_back`` holds the last no longer: what they wait for may hang.
+_PATIENCE = 3
+
+
+@contextmanager
+def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[dict[signal.Signals, Any]]:
+    """Inside the block SIGINT and SIGTERM go to ``handle``; gives what they went to before.
+
+    In the main thread; elsewhere Python has no handlers to replace. A handler that was not set from Python cannot be
+    put back, and one that ignores the signal goes on to do so: neither is replaced.
+    """
+    before: dict[signal.Signals, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler is not None and handler is not signal.SIG_IGN:
+                    before[number] = handler
+                    signal.signal(number, handle)
+        yield before
+    finally:
+        _put_back(before)
+
+
+def _put_back(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM, also a second one, wait for the end of the block; gives whether one has come.
+
+    The block looks at that where its work is whole, saves it and ends. The signal then does what it would have done;
+    where its handler comes back, KeyboardInterrupt is raised. A third one goes through at once.
+    """
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) >= _PATIENCE:
+            _put_back(before)
+            received.clear()
+            signal.raise_signal(number)
+        else:
+            logger.warning("signal %d: saving what there is first", number)
+
+    try:
+        with _handled_by(hold) as before:
+            yield lambda: bool(received)
+    finally:
+        if received:
+            signal.raise_signal(received[0])
+            raise KeyboardInterrupt
 
 
 class Interrupts:
@@ -26,23 +82,9 @@ class Interrupts:
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
-        """Inside the block a signal is noted and no more, however often it comes; one that is ignored stays ignored.
-
-        In the main thread; elsewhere Python has no handlers to hold back.
-        """
-        if threading.current_thread() is not threading.main_thread():
+        """Inside the block a signal is noted and no more, however often it comes."""
+        with _handled_by(self._note) as self._before:
             yield
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if handler is not None and handler is not signal.SIG_IGN:
-                self._before[number] = handler
-                signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
         self.deliver()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

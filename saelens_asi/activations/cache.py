@@ -20,8 +20,9 @@ from torch import Tensor
 
 from saelens_asi.activations.fingerprint import check_fingerprints, fingerprints, sealed, unsealed
 from saelens_asi.activations.hooks import HookedModel, hook_points
-from saelens_asi.activations.reader import TextPass, signals_held_back
+from saelens_asi.activations.reader import TextPass
 from saelens_asi.activations.tokens import TokenData
+from saelens_asi.interrupts import signals_held_back
 from saelens_asi.resume import differences, one_writer, write_json
 
 _STATE = "cache.json"

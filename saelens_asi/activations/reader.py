@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,51 +22,6 @@ from saelens_asi.activations.hooks import (
 from saelens_asi.activations.tokens import TokenData, token_batches
 
 logger = logging.getLogger(__name__)
-
-
-# Of these many signals the last is no longer held back: what they wait for may hang.
-_PATIENCE = 3
-
-
-@contextmanager
-def signals_held_back() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM, also a second one, wait for the end of the block; gives whether one has come.
-
-    The block looks at that where its work is whole, saves it and ends. The signal then does what it would have done;
-    where its handler comes back, KeyboardInterrupt is raised. A third one goes through at once. In threads other than
-    the main one nothing is held back.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) >= _PATIENCE:
-            restore()
-            received.clear()
-            signal.raise_signal(number)
-        else:
-            logger.warning("signal %d: saving what there is first", number)
-
-    # A handler that was not set from Python cannot be put back; one that ignores the signal goes on to do so.
-    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-    for number in before:
-        signal.signal(number, hold)
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()
-        if received:
-            signal.raise_signal(received[0])
-            raise KeyboardInterrupt
 
 
 class Windows(NamedTuple):

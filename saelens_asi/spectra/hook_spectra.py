@@ -23,8 +23,9 @@ from saelens_asi.activations.fingerprint import (
     fingerprints,
 )
 from saelens_asi.activations.hooks import HookedModel, as_vectors, hook_points, resolve_hook_names
-from saelens_asi.activations.reader import TextPass, signals_held_back
+from saelens_asi.activations.reader import TextPass
 from saelens_asi.activations.tokens import TokenData
+from saelens_asi.interrupts import signals_held_back
 from saelens_asi.resume import differences, load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.activations.reader import signals_held_back
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
+from saelens_asi.interrupts import signals_held_back
 from saelens_asi.resume import MANIFEST, damage, folder_written_whole, one_writer, remove_unfinished
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
