@@ -53,6 +53,7 @@ class KeptRun:
     checkpoint_thresholds: list[int]
     n_training_samples: int
     keeper: Keeper | None = None
+    _checked: Path | None = None  # the checkpoint that was looked for, and found whole and fitting
 
     @abstractmethod
     def misfit(self, path: Path) -> str:
@@ -128,6 +129,7 @@ class KeptRun:
         if found is None:
             logger.warning("no checkpoint to resume from: the run starts at its beginning")
         else:
+            self._checked = found
             self._go_on_in(found.parent)
         return found
 
@@ -137,6 +139,9 @@ class KeptRun:
 
     def _check_resume(self, path: Path) -> None:
         """Raise ValueError for a checkpoint that is damaged, or of a run with other settings."""
+        if path == self._checked:  # every byte of it was read a moment ago
+            self._checked = None
+            return
         check_whole(path)
         refuse_misfit(path, self.misfit(path))
 

@@ -42,7 +42,7 @@ from saelens_asi.plugin.recorder import (
     output_folder,
 )
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
-from saelens_asi.plugin.stream import ActivationStream, Batch, check_hooks, find_store, open_stream
+from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
 from saelens_asi.resume import write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -140,7 +140,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             return
         self.sae.to(self.cfg.device)
         hook_name = getattr(find_store(self.data_provider, self.evaluator), "hook_name", "activations")
-        check_hooks(self.data_provider, self.evaluator, {hook_name: self.sae.cfg.d_in})
         self._estimate_normalization()
         with open_stream(self.data_provider, self.evaluator, [hook_name]) as stream:
             initialize_together({hook_name: [self]}, until_interrupted(stream, self.interrupts))
