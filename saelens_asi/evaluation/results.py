@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import pandas as pd
-import torch
-import xxhash
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from saelens_asi.activations.fingerprint import content_checksum
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.saes import SAESource
@@ -191,7 +190,4 @@ class EvaluationFolder:
 
     def _checksum(self, name: str, values: Mapping[str, Any], counts: Tensor) -> str:
         """Of one evaluation with its name, counts and the settings it was measured with."""
-        own = [self._settings, name, values, str(counts.dtype), list(counts.shape)]
-        digest = xxhash.xxh3_128(json.dumps(own, sort_keys=True).encode())
-        digest.update(counts.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return content_checksum({name: counts}, json.dumps([self._settings, values], sort_keys=True))
