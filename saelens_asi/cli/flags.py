@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from saelens_asi.activations.hooks import layer_hooks, parse_layers
 from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, load_documents, load_model
+from saelens_asi.plugin.preflight import device_problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -165,11 +166,9 @@ def check_folder(out: Path) -> None:
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device that torch does not know, or that is not here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {device!r} cannot be used: {reason}") from None
+    problem = device_problem(device)
+    if problem is not None:
+        raise ValueError(f"--device {device!r} cannot be used: {problem}")
 
 
 def layer_numbers(layers: Sequence[str], n_layers: int) -> list[int]:

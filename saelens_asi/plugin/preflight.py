@@ -35,12 +35,20 @@ def check_run(trainer: PlannedRun) -> None:
         check_hooks(trainer.data_provider, trainer.evaluator, {store.hook_name: trainer.sae.cfg.d_in})
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError for a device that is not there."""
+def device_problem(device: str) -> str | None:
+    """Why torch cannot use a device here, in its own words; None where it can."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        return str(error).split("\n")[0]
+    return None
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that is not there."""
+    problem = device_problem(device)
+    if problem is not None:
+        raise ValueError(f"device={device!r} cannot be used here: {problem}")
 
 
 def check_sae(sae: AnyTrainingSAE) -> None:
