@@ -37,7 +37,7 @@ from saelens_asi.cli.flags import (
     open_text,
 )
 from saelens_asi.evaluation.metrics import SAEEvaluation
-from saelens_asi.evaluation.run import evaluate
+from saelens_asi.evaluation.run import evaluate_each
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.spectra.hook_spectra import activation_spectra
@@ -102,10 +102,13 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
         saes[name] = SAE.load_from_disk(settings.out / folder_name(name), device=settings.device)
 
     print("\nEvaluating on held-out text", flush=True)
-    records: dict[str, SAEEvaluation] = evaluate(
+    found = evaluate_each(
         saes, model, held_out, hook_name=hook_name, n_tokens=settings.held_out_tokens,
         loss_tokens=settings.loss_tokens, context_size=settings.context_size, ranks=False,
     )  # fmt: skip
+    if found.left_out:
+        raise ValueError("; ".join(found.left_out.values()))
+    records = found.records
     rows = {name: _row(records[name], 1000 * seconds[name] / settings.training_tokens) for name in saes}
     n_figure = min(settings.held_out_tokens, _FIGURE_TOKENS_PER_DIMENSION * d_in)
     spectrum = activation_spectra(model, held_out, hook_name, n_figure, context_size=settings.context_size)[hook_name]
