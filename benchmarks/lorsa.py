@@ -35,8 +35,8 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.attention import AttentionTarget
+from saelens_asi.lorsa.run import make_optimizer
 from saelens_asi.lorsa.sparse_features import decode
-from saelens_asi.lorsa.training import make_optimizer
 from tests.helpers.hooked import load_hooked_transformer
 
 Result = TypeVar("Result")

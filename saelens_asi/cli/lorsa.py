@@ -25,13 +25,14 @@ from saelens_asi.cli.flags import (
 )
 from saelens_asi.lorsa.attach import lorsa_loss_recovered
 from saelens_asi.lorsa.attention import read_attention
+from saelens_asi.lorsa.config import LorsaTraining
 from saelens_asi.lorsa.initialization import LorsaInit, initialize_lorsa_
 from saelens_asi.lorsa.io import load_lorsa
 from saelens_asi.lorsa.metrics import lorsa_metrics
 from saelens_asi.lorsa.model import Lorsa
 from saelens_asi.lorsa.run_folder import check_unused
 from saelens_asi.lorsa.sequences import CachedSequences, ModelSequences, Sequences, batches, token_windows
-from saelens_asi.lorsa.training import LorsaTraining, train_lorsa
+from saelens_asi.lorsa.training import train_lorsa
 from saelens_asi.resume import written_whole
 
 

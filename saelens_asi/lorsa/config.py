@@ -1,4 +1,4 @@
-"""Settings of a Lorsa, frozen and inert."""
+"""Settings of a Lorsa and of its training, frozen and inert."""
 
 from __future__ import annotations
 
@@ -153,6 +153,91 @@ class LorsaConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LorsaConfig:
         """Inverse of ``to_dict``. Raises ValueError for a setting that does not exist."""
+        return from_dict(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LorsaTraining:
+    """Settings of a training run. Frozen and inert.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences a step.
+        lr: learning rate after warm-up.
+        lr_warm_up_steps: first steps, in which the learning rate rises linearly from zero.
+        lr_decay_steps: last steps, in which it falls linearly to zero.
+        optimizer: ``"adam"``, or ``"sparse_adam"``: features that do not fire in a step keep their rows of W_V and
+            W_O, b_V and all moments.
+        betas: decay of the optimizer's first and second moments in a step.
+        train_qk: whether queries and keys are trained too.
+        k_start: features active at a position in the first step; it falls linearly to the config's k. None: k itself.
+        k_warm_up_steps: steps in which it falls from ``k_start``; 0 without one.
+        max_grad_norm: gradients are scaled down to this norm; None: never.
+        seed: of the order of the sequences.
+        log_every: steps between two lines of the history.
+        checkpoint_minutes: minutes between two checkpoints, and longer where they would take over 1 % of the time;
+            0: none by time.
+        checkpoint_every: steps between two checkpoints, beside those by time; 0: none by steps.
+        max_skipped_fraction: share of positions that may be left out because their sequence holds a number that is
+            not finite. Above it the run stops.
+        dead_after: positions after which a feature that has not fired counts as dead in the history.
+    """
+
+    steps: int
+    batch_size: int = 8
+    lr: float = 4e-4
+    lr_warm_up_steps: int = 20
+    lr_decay_steps: int = 0
+    optimizer: Literal["adam", "sparse_adam"] = "sparse_adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    train_qk: bool = True
+    k_start: int | None = None
+    k_warm_up_steps: int = 0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_minutes: float = 10.0
+    checkpoint_every: int = 0
+    max_skipped_fraction: float = 0.01
+    dead_after: int = 100_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, least in (("steps", 1), ("batch_size", 1), ("log_every", 1), ("dead_after", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("lr_warm_up_steps", "lr_decay_steps", "k_warm_up_steps", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes} must be a number of at least 0")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must lie in [0, 1]")
+        if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
+            raise ValueError(
+                f"lr_warm_up_steps={self.lr_warm_up_steps} and lr_decay_steps={self.lr_decay_steps} exceed "
+                f"steps={self.steps}: shorten them"
+            )
+        if self.optimizer not in ("adam", "sparse_adam"):
+            raise ValueError(f"optimizer={self.optimizer!r} must be 'adam' or 'sparse_adam'")
+        if (self.k_start is None) != (self.k_warm_up_steps == 0):
+            raise ValueError("k_start and k_warm_up_steps go together: give both, or neither")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.lr_warm_up_steps) if self.lr_warm_up_steps else 1.0
+        decay = min(1.0, (self.steps - step) / self.lr_decay_steps) if self.lr_decay_steps else 1.0
+        return self.lr * min(warm, decay)
+
+    def k_at(self, step: int, k: int) -> int:
+        """Features active at a position in a step, for a Lorsa with this ``k``."""
+        if self.k_start is None or step >= self.k_warm_up_steps:
+            return k
+        return round(self.k_start + (k - self.k_start) * step / self.k_warm_up_steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LorsaTraining:
+        """From plain values, as JSON has them. Raises ValueError for a setting that does not exist."""
         return from_dict(cls, values)
 
 

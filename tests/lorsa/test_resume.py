@@ -32,7 +32,7 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.checkpoints import Checkpoints, last_checkpoint
-from saelens_asi.lorsa.training import TrainingRun, batch_index
+from saelens_asi.lorsa.run import TrainingRun, batch_index
 from saelens_asi.resume import checksum
 from saelens_asi.sparse_adam import SparseAdam
 from tests.helpers import tiny_attention

@@ -33,7 +33,7 @@ from saelens_asi.lorsa import (
     train_lorsa,
 )
 from saelens_asi.lorsa.read import firing_rates, words_of
-from saelens_asi.lorsa.training import TrainingRun, batch_index
+from saelens_asi.lorsa.run import TrainingRun, batch_index
 from saelens_asi.plots import plot_reading
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
