@@ -20,7 +20,7 @@ from saelens_asi.activations import reader
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import hook_points, read_activations
 from tests.helpers import tiny
-from tests.helpers.damage import Hostile, assert_survives_kills, damages
+from tests.helpers.damage import Hostile, assert_survives_kills, damages, hit_in_the_third_batch
 
 HOOKS = ["blocks.0.hook_attn_out", "blocks.1.attn.hook_z"]
 HOW: dict[str, Any] = {"batch_size": 4, "context_size": 16, "progress": False}
@@ -244,22 +244,11 @@ def test_damaged_caches_are_refused_or_right(damage, model, dataset, tmp_path_fa
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
-def test_signals_let_the_batch_end_and_save_it(number, times, model, dataset, tmp_path, monkeypatch):
-    rows, stock = list(dataset), reader.read_activations
+def test_signals_let_the_batch_end_and_save_it(number, times, model, dataset, tmp_path):
+    rows = list(dataset)
     signal.signal(signal.SIGTERM, lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt("SIGTERM")))
-    calls: list[int] = []
-
-    def hit(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            for _ in range(times):
-                signal.raise_signal(number)
-        stock(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reader, "read_activations", hit)
-        with pytest.raises(KeyboardInterrupt):
-            cache_activations(tmp_path / "parts", model, rows, HOOKS, 400, **HOW)
+    with hit_in_the_third_batch(number, times), pytest.raises(KeyboardInterrupt):
+        cache_activations(tmp_path / "parts", model, rows, HOOKS, 400, **HOW)
     assert json.loads((tmp_path / "parts" / "cache.json").read_text())["n_batches"] == 3
     parts = cache_activations(tmp_path / "parts", model, rows, HOOKS, 400, **HOW)
     whole = cache_activations(tmp_path / "whole", model, rows, HOOKS, 400, **HOW)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import random
 from pathlib import Path
@@ -19,6 +18,7 @@ from sae_lens.training.optim import get_lr_scheduler
 from saelens_asi import autopsy
 from saelens_asi.dead_features.momentum import _feature_moments, load_optimizer_state, silent_drift
 from tests.helpers import planted, tiny
+from tests.helpers.damage import Hostile
 
 
 def _checkpoint(folder: Path, architecture: str, **changes: Any) -> tuple[Any, Path]:
@@ -127,14 +127,6 @@ def test_features_that_fired_seldom_in_training_are_not_called_outside():
     assert "excludes more than one in 1,000" in without.summary()
 
 
-class _Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.target),))
-
-
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "folder", "missing"])
 def test_a_state_that_cannot_be_read_is_named_and_never_executed(damage, tmp_path):
     _, path = _checkpoint(tmp_path, "topk", optimizer="sparse_adam")
@@ -146,7 +138,7 @@ def test_a_state_that_cannot_be_read_is_named_and_never_executed(damage, tmp_pat
     elif damage == "text":
         file.write_text("no state")
     elif damage == "pickle":
-        file.write_bytes(pickle.dumps(_Hostile(tmp_path / "executed")))
+        file.write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
     elif damage == "folder":
         file.mkdir()
     with pytest.raises(ValueError, match=r"optimizer_state='.*end"):

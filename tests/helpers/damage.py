@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
+from saelens_asi.activations import reader
 from tests.helpers import resumable
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,23 @@ class Damage:
             path.mkdir()
             return
         path.write_bytes(content)
+
+
+@contextmanager
+def hit_in_the_third_batch(number: signal.Signals, times: int) -> Iterator[None]:
+    """Signals to this process, from within the third forward pass over text."""
+    stock, calls = reader.read_activations, []
+
+    def hit(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            for _ in range(times):
+                signal.raise_signal(number)
+        stock(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "read_activations", hit)
+        yield
 
 
 class Hostile:

@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset
 from sae_lens import (
     CacheActivationsRunner,
-    CacheActivationsRunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
     MultiSAETrainingRunner,
@@ -86,23 +85,9 @@ def _cached(folder: Path, n_steps: int) -> None:
     cache = folder / "cached"
     if not cache.exists():
         unfinished = folder / f"cached_{os.getpid()}"  # SAELens's runner leaves half a cache when it is killed
-        cfg = CacheActivationsRunnerConfig(
-            dataset_path="tiny",
-            model_name="tiny",
-            model_batch_size=8,
-            hook_name=tiny.ATTN_OUT,
-            d_in=tiny.D_MODEL,
-            training_tokens=128 * tiny.CONTEXT,
-            context_size=tiny.CONTEXT,
-            new_cached_activations_path=str(unfinished),
-            buffer_size_gb=8 * 4 * tiny.D_MODEL * tiny.CONTEXT * 8 / 1e9,
-            device="cpu",
-            streaming=False,
-            shuffle=False,
-        )
         # The runner takes no model, and loads one by its name.
         cache_activations_runner.load_model = lambda *args, **kwargs: tiny.hooked_transformer()
-        CacheActivationsRunner(cfg, override_dataset=tiny.tokens()).run()
+        CacheActivationsRunner(tiny.cache_config(unfinished), override_dataset=tiny.tokens()).run()
         unfinished.rename(cache)
     options = {"use_cached_activations": True, "cached_activations_path": str(cache)}
     _language_model(folder, n_steps, tiny.tokens(), **options)

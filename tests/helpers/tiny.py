@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import (
+    CacheActivationsRunnerConfig,
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
@@ -140,6 +145,24 @@ def runner_config(sae: Any, folder: Path | str, **changes: Any) -> LanguageModel
         "verbose": False,
     }
     return LanguageModelSAERunnerConfig(**{**settings, **changes})
+
+
+def cache_config(folder: Path | str) -> CacheActivationsRunnerConfig:
+    """For SAELens's runner that writes activations to disk: 128 sequences at ``ATTN_OUT``."""
+    return CacheActivationsRunnerConfig(
+        dataset_path="tiny",
+        model_name="tiny",
+        model_batch_size=8,
+        hook_name=ATTN_OUT,
+        d_in=D_MODEL,
+        training_tokens=128 * CONTEXT,
+        context_size=CONTEXT,
+        new_cached_activations_path=str(folder),
+        buffer_size_gb=8 * 4 * D_MODEL * CONTEXT * 8 / 1e9,
+        device="cpu",
+        streaming=False,
+        shuffle=False,
+    )
 
 
 def run(cfg: LanguageModelSAERunnerConfig[Any], model: Any, dataset: Dataset, **overrides: Any) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from saelens_asi.lorsa import CachedSequences, Lorsa, LorsaConfig, import_llamascopium, load_lorsa, save_lorsa
+from tests.helpers.damage import Hostile
 from tests.lorsa.test_training import llamascopium_folder
 
 CONFIG = LorsaConfig(d_model=8, n_qk_heads=2, n_ov_heads=12, d_qk=4, k=2, n_ctx=8)
@@ -25,16 +24,6 @@ def other() -> Lorsa:
     lorsa = Lorsa(CONFIG, seed=1)
     lorsa.provenance = {"saved": "later"}
     return lorsa
-
-
-class Hostile:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def truncate(path: Path) -> None:

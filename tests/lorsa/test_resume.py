@@ -36,7 +36,7 @@ from saelens_asi.lorsa.run import TrainingRun, batch_index
 from saelens_asi.resume import checksum
 from saelens_asi.sparse_adam import SparseAdam
 from tests.helpers import tiny_attention
-from tests.lorsa.test_files import Hostile
+from tests.helpers.damage import Hostile
 
 LAYER, N_OV, K = 1, 64, 4
 STEPS = 20
@@ -44,16 +44,6 @@ SETTINGS: dict[str, Any] = {
     **{"steps": STEPS, "lr": 1e-3, "lr_warm_up_steps": 5, "log_every": 5},
     **{"k_start": 12, "k_warm_up_steps": 15},
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_attention.hooked("grouped queries")
-
-
-@pytest.fixture(scope="module")
-def data(model: Any) -> CachedSequences:
-    return CachedSequences.collect(model, LAYER, tiny_attention.tokens(64))
 
 
 class Noisy(CachedSequences):

@@ -42,16 +42,6 @@ from tests.helpers import tiny, tiny_attention
 LAYER, N_OV, K = 1, 64, 4
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_attention.hooked("grouped queries")
-
-
-@pytest.fixture(scope="module")
-def data(model: Any) -> CachedSequences:
-    return CachedSequences.collect(model, LAYER, tiny_attention.tokens(64))
-
-
 def made(model: Any, data: CachedSequences, **settings: Any) -> Lorsa:
     lorsa = Lorsa.from_attention(model, LAYER, n_ov_heads=N_OV, k=K)
     settings = {"d_init": 4, "n_tokens": 64 * (tiny_attention.N_CTX - 1), **settings}

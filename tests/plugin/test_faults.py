@@ -31,6 +31,7 @@ from saelens_asi.plugin import checkpoints as keeping
 from saelens_asi.plugin.trainer import PluginTrainer
 from saelens_asi.resume import MANIFEST, damage, one_writer, read_manifest
 from tests.helpers import kept_run, tiny
+from tests.helpers.damage import Hostile
 
 FLAGS: dict[str, Any] = {"initializer": ActiveSubspaceInit(d_init=4, n_tokens=256), "optimizer": "sparse_adam"}
 
@@ -358,21 +359,13 @@ def harm(path: Path, how: str, place: float) -> None:
         path.write_bytes(bytes(data))
 
 
-class _Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.target),))
-
-
 @pytest.mark.parametrize("name", ["trainer_state.pt", "data_provider.pt"])
 def test_no_pickle_is_executed(name, tmp_path):
     _by_hand(tmp_path / "run", n_checkpoints=1).fit()
     (path,) = _checkpoints(tmp_path / "run")
     assert (path / name).exists()
     with (path / name).open("wb") as file:
-        pickle.dump(_Hostile(tmp_path / "executed"), file)
+        pickle.dump(Hostile(tmp_path / "executed"), file)
     (path / MANIFEST).unlink()  # which would have told
     with pytest.raises(ValueError, match="cannot be read"):
         _by_hand(tmp_path / "again").load_trainer_state(path)

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from sae_lens import (
     CacheActivationsRunner,
-    CacheActivationsRunnerConfig,
     LoggingConfig,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -131,20 +130,7 @@ def test_multi_sae_batches_are_bit_identical(prefetch, model, dataset, tmp_path,
 def cache(model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Activations on disk, written by SAELens's own runner."""
     monkeypatch.setattr(sae_lens.cache_activations_runner, "load_model", lambda **_: model)
-    cfg = CacheActivationsRunnerConfig(
-        dataset_path="tiny",
-        model_name="tiny",
-        model_batch_size=8,
-        hook_name=tiny.ATTN_OUT,
-        d_in=tiny.D_MODEL,
-        training_tokens=128 * tiny.CONTEXT,
-        context_size=tiny.CONTEXT,
-        new_cached_activations_path=str(tmp_path / "cache"),
-        buffer_size_gb=8 * 4 * tiny.D_MODEL * tiny.CONTEXT * 8 / 1e9,
-        device="cpu",
-        streaming=False,
-        shuffle=False,
-    )
+    cfg = tiny.cache_config(tmp_path / "cache")
     CacheActivationsRunner(cfg, override_dataset=dataset).run()
     return tmp_path / "cache"
 

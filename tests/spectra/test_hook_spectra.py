@@ -20,7 +20,7 @@ from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra import hook_spectra as module
 from saelens_asi.spectra.hook_spectra import load_pass
 from tests.helpers import tiny
-from tests.helpers.damage import Hostile, assert_survives_kills, damages
+from tests.helpers.damage import Hostile, assert_survives_kills, damages, hit_in_the_third_batch
 from tests.helpers.reference import two_pass_moments
 
 TOKENS = torch.tensor(tiny.tokens(60)["tokens"])
@@ -374,21 +374,10 @@ def test_a_source_that_fails_between_batches_loses_none(model, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2)])
-def test_signals_let_the_batch_end_and_save_it(number, times, model, tmp_path, monkeypatch):
-    path, calls = tmp_path / "pass.safetensors", []
-    stock = reader.read_activations
-
-    def hit(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            for _ in range(times):
-                signal.raise_signal(number)
-        stock(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(reader, "read_activations", hit)
-        with pytest.raises(KeyboardInterrupt):
-            spectra_of(model, rows(), ALL, 900, batch_size=4, checkpoint=path)
+def test_signals_let_the_batch_end_and_save_it(number, times, model, tmp_path):
+    path = tmp_path / "pass.safetensors"
+    with hit_in_the_third_batch(number, times), pytest.raises(KeyboardInterrupt):
+        spectra_of(model, rows(), ALL, 900, batch_size=4, checkpoint=path)
     assert json.loads(tensor_metadata(path)["state"])["place"]["n_batches"] == 3
     continued = spectra_of(model, rows(), ALL, 900, batch_size=4, checkpoint=path)
     assert_same(continued, spectra_of(model, rows(), ALL, 900, batch_size=4), tolerance=0)
