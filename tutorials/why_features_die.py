@@ -63,7 +63,6 @@ def train(**flags):
         lr=3e-4,
         lr_end=3e-5,
         lr_warm_up_steps=steps // 8,
-        lr_decay_steps=steps // 4,
         device="cpu",
     )
     trainer = SAETrainer(trainer_config, sae, batches())
@@ -74,16 +73,24 @@ def train(**flags):
 # %% [markdown]
 # ## SAELens as it comes
 #
-# The optimizer's state shows whether stale momentum killed any. From a SAELens checkpoint it is
-# `optimizer_state=folder`, and on the command line `saelens-asi autopsy folder`.
+# The trainer's state shows whether stale momentum killed any, and how often features fired in training. From a SAELens
+# checkpoint it is `optimizer_state=folder`, and on the command line `saelens-asi autopsy folder`.
+#
+# No firing on n tokens excludes rates above 3 / n. So few tokens as here tell dead features from frequent ones alone:
+# `dead_rate` says so. Its default, one in 100,000, takes 300,000 silent tokens; until then features are undecided.
 
 # %%
 stock = train()
 state = {
     "optimizer": stock.optimizer.state_dict(),
+    "lr_scheduler": stock.lr_scheduler.state_dict(),
     "n_forward_passes_since_fired": stock.n_forward_passes_since_fired,
+    "act_freq_scores": stock.act_freq_scores,
+    "n_frac_active_samples": stock.n_frac_active_samples,
+    "n_training_samples": stock.n_training_samples,
 }
-found = asi.autopsy(stock.sae, held_out, optimizer_state=state)
+dead_rate = 3 / held_out.n_tokens
+found = asi.autopsy(stock.sae, held_out, optimizer_state=state, dead_rate=dead_rate)
 print(found)
 
 # %% [markdown]
@@ -118,4 +125,4 @@ for name, initializer in trials.items():
 # The last SAE, examined in the same way.
 
 # %%
-print(asi.autopsy(sae, held_out))
+print(asi.autopsy(sae, held_out, dead_rate=dead_rate))

@@ -58,6 +58,8 @@ def _remedy(verdict: Verdict, record: Autopsy, cfg: SAEConfig, started: Mapping[
             name for name in ("l1_coefficient", "l0_coefficient", "jumprelu_init_threshold") if hasattr(cfg, name)
         ]
         return f"lower {', '.join([*settings, 'lr'])}, or warm up longer (lr_warm_up_steps)"
+    if verdict == "starved":
+        return _how_to_see(record)
     if verdict == "momentum":
         drift = record.evidence.drift[record.mask("momentum")]
         return (
@@ -78,11 +80,17 @@ def _remedy(verdict: Verdict, record: Autopsy, cfg: SAEConfig, started: Mapping[
     return {
         "broken": "look for overflow in training: lower lr, and leave autocast off",
         "duplicate": "to revive them adds nothing; lower d_sae, or let them learn the error (aux_loss_coefficient)",
-        "starved": f"{record.settings.more_tokens:g} times the tokens would show most of them firing: "
-        "read more of them",
         "unexplained": "no change that was tried revives them; raise k, or "
         + (_LONGER_WINDOW if started else "set aux_loss_coefficient"),
     }[verdict]
+
+
+def _how_to_see(record: Autopsy) -> str:
+    starved = record.mask("starved")
+    if float((record.evidence.expected_margin[starved] > 0).float().mean()) >= 0.5:
+        return f"{record.settings.more_tokens:g} times the tokens would show most of them firing: read more of them"
+    missing = round(float(record.evidence.tokens_missing[starved].max()))
+    return f"they fired in training: {missing:,} more tokens would tell whether they still do"
 
 
 def _how_to_decide(record: Autopsy) -> str:

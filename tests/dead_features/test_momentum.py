@@ -122,6 +122,7 @@ def test_features_that_fired_seldom_in_training_are_not_called_outside():
     needed = dict(zip(found.dead.tolist(), found.evidence.tokens_needed.tolist(), strict=True))
     assert needed[int(rare[0])] == pytest.approx(30_000)
     assert "30,000 tokens would tell of half of them" in found.summary()
+    assert "they fired in training: 27,000 more tokens would tell whether they still do" in found.summary()
     without = autopsy(sae, x, progress=False)
     assert without.rate_excluded == pytest.approx(3 / 3000)
     assert "excludes more than one in 1,000" in without.summary()
