@@ -46,7 +46,10 @@ def check_settings(settings: ActiveSubspaceInit, sae: AnyTrainingSAE) -> None:
             f"spectrum={settings.spectrum!r} describes raw activations, but with normalize_activations={mode!r} the "
             "encoder sees others: set normalize_activations to 'none' or 'expected_average_only_in', or spectrum=None"
         )
-    width = Spectrum.load(settings.spectrum).d
+    try:
+        width = Spectrum.load(settings.spectrum).d
+    except ValueError as error:
+        raise ValueError(f"spectrum={settings.spectrum!r} cannot be loaded: {error}") from None
     if width != d_in:
         raise ValueError(f"spectrum={settings.spectrum!r} was made for width {width}, but the SAE has d_in={d_in}")
 

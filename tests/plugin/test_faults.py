@@ -472,6 +472,15 @@ def test_a_disk_too_small_is_said_at_the_start(tmp_path, monkeypatch):
         _by_hand(tmp_path).fit()
 
 
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x80" * 400])
+def test_a_spectrum_file_that_cannot_be_read_is_named_with_its_setting(content, tmp_path):
+    path = tmp_path / "spectrum.safetensors"
+    path.write_bytes(content)
+    settings = ActiveSubspaceInit(spectrum=str(path))
+    with pytest.raises(ValueError, match=rf"spectrum='{path}' cannot be loaded"):
+        _by_hand(tmp_path, initializer=settings)
+
+
 def test_a_provider_without_a_place_is_said(tmp_path, caplog):
     def batches() -> Iterator[torch.Tensor]:
         yield from tiny.batches()
