@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -82,6 +83,8 @@ def _in_process(start: Start, folder: Path) -> None:
     torch.set_num_threads(1)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this was started in the background
+    # tqdm's own is shared with the parent and all forks: one that is killed while it holds it would stop them all.
+    tqdm.set_lock(threading.RLock())
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
