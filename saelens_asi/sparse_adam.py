@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias, TypedDict, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias, TypedDict, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -216,6 +216,29 @@ class _Group(TypedDict):
     row_dim: int | None
 
 
+class RowUpdate(Protocol):
+    """Makes the gradients of some parameters and moves them in one go, as a fused kernel does."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """What it moves: parameters of the optimizer, each in one update of a step at most."""
+
+    def apply_(
+        self, moments: Sequence[tuple[Tensor, Tensor]], settings: Sequence[AdamSettings], steps: Sequence[float]
+    ) -> None:
+        """Move rows of ``params`` and of their moments in place; all other rows keep their bits.
+
+        Args:
+            moments: ``exp_avg`` and ``exp_avg_sq`` of each parameter, in its shape and layout.
+            settings: of each parameter's group.
+            steps: that the optimizer has taken with each parameter, this one included.
+        """
+
+
+# Options of a group that a RowUpdate serves.
+_OPTIONS_OF_UPDATES = {"bias_correction": "global"}
+
+
 class SparseAdam(Optimizer):
     """Adam in which a row without gradient in a step keeps its parameters and both moments untouched.
 
@@ -232,6 +255,8 @@ class SparseAdam(Optimizer):
     - A ``RowGradient`` in ``row_gradients[param]`` stands in for ``param.grad``, with rows along ``row_dim``: no
       tensor of the parameter's size need exist. It is forgotten by ``zero_grad``, as gradients are.
       ``row_norms[param]`` (n_rows,), where given beside it, are norms of the rows that the step is to keep up to date.
+    - A ``RowUpdate`` in ``row_updates`` moves its parameters itself, in place of their gradients: the optimizer keeps
+      their moments and counts their steps. It is forgotten by ``zero_grad`` too.
 
     Bias correction, ``bias_correction``:
 
@@ -265,11 +290,12 @@ class SparseAdam(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction, "row_dim": row_dim}
         self.row_gradients: dict[Tensor, RowGradient] = {}
         self.row_norms: dict[Tensor, Tensor] = {}
+        self.row_updates: list[RowUpdate] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self.row_gradients, self.row_norms = {}, {}
+        self.row_gradients, self.row_norms, self.row_updates = {}, {}, []
 
     def add_param_group(self, param_group: StateDict) -> None:
         super().add_param_group(param_group)
@@ -285,10 +311,11 @@ class SparseAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moved = self._apply_updates()
         for group in self.param_groups:
             for param in group["params"]:
                 gradient = self.row_gradients.get(param, param.grad)
-                if gradient is not None:
+                if gradient is not None and param not in moved:
                     self._step_param(param, gradient, cast("_Group", group))
         return loss
 
@@ -296,14 +323,32 @@ class SparseAdam(Optimizer):
         super().zero_grad(set_to_none)
         self.row_gradients.clear()
         self.row_norms.clear()
+        self.row_updates.clear()
+
+    def _apply_updates(self) -> set[Tensor]:
+        """Call every ``RowUpdate``; returns the parameters that are moved by it."""
+        if not self.row_updates:
+            return set()
+        groups = {param: cast("_Group", group) for group in self.param_groups for param in group["params"]}
+        claimed = [param for update in self.row_updates for param in update.params]
+        _check_claimed(claimed, groups)
+        for update in self.row_updates:
+            states = [self._state_of(p, groups[p]["row_dim"], groups[p]["bias_correction"]) for p in update.params]
+            for state in states:
+                state["step"] += 1
+            update.apply_(
+                [(state["exp_avg"], state["exp_avg_sq"]) for state in states],
+                [_settings_of(groups[param]) for param in update.params],
+                [float(state["step"]) for state in states],
+            )
+        return set(claimed)
 
     def _step_param(self, param: Tensor, gradient: Tensor | RowGradient, group: _Group) -> None:
         row_dim = 0 if isinstance(gradient, Tensor) and gradient.is_sparse else group["row_dim"]
         state = self._state_of(param, row_dim, group["bias_correction"])
         state["step"] += 1
         step = float(state["step"])
-        beta1, beta2 = group["betas"]
-        settings = AdamSettings(group["lr"], beta1, beta2, group["eps"])
+        settings = _settings_of(group)
         tensors = (param, state["exp_avg"], state["exp_avg_sq"])
         if row_dim is None:
             if isinstance(gradient, RowGradient):
@@ -372,6 +417,24 @@ def _active_rows(grad: Tensor, row_dim: int) -> RowGradient:
     active = nonzero.any(dim=other_dims) if other_dims else nonzero
     rows, by_row = active.nonzero().squeeze(1), grad.movedim(row_dim, 0)
     return RowGradient(rows, by_row if rows.numel() == by_row.shape[0] else by_row.index_select(0, rows))
+
+
+def _settings_of(group: _Group) -> AdamSettings:
+    return AdamSettings(group["lr"], *group["betas"], group["eps"])
+
+
+def _check_claimed(claimed: Sequence[Tensor], groups: Mapping[Tensor, _Group]) -> None:
+    """What the updates of a step move: parameters of this optimizer, once each, of groups with options they serve."""
+    for i, param in enumerate(claimed):
+        if param not in groups or any(param is other for other in claimed[:i]):
+            problem = "is in two of row_updates" if param in groups else "in row_updates is no parameter of the groups"
+            raise ValueError(f"a tensor of shape {tuple(param.shape)} {problem}: give each parameter to one of them")
+        for option, served in _OPTIONS_OF_UPDATES.items():
+            if groups[param][option] != served:  # type: ignore[literal-required]
+                raise ValueError(
+                    f"{option}={groups[param][option]!r} is not served by row_updates: "  # type: ignore[literal-required]
+                    f"set {option}={served!r}, or give row_gradients"
+                )
 
 
 def _check_group(group: _Group) -> None:

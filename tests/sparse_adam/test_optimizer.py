@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from saelens_asi.sparse_adam import SparseAdam
+from saelens_asi.sparse_adam import SparseAdam, adam_update_
 from tests.helpers.reference import gaussian, maths, row_adam
 
 BIAS_CORRECTIONS = ("per_row", "global")
@@ -437,3 +437,51 @@ def test_works_with_a_sparse_embedding(bias_correction):
     changed = (embedding.weight.detach() != start).any(dim=1)
     assert changed.nonzero().squeeze(1).tolist() == [1, 4, 6]
     torch.testing.assert_close(embedding.weight, dense.weight, rtol=1e-12, atol=1e-14)
+
+
+class DenseUpdate:
+    """A ``RowUpdate`` that moves every entry by ``adam_update_``."""
+
+    def __init__(self, params, grads):
+        self.params, self.grads, self.steps = params, grads, []
+
+    def apply_(self, moments, settings, steps):
+        self.steps.append(steps)
+        parts = zip(self.params, self.grads, moments, steps, settings, strict=True)
+        for param, grad, (exp_avg, exp_avg_sq), step, setting in parts:
+            adam_update_(param, grad, exp_avg, exp_avg_sq, step, setting)
+
+
+def test_a_row_update_moves_its_parameters_in_place_of_their_gradients():
+    ours, own, theirs = parameter(5, 3), parameter(5, 3), parameter(5, 3)
+    optimizer = SparseAdam([{"params": [ours], "row_dim": 0, "lr": 0.02}, {"params": [own], "row_dim": 0}], lr=0.01)
+    reference = SparseAdam([{"params": [theirs], "row_dim": 0, "lr": 0.02}])
+    for n_steps, grad in enumerate(gaussian(1, 4, 5, 3), 1):
+        update = DenseUpdate([ours], [grad])
+        optimizer.row_updates.append(update)
+        ours.grad, own.grad = torch.full_like(ours, 1e6), grad.clone()  # what is in grad has no say
+        optimizer.step()
+        optimizer.zero_grad()
+        take_steps(reference, theirs, [grad])
+        assert update.steps == [[float(n_steps)]]
+        assert optimizer.row_updates == []
+    for one, other in zip(bits(optimizer, ours), bits(reference, theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    assert optimizer.state[own]["step"] == 4
+    assert copy.deepcopy(optimizer).row_updates == []
+
+
+def test_a_row_update_is_refused_where_it_does_not_fit_before_anything_moves():
+    param, other = parameter(5, 3), parameter(5, 3)
+    optimizer = SparseAdam([param], row_dim=0, bias_correction="per_row")
+    for params, message in (
+        ([param], "bias_correction='per_row' is not served by row_updates: set bias_correction='global'"),
+        ([other], r"\(5, 3\) in row_updates is no parameter"),
+        ([param, param], r"\(5, 3\) is in two of row_updates"),
+    ):
+        optimizer.row_updates = [DenseUpdate(params, [gaussian(1, 5, 3)])]
+        if len(params) > 1:
+            optimizer.param_groups[0]["bias_correction"] = "global"
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert not optimizer.state
