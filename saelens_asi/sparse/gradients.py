@@ -96,7 +96,15 @@ def topk_gradients(
         W_enc: of the encoder.
         W_dec: of the decoder.
         workspace: holds the results until it is used for the next step.
+
+    Raises:
+        ValueError: for another number of rows, and on a CPU for features that the weights do not have.
     """
+    if activations.n_rows != d_decoded.shape[0]:
+        raise ValueError(
+            f"activations have {activations.n_rows} rows, and d_decoded {d_decoded.shape[0]}: give one each"
+        )
+    activations.check(W_dec.shape[0])
     order = activations.by_feature()
     if kernels_take(x, d_decoded, W_dec, activations.values):
         d_W_enc, d_b_enc, d_W_dec, squares = _compiled_gradients(activations, order, d_decoded, x, W_dec, workspace)

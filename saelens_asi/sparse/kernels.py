@@ -66,6 +66,7 @@ def row_lengths(table: Float[Tensor, "n d"], norms: Float[Tensor, " n"]) -> None
     (n, d), dtype = table.shape, table.dtype
     _check("row_lengths", table=(table, dtype, (n, d)), norms=(norms, dtype, (n,)))
     _run_rows(_compiled().row_lengths, n, (table, norms))
+    _mark_written(norms)
 
 
 def adam_rows(
@@ -77,16 +78,17 @@ def adam_rows(
     norms: Float[Tensor, " n"] | None,
     step_size: Float[Tensor, " n_rows"],
     root_scale: Float[Tensor, " n_rows"],
+    eps: Float[Tensor, " n_rows"],
+    kept: tuple[Float[Tensor, " n_rows"], Float[Tensor, " n_rows"]],
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    grad_shares: tuple[float, float],
     grad_scale: float,
 ) -> None:
     """Adam in place for ``rows`` of the first three tensors, whose gradient is ``grad_scale * grad``.
 
-    The update is ``step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)``: the first two carry the bias
-    corrections. The new norms of these rows go to ``norms``, where given.
+    Of either moment the share ``kept`` stays, to which ``grad_shares`` of the gradient and of its square are added. The
+    update is ``step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)``: the first two carry the bias corrections.
+    The new norms of these rows go to ``norms``, where given. Rows must not repeat, which is not looked at here.
     """
     (n, d), n_rows, dtype = param.shape, rows.numel(), param.dtype
     norms = param.new_empty(0) if norms is None else norms
@@ -100,10 +102,14 @@ def adam_rows(
         norms=(norms, dtype, (n if norms.numel() else 0,)),
         step_size=(step_size, dtype, (n_rows,)),
         root_scale=(root_scale, dtype, (n_rows,)),
+        eps=(eps, dtype, (n_rows,)),
+        kept1=(kept[0], dtype, (n_rows,)),
+        kept2=(kept[1], dtype, (n_rows,)),
     )
-    tensors = (param, exp_avg, exp_avg_sq, grad, rows, norms, step_size, root_scale)
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, grad_scale)
-    _run_rows(_compiled().adam_rows, n_rows, tensors, numbers=numbers)
+    _check_indices("adam_rows", n, rows=rows)
+    tensors = (param, exp_avg, exp_avg_sq, grad, rows, norms, step_size, root_scale, eps, *kept)
+    _run_rows(_compiled().adam_rows, n_rows, tensors, numbers=(*grad_shares, grad_scale))
+    _mark_written(param, exp_avg, exp_avg_sq, norms)
 
 
 def feature_gradients(
@@ -141,8 +147,12 @@ def feature_gradients(
         d_bias=(d_bias, dtype, (n_active,)),
         squares=(squares, dtype, (n_active,)),
     )
+    _check_indices("feature_gradients", W_dec.shape[0], active=active)
+    _check_indices("feature_gradients", d_decoded.shape[0] if n_tokens else 0, rows=rows)
+    _check_starts("feature_gradients", n_entries, starts=starts)
     outputs = (d_encoder, d_decoder, d_bias, squares)
     _run_rows(_compiled().feature_gradients, n_active, (d_decoded, x, W_dec, active, starts, rows, values, *outputs))
+    _mark_written(*outputs)
 
 
 def squared_errors_(
@@ -167,6 +177,7 @@ def squared_errors_(
         errors=(errors, dtype, (n_tokens,)),
     )
     _run_rows(_compiled().squared_errors, n_tokens, (decoded, bias, target, gradient, errors), numbers=(scale,))
+    _mark_written(decoded, gradient, errors)
 
 
 def sort_by_feature(
@@ -190,7 +201,10 @@ def sort_by_feature(
         order=(order, torch.int64, (n_entries,)),
         rows=(rows, torch.int64, (n_entries,)),
     )
+    _check_indices("sort_by_feature", starts.numel() - 2, features=features)
+    _check_starts("sort_by_feature", n_entries, row_starts=row_starts)
     _run_rows(_compiled().sort_by_feature, 1, (features, row_starts, starts, order, rows))
+    _mark_written(starts, order, rows)
 
 
 def quantize_rows(
@@ -283,6 +297,31 @@ def _check(kernel: str, **arguments: _Argument) -> None:
                 f"{kernel}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{layout}; it must be "
                 f"{dtype} {shape}, contiguous, on a CPU"
             )
+
+
+def _check_indices(kernel: str, n: int, **arguments: Int64[Tensor, " m"]) -> None:
+    """Raise ValueError, which names the argument and the entry, for an index that is not in 0 to ``n`` - 1."""
+    for name, indices in arguments.items():
+        if indices.numel() == 0:
+            continue
+        least, largest = (int(bound) for bound in indices.aminmax())
+        if least < 0 or largest >= n:
+            wrong = least if least < 0 else largest
+            place = int((indices == wrong).nonzero()[0])
+            raise ValueError(f"{kernel}: {name}[{place}] is {wrong}; it must lie in 0 to {n - 1}")
+
+
+def _check_starts(kernel: str, n_entries: int, **arguments: Int64[Tensor, " m"]) -> None:
+    """Raise ValueError, which names the argument, for bounds that do not ascend from 0 to ``n_entries``."""
+    for name, starts in arguments.items():
+        if starts.numel() == 0 or starts[0] != 0 or starts[-1] != n_entries or (starts[1:] < starts[:-1]).any():
+            raise ValueError(f"{kernel}: {name} must ascend from 0 to the number of entries, {n_entries}")
+
+
+def _mark_written(*outputs: Tensor) -> None:
+    """Tell autograd what a kernel has written: what was saved for a backward pass before is then refused there."""
+    for tensor in outputs:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _run_rows(

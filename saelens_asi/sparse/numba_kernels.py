@@ -78,7 +78,7 @@ def row_lengths(table: Floats, norms: Floats, lo: int, hi: int) -> None:
 
 
 @_for_both_dtypes(
-    lambda dtype: void(*[dtype[:, ::1]] * 4, int64[::1], *[dtype[::1]] * 3, *[dtype] * 6, int64, int64),
+    lambda dtype: void(*[dtype[:, ::1]] * 4, int64[::1], *[dtype[::1]] * 6, *[dtype] * 3, int64, int64),
 )
 def adam_rows(
     param: Floats,
@@ -89,25 +89,27 @@ def adam_rows(
     norms: Floats,
     step_size: Floats,
     root_scale: Floats,
-    beta1: Float,
+    eps: Floats,
+    kept1: Floats,
+    kept2: Floats,
     grad_share1: Float,
-    beta2: Float,
     grad_share2: Float,
-    eps: Float,
     grad_scale: Float,
     lo: int,
     hi: int,
 ) -> None:
-    """See ``kernels.adam_rows``; the shares are 1 - beta, taken before rounding to the dtype."""
+    """See ``kernels.adam_rows``."""
     for i in range(lo, hi):
         p, m, v, g = param[rows[i]], exp_avg[rows[i]], exp_avg_sq[rows[i]], grad[i]
+        # Out of the loop: for all that the compiler knows, a row could overlap them.
+        size, scale, small, keep1, keep2 = step_size[i], root_scale[i], eps[i], kept1[i], kept2[i]
         for j in range(p.shape[0]):
             gradient = g[j] * grad_scale
-            mean = beta1 * m[j] + grad_share1 * gradient
-            square = beta2 * v[j] + grad_share2 * gradient * gradient
+            mean = keep1 * m[j] + grad_share1 * gradient
+            square = keep2 * v[j] + grad_share2 * gradient * gradient
             m[j] = mean
             v[j] = square
-            p[j] -= step_size[i] * mean / (math.sqrt(square) * root_scale[i] + eps)
+            p[j] -= size * mean / (math.sqrt(square) * scale + small)
         if norms.shape[0] > 0:
             norms[rows[i]] = _length(p)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +38,27 @@ class Workspace:
         return buffer[:size].view(*shape)
 
 
+class _OfThread(threading.local):
+    """The workspace that a thread's trainers share, while one of them holds it."""
+
+    workspace: weakref.ref[Workspace] | None = None
+
+
+_of_thread = _OfThread()
+
+
+def shared_workspace() -> Workspace:
+    """The one workspace of this thread, for steps that follow one another: those of several SAEs need memory once.
+
+    Its buffers are freed when nobody holds it any more. Nothing in it outlasts a step.
+    """
+    workspace = None if _of_thread.workspace is None else _of_thread.workspace()
+    if workspace is None:
+        workspace = Workspace()
+        _of_thread.workspace = weakref.ref(workspace)
+    return workspace
+
+
 # Rows of a gradient made at once: a few MiB, which the allocator has at hand; larger ones it asks the system for.
 _CHUNK_ROWS = 2048
 
@@ -62,6 +85,29 @@ class RowGradient(NamedTuple):
         dense = values.new_zeros(n_rows, *values.shape[1:])
         return dense.index_copy_(0, self.rows, values).movedim(0, row_dim)
 
+    def check(self, shape: Sequence[int], row_dim: int = 0) -> None:
+        """Raise ValueError where this is no gradient of some rows of a parameter of ``shape``, with rows along row_dim.
+
+        On a CPU also for rows that are not there, or not ascending; elsewhere looking would wait for the device.
+        """
+        rows, of = self.rows, f"row gradient of a parameter of shape {tuple(shape)}, rows along dimension {row_dim}"
+        own = (*shape[:row_dim], *shape[row_dim + 1 :])
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ValueError(f"{of}: rows are {rows.dtype} {tuple(rows.shape)}; give a vector of torch.int64")
+        if self.values.shape != (rows.numel(), *own):
+            raise ValueError(f"{of}: values are {tuple(self.values.shape)}; they must be {(rows.numel(), *own)}")
+        if rows.device.type != "cpu" or rows.numel() == 0:
+            return
+        n = shape[row_dim]
+        descents = (rows[1:] <= rows[:-1]).nonzero()
+        if descents.numel() > 0:
+            i = int(descents[0])
+            order = f"row {int(rows[i])} comes before {int(rows[i + 1])}"
+            raise ValueError(f"{of}: {order}; sort the rows, and add up those that repeat")
+        for row in (int(rows[0]), int(rows[-1])):
+            if not 0 <= row < n:
+                raise ValueError(f"{of}: there is no row {row}; rows must lie in 0 to {n - 1}")
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -87,6 +133,24 @@ class Activations:
         rows = torch.arange(self.n_rows, device=counts.device)
         return rows.repeat_interleave(counts, output_size=self.features.numel())
 
+    def check(self, n_features: int) -> None:
+        """Raise ValueError for features that are not in 0 to ``n_features`` - 1, or rows that are not all the entries.
+
+        On a CPU; elsewhere looking would wait for the device.
+        """
+        starts, features, n_entries = self.row_starts, self.features, self.features.numel()
+        if features.device.type != "cpu":
+            return
+        if starts[0] != 0 or starts[-1] != n_entries or (starts[1:] < starts[:-1]).any():
+            raise ValueError(f"activations: row_starts must ascend from 0 to the number of entries, {n_entries}")
+        if n_entries > 0:
+            least, largest = (int(bound) for bound in features.aminmax())
+            if least < 0 or largest >= n_features:
+                raise ValueError(
+                    f"activations: there is no feature {least if least < 0 else largest}; features must lie in 0 to "
+                    f"{n_features - 1}, rows of the encoder and the decoder"
+                )
+
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n_rows d_in"]:
         """Each row's sum of ``values * W_dec[features]``."""
         return _weighted_sums(W_dec, self.features, self.row_starts, self.values)
@@ -98,6 +162,7 @@ class Activations:
         if self.features.numel() == 0:
             return self.values.new_zeros(0)
         if W_dec.device.type == "cpu" and W_dec.dtype in (torch.float32, torch.float64):
+            self.check(W_dec.shape[0])  # the product reads memory without bounds
             return _sampled_product(self.row_starts, self.features, left, W_dec)
         wide = torch.promote_types(W_dec.dtype, torch.float32)
         parts = zip(torch.split(self.row_of_entry(), _CHUNK_ROWS), torch.split(self.features, _CHUNK_ROWS), strict=True)
@@ -116,7 +181,7 @@ class Activations:
 
     def _by_feature_compiled(self) -> FeatureOrder:
         features = self.features.contiguous()
-        starts = features.new_zeros(int(features.max()) + 3)
+        starts = features.new_zeros(max(0, int(features.max())) + 3)
         order, rows = torch.empty_like(features), torch.empty_like(features)
         kernels.sort_by_feature(features, self.row_starts.contiguous(), starts=starts, order=order, rows=rows)
         active = (starts[1:-1] > starts[:-2]).nonzero().squeeze(1)
