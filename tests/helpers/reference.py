@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from hypothesis import settings
@@ -43,8 +44,13 @@ def row_adam(
     betas: tuple[float, float],
     eps: float,
     bias_correction: str,
+    eps_placement: str = "adam",
+    decays: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam over the rows (dimension 0) with gradient, one number at a time; returns parameter and both moments."""
+    """Adam over the rows (dimension 0) with gradient, one number at a time; returns parameter and both moments.
+
+    ``decays`` says for each step whether the moments of rows without gradient decay in it.
+    """
     n_rows, width = param.shape
     values = param.double().tolist()
     first = [[0.0] * width for _ in range(n_rows)]
@@ -53,13 +59,17 @@ def row_adam(
     for global_step, grad in enumerate(grads, start=1):
         for i, row in enumerate(grad.double().tolist()):
             if not any(row):
+                if decays is not None and decays[global_step - 1]:
+                    first[i], second[i] = [betas[0] * m for m in first[i]], [betas[1] * v for v in second[i]]
                 continue
             row_steps[i] += 1
             step = row_steps[i] if bias_correction == "per_row" else global_step
             for j, g in enumerate(row):
                 first[i][j] = betas[0] * first[i][j] + (1 - betas[0]) * g
                 second[i][j] = betas[1] * second[i][j] + (1 - betas[1]) * g * g
-                m = first[i][j] / (1 - betas[0] ** step)
-                v = second[i][j] / (1 - betas[1] ** step)
-                values[i][j] -= lr * m / (math.sqrt(v) + eps)
+                m, correction = first[i][j] / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
+                if eps_placement == "adam":
+                    values[i][j] -= lr * m / (math.sqrt(second[i][j]) / correction + eps)
+                else:
+                    values[i][j] -= lr * m * correction / (math.sqrt(second[i][j]) + eps)
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (values, first, second))  # type: ignore[return-value]

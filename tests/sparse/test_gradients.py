@@ -129,3 +129,28 @@ def test_batch_topk_keeps_the_asked_number_among_ties():
     entries, _ = encode_batch_top_k(x, encoder, 13, [], Workspace())
     assert entries.scores.tolist() == [3.0] * 13
     assert (entries.tokens * 10 + entries.features).unique().numel() == 13
+
+
+@pytest.mark.parametrize(
+    ("starts", "features", "problem"),
+    [
+        ([0, 1, 2], [3, D_SAE], rf"there is no feature {D_SAE}; features must lie in 0 to {D_SAE - 1}"),
+        ([0, 1, 2], [-1, 3], "there is no feature -1"),
+        ([0, 1, 3], [1, 3], "row_starts must ascend from 0 to the number of entries, 2"),
+        ([0, 3, 2], [1, 3], "row_starts must ascend"),
+        ([0, 1, 2, 2], [1, 3], "activations have 3 rows, and d_decoded 2"),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused(starts, features, problem):
+    """Loops see memory without bounds: such indices were read, and written, past the end."""
+    activations = Activations(torch.tensor(starts), torch.tensor(features), torch.rand(2, dtype=torch.float64))
+    x, W_enc, _, W_dec = (param.detach() for param in _parameters())
+    with pytest.raises(ValueError, match=problem):
+        topk_gradients(activations, x[:2], x[:2], W_enc, W_dec, Workspace())
+
+
+@pytest.mark.parametrize("feature", [-1, D_SAE])
+def test_products_with_features_that_are_not_there_are_refused(feature):
+    activations = Activations(torch.tensor([0, 1]), torch.tensor([feature]), torch.rand(1))
+    with pytest.raises(ValueError, match=f"there is no feature {feature}"):
+        activations.products(torch.rand(1, D_IN), torch.rand(D_SAE, D_IN))

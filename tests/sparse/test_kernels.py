@@ -13,7 +13,7 @@ import torch
 from saelens_asi.sparse import kernels
 from saelens_asi.sparse.gradients import squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take, load_kernels
-from saelens_asi.sparse.rows import Entries, Workspace, row_norms
+from saelens_asi.sparse.rows import Activations, Entries, Workspace, row_norms
 from saelens_asi.sparse_adam import AdamSettings, adam_update_rows_
 
 
@@ -161,3 +161,77 @@ def test_a_kernel_without_numba_names_what_to_install(monkeypatch):
     monkeypatch.setattr(kernels, "load_kernels", lambda: None)
     with pytest.raises(RuntimeError, match=r'pip install "saelens_asi\[fast\]"'):
         kernels.row_lengths(torch.zeros(4, 3), torch.zeros(4))
+
+
+def _sorted(features: list[int], row_starts: list[int], n_features: int = 5) -> None:
+    sizes = (n_features + 2, len(features), len(features))
+    starts, order, rows = (torch.zeros(size, dtype=torch.int64) for size in sizes)
+    kernels.sort_by_feature(torch.tensor(features), torch.tensor(row_starts), starts=starts, order=order, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("features", "row_starts", "problem"),
+    [
+        ([0, 5, 1], [0, 3], r"features\[1\] is 5; it must lie in 0 to 4"),
+        ([0, 1, -2], [0, 3], r"features\[2\] is -2; it must lie in 0 to 4"),
+        ([0, 1, 2], [0, 4], "row_starts must ascend from 0 to the number of entries, 3"),
+        ([0, 1, 2], [1, 3], "row_starts must ascend from 0"),
+        ([0, 1, 2], [0, 2, 1, 3], "row_starts must ascend from 0"),
+    ],
+)
+def test_entries_that_are_not_there_are_refused_before_they_are_sorted(features, row_starts, problem):
+    pytest.importorskip("numba")
+    with pytest.raises(ValueError, match=f"sort_by_feature: {problem}"):
+        _sorted(features, row_starts)
+    _sorted([0, 4, 2], [0, 0, 1, 3])
+    with pytest.raises(ValueError, match="is -9"):
+        Activations(torch.tensor([0, 2]), torch.tensor([-7, -9]), torch.rand(2)).by_feature()
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"active": [1, 5]}, r"active\[1\] is 5; it must lie in 0 to 4"),
+        ({"active": [-1, 2]}, r"active\[0\] is -1"),
+        ({"rows": [0, 3, 1]}, r"rows\[1\] is 3; it must lie in 0 to 2"),
+        ({"starts": [0, 2, 4]}, "starts must ascend from 0 to the number of entries, 3"),
+        ({"starts": [0, 4, 3]}, "starts must ascend"),
+    ],
+)
+def test_features_that_are_not_there_are_refused_before_their_gradients_are_made(changed, problem):
+    pytest.importorskip("numba")
+    given = {"active": [1, 2], "starts": [0, 2, 3], "rows": [0, 2, 1], **changed}
+    indices = [torch.tensor(given[name]) for name in ("active", "starts", "rows")]
+    inputs = (torch.rand(3, 4), torch.rand(3, 4), torch.rand(5, 4), *indices, torch.rand(3))
+    shapes = {"d_encoder": (2, 4), "d_decoder": (2, 4), "d_bias": (2,), "squares": (2,)}
+    with pytest.raises(ValueError, match=f"feature_gradients: {problem}"):
+        kernels.feature_gradients(*inputs, **{name: torch.empty(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("row", [-1, 4])
+def test_rows_that_are_not_there_are_refused_before_they_are_moved(row):
+    pytest.importorskip("numba")
+    tensors, ones = [torch.zeros(4, 3) for _ in range(3)], torch.ones(1)
+    with pytest.raises(ValueError, match=rf"adam_rows: rows\[0\] is {row}; it must lie in 0 to 3"):
+        kernels.adam_rows(
+            *tensors,
+            torch.ones(1, 3),
+            torch.tensor([row]),
+            None,
+            *[ones] * 3,
+            (ones, ones),
+            grad_shares=(0.1, 0.1),
+            grad_scale=1.0,
+        )
+
+
+def test_what_kernels_write_counts_as_written():
+    pytest.importorskip("numba")
+    table, norms = torch.rand(4, 3), torch.zeros(4)
+    before = norms._version
+    kernels.row_lengths(table, norms)
+    assert norms._version > before
+    decoded, gradient, errors = torch.rand(4, 3), torch.rand(4, 3), torch.rand(4)
+    versions = [tensor._version for tensor in (decoded, gradient, errors)]
+    kernels.squared_errors_(decoded, torch.rand(3), table, gradient=gradient, errors=errors, scale=1.0)
+    assert all(t._version > v for t, v in zip((decoded, gradient, errors), versions, strict=True))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from saelens_asi.sparse.rows import RowGradient
 from saelens_asi.sparse_adam import SparseAdam, adam_update_
 from tests.helpers.reference import gaussian, maths, row_adam
 
@@ -106,11 +107,14 @@ def test_equals_torch_sparse_adam_on_the_same_sparse_gradients():
     st.integers(1, 12),
     st.sampled_from([0.2, 0.6, 1.0]),
     st.sampled_from(BIAS_CORRECTIONS),
+    st.sampled_from(["adam", "sparse_adam"]),
     st.sampled_from([0, 1]),
 )
-def test_equals_the_update_written_out_number_by_number(seed, n_rows, width, n_steps, share, correction, row_dim):
+def test_equals_the_update_written_out_number_by_number(
+    seed, n_rows, width, n_steps, share, correction, placement, row_dim
+):
     start, grads = gaussian(seed, n_rows, width), rows_active(seed, n_steps, n_rows, width, share=share)
-    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": correction}
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": correction, "eps_placement": placement}
     expected = row_adam(start, list(grads), **options)
     param = nn.Parameter(start.movedim(0, row_dim).clone())
     optimizer = SparseAdam([param], row_dim=row_dim, **options)
@@ -277,11 +281,12 @@ def through_a_file(state_dict):
 
 
 @both_corrections
+@pytest.mark.parametrize("decay", ["none", "authors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_resuming_from_a_saved_state_is_bit_exact(bias_correction, dtype):
+def test_resuming_from_a_saved_state_is_bit_exact(bias_correction, decay, dtype):
     groups = lambda w, b: [{"params": [w], "row_dim": 1}, {"params": [b], "row_dim": 0}, {"params": []}]  # noqa: E731
     weight, bias = parameter(3, 6, dtype=dtype), parameter(6, seed=1, dtype=dtype)
-    optimizer = SparseAdam(groups(weight, bias), lr=0.02, bias_correction=bias_correction)
+    optimizer = SparseAdam(groups(weight, bias), lr=0.02, bias_correction=bias_correction, decay=decay)
     grads = rows_active(1, 20, 6, 3).to(dtype)
 
     def run(optimizer, weight, bias, grads):
@@ -385,6 +390,8 @@ def test_small_moments_of_bfloat16_parameters_are_not_rounded_away():
         ("betas", (-0.1, 0.9), r"betas=\(-0\.1, 0\.9\)"),
         ("betas", (0.9,), r"betas=\(0\.9,\)"),
         ("bias_correction", "local", "bias_correction='local'"),
+        ("eps_placement", "torch", "eps_placement='torch' must be one of"),
+        ("decay", True, "decay=True must be one of"),
         ("row_dim", 2, r"row_dim=2 .*\(3, 2\)"),
         ("row_dim", -1, r"row_dim=-1 .*\(3, 2\)"),
     ],
@@ -485,3 +492,212 @@ def test_a_row_update_is_refused_where_it_does_not_fit_before_anything_moves():
         with pytest.raises(ValueError, match=message):
             optimizer.step()
         assert not optimizer.state
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e-12])
+def test_with_eps_where_torch_sparse_adam_adds_it_the_two_are_equal_for_gradients_of_any_size(size):
+    ours, theirs = parameter(20, 3), parameter(20, 3)
+    optimizer = SparseAdam([ours], lr=0.01, eps_placement="sparse_adam")
+    reference = torch.optim.SparseAdam([theirs], lr=0.01)
+    grads = [as_sparse(size * grad) for grad in rows_active(1, 30, 20, 3)]
+    take_steps(optimizer, ours, grads)
+    take_steps(reference, theirs, grads)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+def test_eps_where_adam_adds_it_moves_tiny_gradients_further():
+    """After one step the root of the second moment is 0.032 of the gradient: eps counts 32 times as much there."""
+    moved = {}
+    for placement in ("adam", "sparse_adam"):
+        param = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+        take_steps(
+            SparseAdam([param], lr=1.0, eps_placement=placement, row_dim=0), param, [1e-8 * torch.ones_like(param)]
+        )
+        moved[placement] = -param.item()
+    assert moved == pytest.approx({"adam": 0.5, "sparse_adam": 1 / (1 + 1 / 0.001**0.5)}, rel=1e-6)
+
+
+def due(optimizer, param, row_dim):
+    """Both moments as they would be without laziness: what silent rows have not yet lost is taken from them."""
+    state, (group,) = optimizer.state[param], optimizer.param_groups
+    silent = int(state["step"]) - state["last_step"].double()
+    by_row = [state[key].movedim(row_dim, 0) for key in ("exp_avg", "exp_avg_sq")]
+    return [m * (beta**silent)[:, None] for m, beta in zip(by_row, group["betas"], strict=True)]
+
+
+@pytest.mark.usefixtures("both_ways")
+@both_corrections
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("betas", [(0.8, 0.9), (0.0, 0.9), (0.9, 0.0)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_the_moments_of_silent_rows_decay_as_if_in_every_step(bias_correction, row_dim, betas, share):
+    start, grads = gaussian(0, 7, 3), rows_active(1, 40, 7, 3, share=share)
+    options = {"lr": 0.01, "betas": betas, "eps": 1e-3, "bias_correction": bias_correction}
+    expected = row_adam(start, list(grads), **options, decays=[True] * 40)
+    param = nn.Parameter(start.movedim(0, row_dim).contiguous())
+    optimizer = SparseAdam([param], row_dim=row_dim, decay="authors", **options)
+    take_steps(optimizer, param, grads.movedim(1, 1 + row_dim))
+    found = [param.detach().movedim(row_dim, 0), *due(optimizer, param, row_dim)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    kept = row_adam(start, list(grads), **options)
+    assert share == 1.0 or not torch.allclose(expected[0], kept[0], rtol=1e-3)  # and it does make a difference
+
+
+@both_corrections
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_decay_can_be_switched_in_a_run(bias_correction, row_dim, first):
+    """On: silence counts from there. Off: what is due is made good at once. And back again."""
+    start, grads = gaussian(0, 7, 3), rows_active(1, 45, 7, 3, share=0.2)
+    decays = [first] * 15 + [not first] * 15 + [first] * 15
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": bias_correction}
+    expected = row_adam(start, list(grads), **options, decays=decays)
+    param = nn.Parameter(start.movedim(0, row_dim).contiguous())
+    optimizer = SparseAdam([param], row_dim=row_dim, **options)
+    for grad, decay in zip(grads.movedim(1, 1 + row_dim), decays, strict=True):
+        optimizer.param_groups[0]["decay"] = "authors" if decay else "none"
+        take_steps(optimizer, param, [grad])
+        assert ("last_step" in optimizer.state[param]) == decay
+    torch.testing.assert_close(param.detach().movedim(row_dim, 0), expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_with_decay_touches_what_fires_alone():
+    param = parameter(6, 3)
+    optimizer = SparseAdam([param], row_dim=0, decay="authors")
+    take_steps(optimizer, param, order_one(1, 3, 6, 3))
+    before = {key: value.clone() for key, value in optimizer.state[param].items()}
+    grad = torch.zeros(6, 3, dtype=torch.float64)
+    grad[2] = 1.0
+    take_steps(optimizer, param, [grad] * 5)
+    silent = [0, 1, 3, 4, 5]
+    for key in ("exp_avg", "exp_avg_sq", "last_step"):
+        assert torch.equal(optimizer.state[param][key][silent], before[key][silent])
+    assert optimizer.state[param]["last_step"].tolist() == [3, 3, 8, 3, 3, 3]
+
+
+def test_dense_parameters_know_no_silence():
+    ours, theirs = parameter(6, 3), parameter(6, 3)
+    optimizer, reference = SparseAdam([ours], decay="authors"), SparseAdam([theirs])
+    for one, param in ((optimizer, ours), (reference, theirs)):
+        take_steps(one, param, rows_active(1, 20, 6, 3))
+    assert_same_bits(bits(optimizer, ours), bits(reference, theirs))
+
+
+def test_a_gradient_of_every_entry_finds_moments_that_have_decayed():
+    """Sparse gradients, which name rows, and then whole ones of a parameter without row_dim."""
+    start, grads = gaussian(0, 7, 3), rows_active(1, 21, 7, 3, share=0.2)
+    grads[-1] = order_one(2, 7, 3)
+    options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": "global"}
+    expected = row_adam(start, list(grads), **options, decays=[True] * 21)
+    param = nn.Parameter(start.clone())
+    optimizer = SparseAdam([param], decay="authors", **options)
+    take_steps(optimizer, param, [*(as_sparse(grad) for grad in grads[:-1]), grads[-1]])
+    torch.testing.assert_close(param.detach(), expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_from_before_there_was_a_choice_is_read_as_it_was_meant():
+    param = parameter(3, 2)
+    optimizer = SparseAdam([param], row_dim=0)
+    take_steps(optimizer, param, order_one(1, 2, 3, 2))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["eps_placement"], group["decay"]
+    resumed = SparseAdam([param], row_dim=0, decay="authors")
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["decay"] == "none"
+    take_steps(resumed, param, order_one(2, 2, 3, 2))
+
+
+@pytest.mark.parametrize("option", [{"eps_placement": "sparse_adam"}, {"decay": "authors"}])
+def test_a_row_update_is_refused_with_options_that_it_does_not_serve(option):
+    param = parameter(5, 3)
+    optimizer = SparseAdam([param], row_dim=0, **option)
+    optimizer.row_updates = [DenseUpdate([param], [gaussian(1, 5, 3)])]
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}='{option[name]}' is not served by row_updates"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("row_dim", [0, 1])
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([12], r"there is no row 12; rows must lie in 0 to 9"),
+        ([-1, 3], r"there is no row -1; rows must lie in 0 to 9"),
+        ([3, 1], r"row 3 comes before 1; sort the rows"),
+        ([1, 3, 3], r"row 3 comes before 3; .*add up those that repeat"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_before_anything_moves(rows, problem, row_dim):
+    """Compiled loops see memory without bounds: such rows ended the process."""
+    param = nn.Parameter(torch.zeros(10, 4).movedim(0, row_dim))
+    optimizer = SparseAdam([param], row_dim=row_dim)
+    optimizer.row_gradients[param] = RowGradient(torch.tensor(rows), torch.ones(len(rows), 4))
+    shape = r"\(10, 4\)" if row_dim == 0 else r"\(4, 10\)"
+    with pytest.raises(ValueError, match=rf"parameter of shape {shape}, rows along dimension {row_dim}: {problem}"):
+        optimizer.step()
+    assert not optimizer.state
+    assert not param.any()
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_row_gradient_of_another_dtype_or_shape_is_refused():
+    param = nn.Parameter(torch.zeros(10, 4))
+    optimizer = SparseAdam([param], row_dim=0)
+    for gradient, problem in (
+        (RowGradient(torch.tensor([1, 2], dtype=torch.int32), torch.ones(2, 4)), r"rows are torch.int32 \(2,\)"),
+        (RowGradient(torch.tensor([1, 2]), torch.ones(4, 2)), r"values are \(4, 2\); they must be \(2, 4\)"),
+    ):
+        optimizer.row_gradients[param] = gradient
+        with pytest.raises(ValueError, match=problem):
+            optimizer.step()
+
+
+def test_a_sparse_gradient_that_only_says_it_is_coalesced_is_refused():
+    param = parameter(4, 2)
+    values = order_one(1, 2, 2)
+    param.grad = torch.sparse_coo_tensor(
+        torch.tensor([[2, 2]]), values, (4, 2), is_coalesced=True, check_invariants=False
+    )
+    with pytest.raises(ValueError, match="row 2 comes before 2"):
+        SparseAdam([param]).step()
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_step_leaves_the_gradient_as_it_is(share):
+    """A second step with the same gradient divides once, as the first did."""
+    param, twin = nn.Parameter(torch.ones(50, 4)), nn.Parameter(torch.ones(50, 4))
+    rows, values = torch.arange(int(50 * share)), torch.rand(int(50 * share), 4)
+    optimizer, reference = SparseAdam([param], row_dim=0), SparseAdam([twin], row_dim=0)
+    optimizer.row_gradients[param] = RowGradient(rows, values, torch.tensor(2.0))
+    reference.row_gradients[twin] = RowGradient(rows, values / 2)
+    before = values.clone()
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+    assert torch.equal(values, before)
+    torch.testing.assert_close(param, twin, rtol=1e-7, atol=0)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("row_dim", [None, 0, 1])
+def test_a_step_between_forward_and_backward_is_noticed(row_dim):
+    """Or the gradient would be that of weights which are no more."""
+    param = nn.Parameter(torch.rand(6, 5))
+    optimizer = SparseAdam([param], row_dim=row_dim)
+    (param * param).sum().backward()
+    optimizer.step()
+    norms = param.detach().norm(dim=1)
+    state = optimizer.state[param]
+    tensors = [param, state["exp_avg"], state["exp_avg_sq"], *([norms] if row_dim == 0 else [])]
+    optimizer.row_norms = {param: norms} if row_dim == 0 else {}
+    versions, loss = [tensor._version for tensor in tensors], (param * param).sum()
+    optimizer.step()
+    assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
+    assert optimizer.moved_versions == {param: param._version}
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
