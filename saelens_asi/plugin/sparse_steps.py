@@ -17,7 +17,7 @@ from torch.optim import Adam, Optimizer
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
-from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms
+from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms, shared_workspace
 from saelens_asi.sparse.screens import AdaptiveScreen
 from saelens_asi.sparse.topk import Encoder
 from saelens_asi.sparse_adam import SparseAdam
@@ -25,6 +25,9 @@ from saelens_asi.sparse_adam import SparseAdam
 logger = logging.getLogger(__name__)
 
 _MAX_GRAD_NORM = 1.0  # SAELens's own, which is no setting there either
+
+# Of the decoder rows one part in so many is compared in each step with the norms that are kept of them.
+_NORM_STRIPES = 32
 
 
 class SparseStep(NamedTuple):
@@ -44,15 +47,16 @@ class SparseStep(NamedTuple):
 class SparseSteps:
     """The steps of a run that cost what their active features cost; with Adam, all but the optimizer's part.
 
-    What it keeps from step to step: buffers, the screen, the norms of the decoder rows, whole gradients for Adam, and
-    an encoder whose rows lie together in memory.
+    What it keeps from step to step: the screen, the norms of the decoder rows, an encoder whose rows lie together in
+    memory, and buffers, which it shares with the other runs of its thread.
     """
 
     def __init__(self) -> None:
         self.screen: AdaptiveScreen | None = None
         self.decoder_norms: Tensor | None = None
-        self._workspace = Workspace()
-        self._dense_gradients: dict[Tensor, Tensor] = {}
+        self._decoder_seen: tuple[int, int | None] | None = None  # address and version that the norms are of
+        self._stripe = 0
+        self._workspace: Workspace | None = None
         self._laid_out: _FeatureLayout | None = None
         self._reason_given: str | None = None
 
@@ -84,16 +88,17 @@ class SparseSteps:
         if reason is None or isinstance(optimizer, SparseAdam):
             self._lay_out_by_feature(sae, optimizer)
         if reason is not None:
-            self.decoder_norms = self.screen = None
+            self.invalidate()
             return reason
         if isinstance(optimizer, SparseAdam):
             self.screen = self.screen or AdaptiveScreen()
         sae.train()
+        self._workspace = workspace = shared_workspace()
         with autocast:
             made = step_input()
             encoder = encoder_of(sae, self.current_decoder_norms(sae))
-            done = sparse_pass(sae, made, encoder, self._workspace, self.screen)
-        return SparseStep(done.output, done.firings, self._move_rows(sae, optimizer, encoder, done))
+            done = sparse_pass(sae, made, encoder, workspace, self.screen)
+        return SparseStep(done.output, done.firings, self._move_rows(sae, optimizer, encoder, done, workspace))
 
     def dense_path_reason(self, sae: AnyTrainingSAE, sae_in: Tensor, replaced: str | None) -> str | None:
         """Why this step is SAELens's own. Said once for an SAE of the TopK family, which could do better."""
@@ -106,11 +111,14 @@ class SparseSteps:
         return reason
 
     @torch.no_grad()
-    def _move_rows(self, sae: TopKTrainingSAE, optimizer: Optimizer, encoder: Encoder, done: SparsePass) -> Tensor:
+    def _move_rows(
+        self, sae: TopKTrainingSAE, optimizer: Optimizer, encoder: Encoder, done: SparsePass, workspace: Workspace
+    ) -> Tensor:
         """Clip the gradients, move the rows that have one, and bring their norms up to date; returns their norm."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
         gradient_norm = done.gradients.norm()
-        divisor = ((gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0).float()
+        divisor = ((gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0)
+        divisor = divisor.to(torch.promote_types(sae.W_dec.dtype, torch.float32))
         sae.b_dec.grad = done.gradients.b_dec / divisor
         if isinstance(optimizer, SparseAdam):
             for param, gradient in by_row.items():
@@ -118,8 +126,11 @@ class SparseSteps:
             if encoder.scale is not None:
                 optimizer.row_norms[sae.W_dec] = encoder.scale
         else:
-            self._spread(sae, by_row, divisor)
+            _spread(sae, by_row, divisor, workspace)
         optimizer.step()
+        if isinstance(optimizer, SparseAdam):
+            # Right after the optimizer's own move: what a hook of its step has written since counts as written.
+            self._decoder_seen = (sae.W_dec.data_ptr(), optimizer.moved_versions.get(sae.W_dec))
         optimizer.zero_grad()
         if self.screen is None:  # Adam has moved every row
             self.decoder_norms = None
@@ -128,24 +139,37 @@ class SparseSteps:
             self.screen.rows_changed(encoder, done.gradients.W_enc.rows)
         return gradient_norm
 
-    def _spread(self, sae: TopKTrainingSAE, by_row: Mapping[nn.Parameter, RowGradient], divisor: Tensor) -> None:
-        """Whole gradients for an optimizer that moves every row."""
-        for param, (rows, values, _) in by_row.items():
-            whole = self._dense_gradients.get(param)
-            whole = self._dense_gradients[param] = torch.zeros_like(param) if whole is None else whole.zero_()
-            whole.movedim(int(param is sae.W_enc), 0).index_copy_(0, rows, values.to(whole.dtype) / divisor)
-            param.grad = whole
-
     def current_decoder_norms(self, sae: TopKTrainingSAE) -> Tensor | None:
-        """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since."""
+        """Norms of the decoder rows: those of the last step, unless someone else has written to the decoder since.
+
+        That shows in the version of the tensor. What is written through ``.data`` shows in no version: ``invalidate``
+        is there to say it, and a part of the rows that moves on with each step, compared with its norms, finds it
+        within 32 steps otherwise.
+        """
         if not sae.cfg.rescale_acts_by_decoder_norm:
             return None
         W_dec = sae.W_dec.detach()
-        sample = slice(None, None, max(1, W_dec.shape[0] // 64))
-        known = self.decoder_norms
-        if known is None or not torch.allclose(known[sample], row_norms(W_dec[sample]), rtol=1e-5, atol=0):
-            self.decoder_norms = row_norms(W_dec)
+        now = (W_dec.data_ptr(), W_dec._version)
+        if self.decoder_norms is None or self._decoder_seen != now or not self._next_stripe_fits(W_dec):
+            self.decoder_norms, self._decoder_seen = row_norms(W_dec), now
         return self.decoder_norms
+
+    def _next_stripe_fits(self, W_dec: Tensor) -> bool:
+        """Whether the norms of some rows are those that are kept; of other rows each time."""
+        if self.decoder_norms is None or self.decoder_norms.shape[0] != W_dec.shape[0]:
+            return False
+        size = -(-W_dec.shape[0] // _NORM_STRIPES)
+        rows = slice(self._stripe * size, (self._stripe + 1) * size)
+        self._stripe = (self._stripe + 1) % _NORM_STRIPES
+        found, kept = row_norms(W_dec[rows]), self.decoder_norms[rows]
+        # On a CPU a row's norm has the same bits among whichever others; elsewhere the order of the sum may differ.
+        return (
+            torch.equal(found, kept) if found.device.type == "cpu" else torch.allclose(found, kept, rtol=1e-5, atol=0)
+        )
+
+    def invalidate(self) -> None:
+        """Forget what is kept of the weights, after somebody has written to them through ``.data``."""
+        self.decoder_norms = self.screen = self._decoder_seen = None
 
     def _lay_out_by_feature(self, sae: nn.Module, optimizer: Optimizer) -> None:
         W_enc = dict(sae.named_parameters(recurse=False, remove_duplicate=False)).get("W_enc")
@@ -157,11 +181,22 @@ class SparseSteps:
 
     def finish(self) -> None:
         """Leave the SAE as SAELens made it: an ordinary layout in memory, and no hook. A further step starts anew."""
-        self.decoder_norms = self.screen = None
-        self._workspace, self._dense_gradients = Workspace(), {}
+        self.invalidate()
+        self._workspace = None
         if self._laid_out is not None:
             self._laid_out.undo_()
             self._laid_out = None
+
+
+def _spread(
+    sae: TopKTrainingSAE, by_row: Mapping[nn.Parameter, RowGradient], divisor: Tensor, workspace: Workspace
+) -> None:
+    """Whole gradients for an optimizer that moves every row; they last until the next step of any SAE."""
+    for i, (param, (rows, values, _)) in enumerate(by_row.items()):
+        row_dim = int(param is sae.W_enc)
+        whole = workspace.take(f"whole gradient {i}", param.movedim(row_dim, 0).shape, param).zero_()
+        whole.index_copy_(0, rows, values.to(whole.dtype) / divisor)
+        param.grad = whole.movedim(0, row_dim)
 
 
 class _FeatureLayout:

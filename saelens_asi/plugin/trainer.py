@@ -237,6 +237,14 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             scheduler.step()
         return step.output
 
+    def invalidate_caches(self) -> None:
+        """Forget what steps keep of the weights: to be called after writing to weights through ``.data``.
+
+        Anything else is noticed: an optimizer's step, ``torch.no_grad``, ``load_state_dict``. Without this call, rows
+        of ``W_dec`` that were written through ``.data`` are noticed within 32 steps.
+        """
+        self._sparse_steps.invalidate()
+
     def _step_input(self, sae_in: Tensor) -> TrainStepInput:
         return TrainStepInput(
             sae_in=sae_in,
