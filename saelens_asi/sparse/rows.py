@@ -37,6 +37,10 @@ class Workspace:
             buffer = self._buffers[key] = torch.empty(size, dtype=key[1], device=like.device)
         return buffer[:size].view(*shape)
 
+    def n_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
 
 class _OfThread(threading.local):
     """The workspace that a thread's trainers share, while one of them holds it."""

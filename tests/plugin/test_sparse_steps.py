@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import threading
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -16,10 +19,11 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.plugin import topk_pass as sparse_topk
-from saelens_asi.plugin.sparse_steps import SparseSteps
+from saelens_asi.plugin.sparse_steps import SparseSteps, feature_row_groups
 from saelens_asi.plugin.topk_pass import dense_path_reason, encoder_of, sparse_pass
-from saelens_asi.sparse.rows import Workspace, row_norms
+from saelens_asi.sparse.rows import Workspace, row_norms, shared_workspace
 from saelens_asi.sparse.screens import AdaptiveScreen
+from saelens_asi.sparse_adam import SparseAdam
 from tests.helpers import tiny
 
 D_SAE, BATCH = 300, 24
@@ -197,6 +201,156 @@ def test_a_decoder_written_to_from_outside_is_noticed():
     trainer.sae.W_dec.data *= 2
     norms = trainer._sparse_steps.current_decoder_norms(trainer.sae)
     torch.testing.assert_close(norms, trainer.sae.W_dec.detach().norm(dim=1))
+
+
+def _trainer_after_a_step(**settings: Any) -> Any:
+    trainer = tiny.trainer(d_sae=D_SAE, k=6, optimizer="sparse_adam", **settings)
+    trainer.step(next(tiny.batches()))
+    return trainer
+
+
+def _norms_of_next_step(trainer: Any, monkeypatch: Any) -> Tensor:
+    """The norms that the next step ranks features by."""
+    seen = []
+
+    def watched(sae: Any, norms: Tensor) -> Any:
+        seen.append(norms.clone())
+        return encoder_of(sae, norms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("saelens_asi.plugin.sparse_steps.encoder_of", watched)
+        trainer.step(next(tiny.batches()))
+    return seen[0]
+
+
+def _under_no_grad(trainer: Any, rows: Tensor) -> None:
+    with torch.no_grad():
+        trainer.sae.W_dec[rows] *= 3
+
+
+def _through_data_and_said(trainer: Any, rows: Tensor) -> None:
+    trainer.sae.W_dec.data[rows] *= 3
+    trainer.invalidate_caches()
+    assert trainer._sparse_steps.screen is None
+
+
+def _other_memory(trainer: Any, rows: Tensor) -> None:
+    trainer.sae.W_dec.data = trainer.sae.W_dec.data.index_fill(0, rows, 3.0)
+
+
+def _after_the_optimizer(trainer: Any, rows: Tensor) -> None:
+    def project(*_: Any) -> None:
+        with torch.no_grad():
+            trainer.sae.W_dec[rows] *= 3
+
+    handle = trainer.optimizer.register_step_post_hook(project)
+    trainer.step(next(tiny.batches()))
+    handle.remove()
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("write", [_under_no_grad, _through_data_and_said, _other_memory, _after_the_optimizer])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_the_decoder_that_somebody_writes_to_are_seen_in_the_very_next_step(write, dtype, monkeypatch):
+    trainer = _trainer_after_a_step(dtype=dtype)
+    write(trainer, torch.tensor([1, 130, 299]))
+    expected = row_norms(trainer.sae.W_dec.detach())
+    assert torch.equal(_norms_of_next_step(trainer, monkeypatch), expected)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("row", [0, 7, 151, 299])
+def test_a_row_of_the_decoder_that_is_written_past_torchs_notice_is_seen_within_32_steps(row):
+    trainer = _trainer_after_a_step(n_steps=100)
+    steps = trainer._sparse_steps
+    trainer.sae.W_dec.data[row] *= 1.001
+    for _ in range(32):
+        steps.current_decoder_norms(trainer.sae)
+    assert torch.equal(steps.decoder_norms, row_norms(trainer.sae.W_dec.detach()))
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_norms_that_nobody_disturbs_are_computed_once(monkeypatch):
+    whole = []
+
+    def counted(table: Tensor) -> Tensor:
+        whole.extend([1] * (table.shape[0] == D_SAE))
+        return row_norms(table)
+
+    monkeypatch.setattr("saelens_asi.plugin.sparse_steps.row_norms", counted)
+    trainer = _trainer_after_a_step(n_steps=80)
+    for batch in islice(tiny.batches(seed=1), 70):
+        trainer.step(batch)
+    assert len(whole) == 1
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("n_rows", [1, 10, 32])
+@pytest.mark.parametrize("shape", [(300, 12), (1000, 576), (33, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_of_a_row_has_the_same_bits_among_any_others(n_rows, shape, dtype):
+    table = torch.randn(shape).to(dtype)
+    whole = row_norms(table)
+    for first in (0, 1, shape[0] - n_rows):
+        assert torch.equal(row_norms(table[first : first + n_rows]), whole[first : first + n_rows])
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("optimizer", ["sparse_adam", "adam"])
+def test_trainers_that_step_in_turn_share_memory_and_end_where_they_would_alone(optimizer, monkeypatch):
+    def make(seed: int, d_sae: int) -> Any:
+        torch.manual_seed(seed)
+        return tiny.trainer(d_sae=d_sae, k=6, optimizer=optimizer, initializer=ActiveSubspaceInit(d_init=5, norm=0.3))
+
+    widths = (D_SAE, 200)
+    alone, together = ([make(seed, d_sae) for seed, d_sae in enumerate(widths)] for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("saelens_asi.plugin.sparse_steps.shared_workspace", Workspace)  # a new one in each step
+        for trainer in alone:
+            for batch in islice(tiny.batches(), 6):
+                trainer.step(batch)
+    gc.collect()  # trainers of other tests
+    assert shared_workspace().n_bytes() == 0
+    for batch in islice(tiny.batches(), 6):
+        for trainer in together:
+            trainer.step(batch)
+    first, second = (trainer._sparse_steps for trainer in together)
+    assert first._workspace is second._workspace is shared_workspace()
+    for one, other in zip(alone, together, strict=True):
+        for name, param in one.sae.named_parameters():
+            assert torch.equal(param, other.sae.get_parameter(name)), name
+    both = shared_workspace().n_bytes()
+    second.finish()
+    assert shared_workspace().n_bytes() == both
+    first.finish()
+    assert shared_workspace().n_bytes() == 0  # the last one that held it has let go
+    together[0].step(next(tiny.batches()))
+    assert both < 1.2 * shared_workspace().n_bytes()  # two need what the wider one needs alone
+
+
+def test_threads_do_not_share_a_workspace():
+    own, found = shared_workspace(), []
+    thread = threading.Thread(target=lambda: found.append(shared_workspace()))
+    thread.start()
+    thread.join()
+    assert found[0] is not own
+    assert shared_workspace() is own
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("of", [torch.optim.Adam, SparseAdam])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_clipping_is_that_of_torch_in_float64(of, scale):
+    sae, twin = _sae("topk"), _sae("topk")
+    step_input = _input(0, sae.dtype)
+    step_input.sae_in *= scale
+    own = SparseAdam(feature_row_groups(sae)) if of is SparseAdam else torch.optim.Adam(sae.parameters())
+    SparseSteps().take(sae, own, step_input.sae_in, lambda: step_input, nullcontext())
+    twin.training_forward_pass(step_input).loss.backward()
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    for name, param in twin.named_parameters():
+        moment = own.state[sae.get_parameter(name)]["exp_avg"] / 0.1
+        assert _relative_error(moment, param.grad) < 1e-12, name
 
 
 @pytest.mark.usefixtures("both_ways")
