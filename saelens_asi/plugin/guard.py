@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from saelens_asi.sparse.finite import FiniteFlag, all_finite, finite_rows, without_bad_rows
+from saelens_asi.sparse.finite import FiniteFlag, all_finite, finite_rows, keep_finite_rows, without_bad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,15 @@ class Guard:
         self.n_skipped = 0
         self._max_skipped_fraction = max_skipped_fraction
         self._flag = FiniteFlag()
+        self._good: Tensor | None = None  # rows of the batch under way, on an accelerator
         self._warned = False
 
     def kept(self, batch: Tensor, last_good: Path | None) -> Tensor:
         """What of a batch is finite."""
-        good = finite_rows(batch)
         if batch.device.type != "cpu":
-            self._flag.update_(batch.new_zeros(()), good)
-            return without_bad_rows(batch, good)
+            kept, self._good = keep_finite_rows(batch)
+            return kept
+        good = finite_rows(batch)
         kept = without_bad_rows(batch, good)
         if kept is not batch:
             self._skip(len(batch) - len(kept))
@@ -55,7 +56,10 @@ class Guard:
     def check_step(self, loss: Tensor, gradient_norm: Tensor | None, last_good: Path | None) -> None:
         """Raise FloatingPointError for a step whose loss or gradient is not finite."""
         if loss.device.type != "cpu":
-            self._flag.update_(loss.detach(), torch.ones(0, dtype=torch.bool, device=loss.device))
+            # A batch that came from a CPU has been looked at there.
+            good = self._good if self._good is not None else torch.ones(0, dtype=torch.bool, device=loss.device)
+            self._flag.update_(loss.detach(), good)
+            self._good = None
             return
         if not loss.isfinite() or (gradient_norm is not None and not gradient_norm.isfinite()):
             raise FloatingPointError(f"the loss or its gradient is not finite; {_advice(last_good)}")

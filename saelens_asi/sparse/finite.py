@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
+
+from saelens_asi.sparse.operators import operator
 
 
 @torch.no_grad()
@@ -55,6 +57,13 @@ def _with_bad_rows_replaced(
     return kept.masked_fill_(bad.all(), 0)
 
 
+@operator("(Tensor x) -> (Tensor, Tensor)", n_launches=2)
+def keep_finite_rows(x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Bool[Tensor, " batch"]]:
+    """For an accelerator: ``without_bad_rows`` of ``finite_rows``, and these. Two launches."""
+    good = _largest_magnitude(x, dim=1).isfinite()
+    return _with_bad_rows_replaced(x, good), good
+
+
 @torch.no_grad()
 def all_finite(tensors: Iterable[Shaped[Tensor, " ..."]]) -> Bool[Tensor, ""]:
     """Whether weights, moments and the like hold finite numbers only, however large and in whatever layout.
@@ -78,23 +87,28 @@ def _largest_magnitude(x: Float[Tensor, " ..."], dim: int | None = None) -> Floa
     return largest
 
 
+@operator("(Tensor(a!) counts, Tensor loss, Tensor good) -> ()", mutates=("counts",))
+def note_(counts: Int64[Tensor, " 2"], loss: Float[Tensor, ""], good: Bool[Tensor, " batch"]) -> None:
+    """Count a loss that is not finite, and rows that are not good. One launch."""
+    counts += torch.stack([loss.isfinite().logical_not().long(), good.logical_not().sum()])
+
+
 class FiniteFlag:
     """Whether all losses of a run so far were finite, and how many rows were left out: kept where the losses are."""
 
     def __init__(self) -> None:
-        self._not_finite: Tensor | None = None
-        self._n_bad: Tensor | None = None
+        self._counts: Tensor | None = None
 
     @torch.no_grad()
     def update_(self, loss: Float[Tensor, ""], good: Bool[Tensor, " batch"]) -> None:
         """Take in a step: its loss, and which rows of its batch were good. Nothing waits for the device."""
-        not_finite, n_bad = loss.isfinite().logical_not(), good.logical_not().sum()
-        self._not_finite = not_finite if self._not_finite is None else self._not_finite | not_finite
-        self._n_bad = n_bad if self._n_bad is None else self._n_bad + n_bad
+        if self._counts is None:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=loss.device)
+        note_(self._counts, loss, good)
 
     def read(self) -> tuple[bool, int]:
         """Whether all were finite, and the number of bad rows, of all steps taken in. This waits for the device."""
-        if self._not_finite is None or self._n_bad is None:
+        if self._counts is None:
             return True, 0
-        not_finite, n_bad = torch.stack([self._not_finite.long(), self._n_bad]).tolist()
-        return not not_finite, n_bad
+        n_losses, n_bad = self._counts.tolist()
+        return n_losses == 0, n_bad

@@ -12,10 +12,11 @@ Checked = TypeVar("Checked")
 
 _SPARSE = Path(__file__).parents[2] / "saelens_asi" / "sparse"
 
-# Not numba's kernels: numba compiles functions, and not what wraps them.
+# Not the kernels of numba and Triton: they compile functions, and not what wraps them.
+_COMPILED = {"numba_kernels", "triton_kernels"}
 CHECKED = [
     "saelens_asi.spectra",
-    *sorted(f"saelens_asi.sparse.{path.stem}" for path in _SPARSE.glob("*.py") if path.stem != "numba_kernels"),
+    *sorted(f"saelens_asi.sparse.{path.stem}" for path in _SPARSE.glob("*.py") if path.stem not in _COMPILED),
 ]
 
 
