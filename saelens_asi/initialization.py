@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -274,24 +274,22 @@ def initialize_(
     generator = torch.Generator().manual_seed(settings.seed)
     basis = subspace_basis(settings, spectrum, generator)
     d_in = spectrum.d
-    directions = torch.empty(sae.W_dec.shape, dtype=torch.float32, device="cpu")
-    random_directions_(directions, basis, generator)
-    sae.W_dec.data.copy_(directions)
-    del directions
+    random_directions_(sae.W_dec.data, basis, generator)
     _tie_encoder_(sae)
     _set_center_(sae, spectrum.mean if settings.center == "mean" else torch.zeros_like(spectrum.mean))
     if norm is None:
-        with _activation_fn_replaced(sae, fit_activation_fn):
-            norm = _least_squares_norm_(sae, sample)
+        norm, error = _least_squares_norm_(sae, sample, fit_activation_fn)
     else:
         _rescale_rows_(sae, norm)
+        error = _reconstruct(sae, sample)[-1].error()
+    variance = float((sample.double() - sample.double().mean(dim=0)).square().sum())
 
     inside = spectrum.covariance if basis is None else basis.T @ spectrum.covariance.to(basis) @ basis
     return Initialization(
         d_init=d_in if basis is None else basis.shape[1],
         variance_explained=float(inside.trace()) / spectrum.total_variance,
         norm=norm,
-        initial_nmse=_normalized_mse(sae, sample),
+        initial_nmse=error / variance,
     )
 
 
@@ -364,6 +362,155 @@ def _set_center_(sae: FreshSAE, center: Tensor) -> None:
             getattr(sae, name).data.copy_(-shift)
 
 
+def _least_squares_norm_(sae: FreshSAE, sample: Tensor, fit: nn.Module | None) -> tuple[float, float]:
+    """Scale unit rows to the norm with the lowest reconstruction error on ``sample``, under the activation function
+    ``fit`` where given; returns it, and the squared error of the SAE at it.
+
+    With tied rows of norm c the reconstruction is b + c^2 r, r the one at unit norm, as long as the same features
+    are selected: c^2 = <x - b, r> / <r, r>. Where selection depends on the scale (JumpReLU's threshold) the same
+    step is repeated from the new norm until it settles.
+    """
+    if _selects_by_rank(sae, fit):
+        both = _reconstruct(sae, sample, fit)
+        factor = both[0].best_factor(1.0)
+        _rescale_rows_(sae, factor)
+        return factor, both[-1].error(factor**2)
+    norm = 1.0
+    for _ in range(_MAX_NORM_STEPS):
+        with _activation_fn_replaced(sae, fit):
+            (sums,) = _reconstruct(sae, sample)
+        factor = sums.best_factor(norm)
+        _rescale_rows_(sae, factor)
+        norm *= factor
+        if abs(factor - 1) < 1e-3:
+            break
+    if fit is None and abs(factor - 1) < 1e-6:
+        return norm, sums.error(factor**2)
+    (sums,) = _reconstruct(sae, sample)  # other features may be selected than before the last step
+    return norm, sums.error()
+
+
+@dataclass
+class _Sums:
+    """Over a sample, in float64: x is relative to what the SAE puts out when no feature fires, and so is r, what it
+    reconstructs.
+
+    Attributes:
+        target: of |x|^2.
+        product: of <x, r>.
+        square: of |r|^2.
+    """
+
+    target: float = 0.0
+    product: float = 0.0
+    square: float = 0.0
+
+    def add(self, x: Float[Tensor, "n d_in"], r: Float[Tensor, "n d_in"]) -> None:
+        self.target += float(x.square().sum())
+        self.product += float((x * r).sum())
+        self.square += float(r.square().sum())
+
+    def error(self, scale: float = 1.0) -> float:
+        """Of |x - scale * r|^2."""
+        return self.target - 2 * scale * self.product + scale**2 * self.square
+
+    def best_factor(self, norm: float) -> float:
+        """By what to lengthen tied rows of ``norm`` for the lowest error. Raises ValueError where nothing lowers it."""
+        if self.square == 0:
+            raise ValueError(
+                "norm='least_squares' found no reconstruction to scale: no feature fires on the sample at norm "
+                f"{norm:.3g}. Give norm a number, or check the activation function's threshold"
+            )
+        if self.product <= 0:
+            raise ValueError(
+                f"norm='least_squares' found a reconstruction at norm {norm:.3g} that points away from the activations "
+                "(no scale of it lowers the error): give norm a number, or check what the SAE's decoder adds"
+            )
+        return math.sqrt(self.product / self.square)
+
+
+def _reconstruct(sae: FreshSAE, sample: Tensor, fit: nn.Module | None = None) -> list[_Sums]:
+    """One pass of the sample through the SAE, a few rows at a time: an encoding and a decoding.
+
+    Returns the sums under the activation function ``fit``, where given, and under the SAE's own, last: both select from
+    the one encoding.
+    """
+    rows = max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
+    sums = [_Sums() for _ in range(1 if fit is None else 2)]
+    offset: Tensor | None = None
+    for x in torch.split(sample, rows):
+        selections = _encode(sae, x, fit)
+        statistics = take_statistics(sae)
+        if offset is None or statistics:  # without statistics of the tokens it is the same for all
+            offset = sae.decode(_nothing(sae)).double()
+        for total, acts in zip(sums, selections, strict=True):
+            give_statistics(sae, statistics)  # decode() has used them up
+            total.add(x.double() - offset, sae.decode(acts).double() - offset)
+    return sums
+
+
+def _encode(sae: FreshSAE, x: Tensor, fit: nn.Module | None) -> list[Tensor]:
+    """Activations under ``fit``, where given, and under the SAE's own function, in the form to be decoded."""
+    if fit is None:
+        return [_decodable(sae, sae.encode(x))]
+    both = _Both(fit, sae.activation_fn, lambda acts: _decodable(sae, acts))
+    with _activation_fn_replaced(sae, both):
+        acts = _decodable(sae, sae.encode(x))
+    return [acts, *both.of_second]
+
+
+class _Both(nn.Module):
+    """Two activation functions of the same scores: the first gives the output, the second's is kept."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, form: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._functions = (first, second)  # in a tuple they are no submodules
+        self._form = form
+        self.of_second: list[Tensor] = []
+
+    def forward(self, scores: Tensor) -> Tensor:
+        first, second = self._functions
+        self.of_second = [self._form(second(scores))]
+        acts: Tensor = first(scores)
+        return acts
+
+
+def _is_topk(sae: FreshSAE) -> bool:
+    """Whether an SAE is of SAELens's TopK family, which alone has this setting."""
+    return hasattr(sae.cfg, "rescale_acts_by_decoder_norm")
+
+
+def _selects_by_rank(sae: FreshSAE, fit: nn.Module | None) -> bool:
+    """Whether features stay the same at any norm of tied rows.
+
+    An activation function of somebody else's may have a threshold: scores twice as large must give activations twice
+    as large, to the bit.
+    """
+    if not _is_topk(sae):
+        return False
+    scores = torch.randn(2, sae.cfg.d_sae, generator=torch.Generator().manual_seed(0)).to(sae.W_dec)
+    functions = [sae.activation_fn, *([] if fit is None else [fit])]
+    return all(torch.equal(2 * of(scores).to_dense(), of(2 * scores).to_dense()) for of in functions)
+
+
+def _decodes_sparsely(sae: FreshSAE) -> bool:
+    """Whether ``sae.decode`` takes sparse activations, whose product torch has in these dtypes."""
+    return _is_topk(sae) and sae.W_dec.dtype in (torch.float32, torch.float64)
+
+
+def _decodable(sae: FreshSAE, acts: Tensor) -> Tensor:
+    """Activations so that decoding them costs least."""
+    if _decodes_sparsely(sae):
+        return acts if acts.is_sparse else acts.to_sparse()
+    return acts.to_dense()
+
+
+def _nothing(sae: FreshSAE) -> Tensor:
+    """The activations of one token on which no feature fires, whose decoding is without a product where it can be."""
+    layout = torch.sparse_coo if _decodes_sparsely(sae) else torch.strided
+    return torch.zeros(1, sae.cfg.d_sae, dtype=sae.W_dec.dtype, device=sae.W_dec.device, layout=layout)
+
+
 @contextmanager
 def _activation_fn_replaced(sae: FreshSAE, activation_fn: nn.Module | None) -> Iterator[None]:
     if activation_fn is None:
@@ -375,58 +522,6 @@ def _activation_fn_replaced(sae: FreshSAE, activation_fn: nn.Module | None) -> I
         yield
     finally:
         sae.activation_fn = own
-
-
-def _least_squares_norm_(sae: FreshSAE, sample: Tensor) -> float:
-    """Scale unit rows to the norm with the lowest reconstruction error on ``sample``; returns it.
-
-    With tied rows of norm c the reconstruction is b + c^2 r, r the one at unit norm, as long as the same features
-    are selected: c^2 = <x - b, r> / <r, r>. Where selection depends on the scale (JumpReLU's threshold) the same
-    step is repeated from the new norm until it settles.
-    """
-    norm = 1.0
-    for _ in range(_MAX_NORM_STEPS):
-        target_dot, square = 0.0, 0.0
-        for x, reconstruction, offset in _reconstructions(sae, sample):
-            r = (reconstruction - offset) / norm**2
-            target_dot += float(((x - offset) * r).sum())
-            square += float(r.square().sum())
-        if square == 0:
-            raise ValueError(
-                "norm='least_squares' found no reconstruction to scale: no feature fires on the sample at norm "
-                f"{norm:.3g}. Give norm a number, or check the activation function's threshold"
-            )
-        if target_dot <= 0:
-            raise ValueError(
-                f"norm='least_squares' found a reconstruction at norm {norm:.3g} that points away from the activations "
-                "(no scale of it lowers the error): give norm a number, or check what the SAE's decoder adds"
-            )
-        factor = (target_dot / square) ** 0.5 / norm
-        _rescale_rows_(sae, factor)
-        norm *= factor
-        if abs(factor - 1) < 1e-3:
-            break
-    return norm
-
-
-def _normalized_mse(sae: FreshSAE, sample: Tensor) -> float:
-    error, variance = 0.0, float((sample.double() - sample.double().mean(dim=0)).square().sum())
-    for x, reconstruction, _ in _reconstructions(sae, sample):
-        error += float((x - reconstruction).square().sum())
-    return error / variance
-
-
-def _reconstructions(sae: FreshSAE, sample: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Input, reconstruction, and what the SAE puts out when no feature fires; float32, a few rows at a time."""
-    rows = max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
-    for x in torch.split(sample, rows):
-        acts = sae.encode(x)
-        acts = acts.to_dense() if acts.is_sparse else acts
-        statistics = take_statistics(sae)
-        reconstruction = sae.decode(acts)
-        give_statistics(sae, statistics)  # decode() has used them up
-        offset = sae.decode(torch.zeros_like(acts))
-        yield x.float(), reconstruction.float(), offset.float()
 
 
 METADATA_KEY = "active_subspace_init"

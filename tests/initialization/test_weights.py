@@ -382,3 +382,66 @@ def test_any_object_with_the_right_weights_will_do():
     # 64 unit vectors drawn evenly in 5 dimensions sum to about 64/5 times the identity there.
     assert result.norm == pytest.approx((D_INIT / D_SAE) ** 0.5, rel=0.2)
     assert result.initial_nmse < 0.2
+
+
+def passes(name, fit=None, **changes):
+    """What an initialization gives to ``encode``, and the layouts of what it gives to ``decode``."""
+    sae, encoded, decoded = make_sae(name, **changes), [], []
+    encode, decode = sae.encode, sae.decode
+    sae.encode = lambda x: encoded.append(x) or encode(x)
+    sae.decode = lambda acts: decoded.append((acts.layout, tuple(acts.shape))) or decode(acts)
+    initialize_(sae, ActiveSubspaceInit(d_init=D_INIT), SPECTRUM, SAMPLE, fit)
+    return encoded, decoded
+
+
+@pytest.mark.parametrize("name", ["topk", "topk_unscaled", "abstopk", "batchtopk", "matryoshka"])
+def test_the_topk_family_is_encoded_once_and_decoded_from_what_fires(name):
+    encoded, decoded = passes(name)
+    assert len(encoded) == 1
+    assert decoded == [(torch.sparse_coo, (1, D_SAE)), (torch.sparse_coo, (256, D_SAE))]
+
+
+def test_two_activation_functions_select_from_one_encoding():
+    encoded, decoded = passes("batchtopk", make_sae("topk").activation_fn)
+    assert len(encoded) == 1
+    assert [shape for _, shape in decoded] == [(1, D_SAE), (256, D_SAE), (256, D_SAE)]
+
+
+@pytest.mark.parametrize("name", ["standard", "gated"])
+def test_other_architectures_are_encoded_as_often_as_the_norm_needs_to_settle(name):
+    encoded, decoded = passes(name)
+    assert len(encoded) == 2
+    assert decoded == [(torch.strided, (1, D_SAE)), (torch.strided, (256, D_SAE))] * 2
+
+
+def test_bfloat16_which_torch_multiplies_densely_alone_is_decoded_densely():
+    _, decoded = passes("topk", dtype="bfloat16")
+    assert {layout for layout, _ in decoded} == {torch.strided}
+
+
+def test_an_activation_function_with_a_threshold_is_fitted_step_by_step():
+    """In the place of TopK, which selects the same at any scale, it does not."""
+    sae = make_sae("topk")
+    result = initialize_(sae, ActiveSubspaceInit(d_init=D_INIT), SPECTRUM, SAMPLE, torch.nn.Threshold(1.0, 0.0))
+    own = sae.activation_fn
+    sae.activation_fn = torch.nn.Threshold(1.0, 0.0)
+    with torch.no_grad():
+        r = sae.decode(sae.encode(SAMPLE)) - sae.b_dec
+    assert float(((SAMPLE - sae.b_dec) * r).sum() / r.square().sum()) == pytest.approx(1, abs=4e-3)
+    sae.activation_fn = own
+    variance = float((SAMPLE.double() - SAMPLE.double().mean(dim=0)).square().sum())
+    assert result.initial_nmse == pytest.approx(error(sae) / variance, rel=1e-4)
+
+
+def test_sparse_activations_of_an_sae_stay_sparse():
+    _, expected = initialized("topk")
+    sae, result = initialized("topk", use_sparse_activations=True)
+    assert (result.norm, result.initial_nmse) == pytest.approx((expected.norm, expected.initial_nmse), rel=1e-6)
+
+
+def test_directions_are_drawn_into_the_decoder_itself(monkeypatch):
+    """At a million features another decoder beside it is gigabytes."""
+    seen, draw = [], initialize.random_directions_
+    monkeypatch.setattr(initialize, "random_directions_", lambda out, *rest: seen.append(out) or draw(out, *rest))
+    sae, _ = initialized("topk", dtype="bfloat16")
+    assert [out.data_ptr() for out in seen] == [sae.W_dec.data_ptr()]
