@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sys
@@ -52,8 +53,9 @@ def test_no_name_is_both_a_module_and_something_else(name: str) -> None:
     package = importlib.import_module(name)
     modules = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "__main__"]
     for module in modules:
-        importlib.import_module(f"{name}.{module}")
-    assert not [module for module in modules if not isinstance(getattr(package, module), ModuleType)]
+        if module != "triton_kernels" or importlib.util.find_spec("triton"):  # which is there for Linux alone
+            importlib.import_module(f"{name}.{module}")
+    assert not [module for module in modules if not isinstance(getattr(package, module, package), ModuleType)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

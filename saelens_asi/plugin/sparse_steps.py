@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from saelens_asi.plugin.fields import AnyTrainingSAE
+from saelens_asi.plugin.fused_steps import FusedSteps, takes_fused
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
 from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms, shared_workspace
@@ -56,6 +57,7 @@ class SparseSteps:
         self.decoder_norms: Tensor | None = None
         self._decoder_seen: tuple[int, int | None] | None = None  # address and version that the norms are of
         self._stripe = 0
+        self._fused = FusedSteps()
         self._workspace: Workspace | None = None
         self._laid_out: _FeatureLayout | None = None
         self._reason_given: str | None = None
@@ -90,12 +92,14 @@ class SparseSteps:
         if reason is not None:
             self.invalidate()
             return reason
+        sae.train()
+        made = step_input()
+        if isinstance(optimizer, SparseAdam) and takes_fused(sae, optimizer, made):
+            return SparseStep(*self._fused.take(sae, optimizer, made, autocast))
         if isinstance(optimizer, SparseAdam):
             self.screen = self.screen or AdaptiveScreen()
-        sae.train()
         self._workspace = workspace = shared_workspace()
         with autocast:
-            made = step_input()
             encoder = encoder_of(sae, self.current_decoder_norms(sae))
             done = sparse_pass(sae, made, encoder, workspace, self.screen)
         return SparseStep(done.output, done.firings, self._move_rows(sae, optimizer, encoder, done, workspace))
@@ -170,6 +174,7 @@ class SparseSteps:
     def invalidate(self) -> None:
         """Forget what is kept of the weights, after somebody has written to them through ``.data``."""
         self.decoder_norms = self.screen = self._decoder_seen = None
+        self._fused.invalidate()
 
     def _lay_out_by_feature(self, sae: nn.Module, optimizer: Optimizer) -> None:
         W_enc = dict(sae.named_parameters(recurse=False, remove_duplicate=False)).get("W_enc")
@@ -212,7 +217,7 @@ class _FeatureLayout:
     def apply_(self, W_enc: nn.Parameter, optimizer: Optimizer) -> None:
         # Looked at in every step: a loaded optimizer state, or SAELens's own step, brings back the ordinary layout.
         for tensor in (W_enc, *(optimizer.state[W_enc].get(key) for key in ("exp_avg", "exp_avg_sq"))):
-            if tensor is not None and not tensor.t().is_contiguous():
+            if tensor is not None and not tensor.detach().t().is_contiguous():
                 tensor.data = tensor.data.t().contiguous().t()
 
     def undo_(self) -> None:

@@ -30,8 +30,10 @@ from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
+from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
+from saelens_asi.plugin.pace import Pace, dense_step_fits
 from saelens_asi.plugin.preflight import check_device, check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import (
@@ -87,6 +89,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         self._sparse_steps, self._recorder = SparseSteps(), Recorder()
+        self.pace, self._dead_watch = Pace(), DeadWatch()
         self._recorder.place(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
         self.history = self._recorder.records
         super().__init__(
@@ -220,16 +223,21 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     def _train_step(self, sae: AnyTrainingSAE, sae_in: Tensor) -> TrainStepOutput:
         stock = super()._train_step
         is_stock = stock.__func__ is SAETrainer._train_step  # type: ignore[attr-defined]
-        step = self._sparse_steps.take(
-            sae,
-            self.optimizer,
-            sae_in,
-            lambda: self._step_input(sae_in),
-            self.autocast_if_enabled,
-            replaced=None if is_stock else f"{type(self).__name__} has a _train_step of its own",
-        )
-        if isinstance(step, str):
-            return stock(sae, sae_in)
+        with self.pace.of_step(sae_in.device, lambda: dense_step_fits(sae, len(sae_in))) as is_sparse:
+            if not is_sparse:
+                self._sparse_steps.invalidate()
+                return stock(sae, sae_in)
+            step = self._sparse_steps.take(
+                sae,
+                self.optimizer,
+                sae_in,
+                lambda: self._step_input(sae_in),
+                self.autocast_if_enabled,
+                replaced=None if is_stock else f"{type(self).__name__} has a _train_step of its own",
+            )
+            if isinstance(step, str):
+                self.pace.settle()
+                return stock(sae, sae_in)
         self._gradient_norm = step.gradient_norm
         self._count(step.firings)
         self.lr_scheduler.step()
@@ -248,17 +256,28 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     def _step_input(self, sae_in: Tensor) -> TrainStepInput:
         return TrainStepInput(
             sae_in=sae_in,
-            dead_neuron_mask=self.dead_neurons,
+            dead_neuron_mask=self._dead_mask(),
             coefficients=self.get_coefficients(),
             n_training_steps=self.n_training_steps,
             is_logging_step=self._is_logging_step(),
         )
 
+    def _dead_mask(self) -> Tensor | None:
+        """Which features are dead; None where none is, or where nobody would look, as far as it can be told."""
+        silent = self.n_forward_passes_since_fired
+        if silent.device.type == "cpu":
+            return self.dead_neurons
+        # A mask on an accelerator has to be looked at, for which the host waits.
+        if getattr(self.sae.cfg, "aux_loss_coefficient", None) == 0:
+            return None
+        window = self.cfg.dead_feature_window
+        return None if self._dead_watch.none_is_dead(silent, window, self.steps_done()) else self.dead_neurons
+
     @torch.no_grad()
     def _count(self, firings: Tensor) -> None:
         """What SAELens keeps of how often features fire."""
         self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[firings > 0] = 0
+        self.n_forward_passes_since_fired.masked_fill_(firings > 0, 0)
         self.act_freq_scores += firings
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
@@ -292,6 +311,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         finally:
             self.n_training_steps = counted
         write_json(checkpoint_path / GUARD, {"n_skipped": self.guard.n_skipped})
+        self.pace.save(checkpoint_path)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Weights, optimizer, counters, place in the data: all of a checkpoint, after a look at whether it fits.
@@ -315,6 +335,8 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         self._recorder.resume(path, self.steps_done())
         if (path / GUARD).exists():
             self.guard.n_skipped = json.loads((path / GUARD).read_text())["n_skipped"]
+        self.pace.load(path)
+        self._dead_watch = DeadWatch()
         self._take_over_provenance(path / SAE_CFG_FILENAME)
         self._has_resumed(path)
 

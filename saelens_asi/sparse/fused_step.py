@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int32, Int64
+from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
 from torch import Tensor
 from torch.nn import functional
 
 from saelens_asi.sparse.operators import operator
-from saelens_asi.sparse.rows import Workspace
 from saelens_asi.sparse.topk import Encoder, TopK
 
 # Scores of one tile (512 MiB in float32), and features in it, which a program of a kernel ranks at once.
@@ -97,7 +96,7 @@ def select_top_k(
     return scores.gather(1, chosen), chosen + first
 
 
-def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
+def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int) -> TopK:
     """The k largest scores of each token, features in ascending order.
 
     The product is torch's own, in the precision that autocast and ``torch.backends.cuda.matmul`` ask for, and its
@@ -108,7 +107,6 @@ def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, 
         x: what the encoder reads.
         encoder: the features.
         k: at most the number of features.
-        workspace: holds the tile between calls.
     """
     dtype = encoder.matmul_dtype or encoder.rows.dtype
     d_sae = encoder.rows.shape[0]
@@ -116,13 +114,13 @@ def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, 
     tiles = torch.split(x.to(dtype), max(1, TILE_ENTRIES // n_features))
     found: list[list[TopK]] = [[] for _ in tiles]
     for first in range(0, d_sae, n_features):
-        part = slice(first, first + n_features)
-        weights, bias = encoder.rows[part].to(dtype), encoder.bias[part]
-        scale = None if encoder.scale is None else encoder.scale[part]
+        part = (0, first, min(n_features, d_sae - first))
+        weights, bias = encoder.rows.narrow(*part).to(dtype), encoder.bias.narrow(*part)
+        scale = None if encoder.scale is None else encoder.scale.narrow(*part)
         for best, tile in zip(found, tiles, strict=True):
-            products = workspace.take("products", (tile.shape[0], weights.shape[0]), x, dtype)
-            torch.mm(tile, weights.t(), out=products)
+            products = torch.mm(tile, weights.t())
             best.append(TopK(*select_top_k(products, bias, scale, k, encoder.magnitude, first)))
+            del products  # before the next, whose memory it is
     merged = [_merge(best, k, encoder.magnitude) for best in found]
     if len(merged) == 1:
         return merged[0]
@@ -458,7 +456,7 @@ class AdamNumbers(NamedTuple):
 
 
 @operator("(Tensor(a!) norms, Tensor table, Tensor starts) -> ()", mutates=("norms",))
-def renew_norms_(norms: Float[Tensor, " n"], table: Float[Tensor, "n d"], starts: Int64[Tensor, " n_and_1"]) -> None:
+def renew_norms_(norms: Float[Tensor, " n"], table: Float[Tensor, "n d"], starts: Int[Tensor, " n_and_1"]) -> None:
     """Renew the norms of the rows whose part of ``starts`` is not empty, to bits that do not depend on which these are.
 
     One launch.

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,18 @@ def load_triton_kernels() -> ModuleType | None:
         return None
 
 
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """What works on a tensor and those beside it: kernels on a GPU, and otherwise the twins."""
+    return load_triton_kernels() if tensor.is_cuda else None
+
+
+def _shapes(twin: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a twin gives, without numbers: on the meta device, since slices on any other ask for the device itself."""
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    made = twin(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
+    return tuple(torch.empty_like(out, device=device) for out in made)
+
+
 def operator(
     schema: str, mutates: Sequence[str] = (), n_launches: int = 1
 ) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
@@ -58,12 +71,11 @@ def operator(
         name = twin.__name__
 
         def run(*args: Any) -> Any:
-            first = args[0][0] if isinstance(args[0], list) else args[0]
-            kernels = load_triton_kernels() if first.is_cuda else None
+            kernels = kernels_for(args[0][0] if isinstance(args[0], list) else args[0])
             return (twin if kernels is None else getattr(kernels, name))(*args)
 
         declared = torch.library.custom_op(f"saelens_asi::{name}", run, mutates_args=mutates, schema=schema)
-        declared.register_fake(twin)
+        declared.register_fake(lambda *args: None if mutates else _shapes(twin, args))
         OPERATORS[name] = Operator(twin, n_launches)
         return cast("Callable[..., _Result]", declared)
 
