@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: install test capabilities wheel demo ablation train_step spectra lorsa claims kills format clean
+.PHONY: install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills format clean
 
 install: $(VENV)/installed
 
@@ -53,6 +53,10 @@ train_step: install
 	$(BIN)/python -m benchmarks.training_run
 	$(BIN)/python -m benchmarks.training_run --d-sae 131072 --steps 100
 	$(BIN)/python -m benchmarks.optimizers
+
+# On a machine with a GPU: whether the kernels are right there, then what a step costs. No network, and nothing installed.
+gpu:
+	$(BIN)/python -m benchmarks.gpu
 
 spectra: install
 	$(BIN)/saelens-asi spectrum --n-tokens 100000 --loss-tokens 2048 --out smollm2

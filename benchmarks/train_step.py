@@ -62,13 +62,14 @@ def batches(args: argparse.Namespace) -> list[Tensor]:
 
 
 def make_trainer(args: argparse.Namespace, data: list[Tensor], **flags: Any) -> SAETrainer:
-    """A trainer as SAELens makes it, around weights from Active Subspace Initialization."""
+    """A trainer as SAELens makes it, around weights from Active Subspace Initialization (or SAELens's own)."""
     torch.manual_seed(0)
     d_in = data[0].shape[1]
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=args.d_sae, k=args.k, device=args.device, **flags))
-    moments = RunningMoments.zeros(d_in)
-    moments.update_(torch.cat(data[:4]).cpu())
-    initialize_(sae, ActiveSubspaceInit(), Spectrum.from_moments(moments), data[0][:1024])
+    if getattr(args, "initialize", True):
+        moments = RunningMoments.zeros(d_in)
+        moments.update_(torch.cat(data[:4]).cpu())
+        initialize_(sae, ActiveSubspaceInit(), Spectrum.from_moments(moments), data[0][:1024])
     cfg = SAETrainerConfig(
         total_training_samples=10**9,
         train_batch_size_samples=args.batch,
