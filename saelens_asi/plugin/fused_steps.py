@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.topk_pass import as_coo, encoder_of, is_squared_error
 from saelens_asi.sparse.fused_step import (
+    MAX_K,
     MAX_WIDTH,
     Decoded,
     FusedEntries,
@@ -177,6 +178,7 @@ def takes_fused(sae: AnyTrainingSAE, optimizer: Optimizer, made: TrainStepInput)
         and sae.W_dec.is_contiguous()
         and len(made.sae_in) > 0
         and sae.cfg.d_in <= MAX_WIDTH
+        and sae.activation_fn.k <= MAX_K
         and is_squared_error(sae, made.sae_in)
     )
 

@@ -26,13 +26,16 @@ from saelens_asi.sparse.topk import Encoder, TopK
 TILE_ENTRIES = 2**27
 TILE_FEATURES = 2**15
 
+# Features of a token, at most: far below the features of a tile.
+MAX_K = 1024
+
 # Columns of a group, in the twin of the selection.
 _GROUP = 16
 
 # Tokens whose decoder rows are held at once, in the twin of the decoding.
 _TWIN_TOKENS = 128
 
-# Entries of a feature that fires often are added up in pieces of so many; the same number stands in the kernels.
+# Entries of a feature that fires often are added up in pieces of so many, by different programs of a kernel.
 TILE_OF_ENTRIES = 64
 
 # Rows of a table as wide as this at most fit in the registers of a kernel.
@@ -106,11 +109,11 @@ def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int) 
     Args:
         x: what the encoder reads.
         encoder: the features.
-        k: at most the number of features.
+        k: at most the number of features, and ``MAX_K``.
     """
     dtype = encoder.matmul_dtype or encoder.rows.dtype
     d_sae = encoder.rows.shape[0]
-    n_features = -(-d_sae // max(1, min(-(-d_sae // TILE_FEATURES), d_sae // k)))  # no part narrower than k
+    n_features = -(-d_sae // -(-d_sae // TILE_FEATURES))  # parts of about one size, none narrower than k
     tiles = torch.split(x.to(dtype), max(1, TILE_ENTRIES // n_features))
     found: list[list[TopK]] = [[] for _ in tiles]
     for first in range(0, d_sae, n_features):

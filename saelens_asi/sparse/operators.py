@@ -38,7 +38,10 @@ def load_triton_kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     try:
-        return importlib.import_module("saelens_asi.sparse.triton_kernels")
+        kernels = importlib.import_module("saelens_asi.sparse.triton_kernels")
+        if torch.cuda.is_available():  # Triton asks for a compiler of C when the first kernel is started
+            kernels.note_(*(torch.zeros(n, dtype=torch.int64, device="cuda") for n in (2, (), 1)))
+        return kernels
     except Exception as error:
         logger.warning("Triton cannot be used (%s): training steps take torch's operations", error)
         return None
@@ -71,8 +74,13 @@ def operator(
         name = twin.__name__
 
         def run(*args: Any) -> Any:
-            kernels = kernels_for(args[0][0] if isinstance(args[0], list) else args[0])
-            return (twin if kernels is None else getattr(kernels, name))(*args)
+            first = args[0][0] if isinstance(args[0], list) else args[0]
+            kernels = kernels_for(first)
+            if kernels is None:
+                return twin(*args)
+            # Triton starts kernels on the current device, wherever their arguments are.
+            with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+                return getattr(kernels, name)(*args)
 
         declared = torch.library.custom_op(f"saelens_asi::{name}", run, mutates_args=mutates, schema=schema)
         declared.register_fake(lambda *args: None if mutates else _shapes(twin, args))

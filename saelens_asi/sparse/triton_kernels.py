@@ -12,18 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saelens_asi.sparse.fused_step import TILE_OF_ENTRIES
+
 # Arguments stand in groups that belong together, a line for each.
 # fmt: off
-
-# Rows that are held in registers whole.
-MAX_WIDTH = 8192
 
 # Scores that a program ranks one by one; of more, the maxima of groups of so many are ranked first.
 DIRECT_COLUMNS = 4096
 GROUP = 8
-
-# Entries of a feature that fires often are added up in pieces of so many, by different programs.
-TILE = 64
 
 # Programs that share the features where something is added up over all of them.
 PROGRAMS = 2048
@@ -285,12 +281,12 @@ def _sum_tiles(
 def sum_tiles(
     owners: Tensor, order: Tensor, values: Tensor, d_values: Tensor, d_out: Tensor, x: Tensor, d_sae: int
 ) -> tuple[Tensor, Tensor]:
-    n_tiles, d_in = owners.numel() // TILE, x.shape[1]
+    n_tiles, d_in = owners.numel() // TILE_OF_ENTRIES, x.shape[1]
     tile_rows, tile_bias = x.new_empty(n_tiles, 2, d_in), x.new_empty(n_tiles)
     if n_tiles:
         _sum_tiles[(n_tiles,)](
             owners, order, values, d_values, d_out, x, tile_rows, tile_bias, d_in, d_sae, K=values.shape[1],
-            TILE=TILE, BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
+            TILE=TILE_OF_ENTRIES, BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
         )
     return tile_rows, tile_bias
 
@@ -328,7 +324,7 @@ def gradient_squares(
     squares, d_input = x.new_empty(n_programs), x.new_empty(n_programs, d_in)
     _gradient_squares[(n_programs,)](
         starts, order, values, d_values, d_out, x, tile_rows, tile_bias, W_enc, squares, d_input, d_in, d_sae,
-        n_features, K=values.shape[1], TILE=TILE, BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
+        n_features, K=values.shape[1], TILE=TILE_OF_ENTRIES, BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
     )
     return squares, d_input
 
@@ -411,7 +407,7 @@ def move_rows_(
     step_size, root_scale, beta1, beta2, eps = numbers
     _move_rows[(starts.numel() - 1,)](
         *tensors, starts, order, values, d_values, d_out, x, tile_rows, tile_bias, divisor, d_in, step_size,
-        root_scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, K=values.shape[1], TILE=TILE,
+        root_scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, K=values.shape[1], TILE=TILE_OF_ENTRIES,
         BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
     )
 

@@ -30,6 +30,7 @@ class _Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.sizes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
@@ -44,7 +45,12 @@ class _Launches(TorchDispatchMode):
             or short == "_indices"
         ):
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            made = [one for one in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(one, torch.Tensor)]
+            known = {id(arg) for arg in args}
+            self.sizes[name] = max(one.numel() * (id(one) not in known) for one in made) if made else 0
+        return out
 
 
 @pytest.fixture
@@ -98,6 +104,10 @@ def test_a_step_starts_few_kernels_and_waits_for_none(architecture, settings, on
             output = trainer.step(batch)
     assert "saelens_asi::move_rows_" in launches.names
     assert len(launches.names) <= MAX_LAUNCHES, launches.names
+    # No gradient of a table, and nothing else of its size.
+    products = {"aten::mm", "aten::_sparse_coo_tensor_with_dims_and_tensors"}
+    sizes = {name: size for name, size in launches.sizes.items() if name not in products}
+    assert max(sizes.values()) < D_SAE * tiny.D_MODEL, sizes
     assert output.feature_acts.shape == (tiny.BATCH, D_SAE)
     assert output.sae_out.device.type == "cuda"
 
