@@ -57,7 +57,7 @@ def _with_bad_rows_replaced(
     return kept.masked_fill_(bad.all(), 0)
 
 
-@operator("(Tensor x) -> (Tensor, Tensor)", n_launches=2)
+@operator("(Tensor x) -> (Tensor, Tensor)", n_launches=lambda x: 2)
 def keep_finite_rows(x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch d_in"], Bool[Tensor, " batch"]]:
     """For an accelerator: ``without_bad_rows`` of ``finite_rows``, and these. Two launches."""
     good = _largest_magnitude(x, dim=1).isfinite()

@@ -29,8 +29,9 @@ TILE_FEATURES = 2**15
 # Features of a token, at most: far below the features of a tile.
 MAX_K = 1024
 
-# Columns of a group, in the twin of the selection.
-_GROUP = 16
+# Scores that a kernel ranks one by one; of more, the maxima of groups of so many are ranked first.
+_DIRECT_COLUMNS = 4096
+GROUP = 8
 
 # Tokens whose decoder rows are held at once, in the twin of the decoding.
 _TWIN_TOKENS = 128
@@ -57,9 +58,14 @@ def _largest(
     return keys.topk(k, dim=1, sorted=False).indices
 
 
+def ranks_groups(n_columns: int, k: int) -> bool:
+    """Whether a kernel that selects k of so many columns ranks groups of them first, in a launch of its own."""
+    return n_columns > _DIRECT_COLUMNS and k * GROUP <= n_columns
+
+
 @operator(
     "(Tensor products, Tensor? bias, Tensor? scale, int k, bool magnitude, int first) -> (Tensor, Tensor)",
-    n_launches=2,
+    n_launches=lambda products, bias, scale, k, *rest: 1 + ranks_groups(products.shape[1], k),
 )
 def select_top_k(
     products: Float[Tensor, "n_rows n_columns"],
@@ -87,12 +93,12 @@ def select_top_k(
     ranked = scores.abs() if magnitude else scores
     n_rows, n_columns = scores.shape
     columns = torch.arange(n_columns, device=scores.device).expand(n_rows, -1)
-    if n_columns > 4 * k * _GROUP:
+    if n_columns > 4 * k * GROUP:
         # The k largest lie in the k groups with the largest maxima: keys are made for these alone.
-        n_groups = -(-n_columns // _GROUP)
-        padded = functional.pad(ranked, (0, n_groups * _GROUP - n_columns), value=-torch.inf)
-        groups = _largest(padded.view(n_rows, n_groups, _GROUP).amax(dim=2), columns[:, :n_groups], k)
-        columns = (groups[:, :, None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+        n_groups = -(-n_columns // GROUP)
+        padded = functional.pad(ranked, (0, n_groups * GROUP - n_columns), value=-torch.inf)
+        groups = _largest(padded.view(n_rows, n_groups, GROUP).amax(dim=2), columns[:, :n_groups], k)
+        columns = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)).flatten(1)
         columns = columns.sort(dim=1).values
         ranked = padded.gather(1, columns)
     chosen = columns.gather(1, _largest(ranked, columns, k)).sort(dim=1).values

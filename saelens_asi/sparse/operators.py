@@ -22,10 +22,10 @@ _Result = TypeVar("_Result")
 
 
 class Operator(NamedTuple):
-    """What stands behind a name in ``torch.ops.saelens_asi``: the twin, and how many kernels it starts at most."""
+    """What stands behind a name in ``torch.ops.saelens_asi``: the twin, and how many kernels a call starts on a GPU."""
 
     twin: Callable[..., Any]
-    n_launches: int
+    n_launches: Callable[..., int]
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -60,14 +60,14 @@ def _shapes(twin: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 
 def operator(
-    schema: str, mutates: Sequence[str] = (), n_launches: int = 1
+    schema: str, mutates: Sequence[str] = (), n_launches: Callable[..., int] = lambda *args: 1
 ) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
     """Make a twin an operator of its name.
 
     Args:
         schema: in torch's notation.
         mutates: arguments that are written.
-        n_launches: kernels that it starts on a GPU, at most.
+        n_launches: kernels that a call with some arguments starts on a GPU.
     """
 
     def declare(twin: Callable[..., _Result]) -> Callable[..., _Result]:

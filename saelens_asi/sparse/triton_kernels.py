@@ -12,14 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saelens_asi.sparse.fused_step import TILE_OF_ENTRIES
+from saelens_asi.sparse.fused_step import GROUP, TILE_OF_ENTRIES, ranks_groups
 
 # Arguments stand in groups that belong together, a line for each.
 # fmt: off
-
-# Scores that a program ranks one by one; of more, the maxima of groups of so many are ranked first.
-DIRECT_COLUMNS = 4096
-GROUP = 8
 
 # Programs that share the features where something is added up over all of them.
 PROGRAMS = 2048
@@ -132,7 +128,7 @@ def select_top_k(
     options = {"K": k, "MAGNITUDE": magnitude, "HAS_BIAS": bias is not None, "HAS_SCALE": scale is not None}
     bias, scale = products if bias is None else bias, products if scale is None else scale
     n_places, groups = n_columns, columns
-    has_groups = in_groups(n_columns, k)
+    has_groups = ranks_groups(n_columns, k)
     if has_groups:
         n_places, groups = k * GROUP, products.new_empty(n_rows, k, dtype=torch.int32)
         n_groups = triton.next_power_of_2(triton.cdiv(n_columns, GROUP))
@@ -146,11 +142,6 @@ def select_top_k(
         HAS_GROUPS=has_groups, GROUP=GROUP, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )
     return best, columns
-
-
-def in_groups(n_columns: int, k: int) -> bool:
-    """Whether a selection ranks groups first, in a launch of its own."""
-    return n_columns > DIRECT_COLUMNS and k * GROUP <= n_columns
 
 
 @triton.jit
@@ -449,13 +440,21 @@ def renew_norms_(norms: Tensor, table: Tensor, starts: Tensor) -> None:
 
 
 @triton.jit
+def _is_finite(numbers):
+    if numbers.dtype.primitive_bitwidth < 32:
+        return tl.abs(numbers.to(tl.float32)) < float("inf")
+    else:
+        return tl.abs(numbers) < float("inf")
+
+
+@triton.jit
 def _find_finite_rows(x, good, d_in, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n_bad = tl.zeros([BLOCK], tl.int32)
     for first in range(0, d_in, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        numbers = tl.load(x + row * d_in + columns, mask=columns < d_in, other=0.0).to(tl.float32)
-        n_bad += 1 - (tl.abs(numbers) < float("inf")).to(tl.int32)
+        numbers = tl.load(x + row * d_in + columns, mask=columns < d_in, other=0.0)
+        n_bad += 1 - _is_finite(numbers).to(tl.int32)
     tl.store(good + row, tl.sum(n_bad) == 0)
 
 
@@ -496,7 +495,7 @@ def keep_finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _note(counts, loss, good, n, N: tl.constexpr):
     rows = tl.arange(0, N)
     n_bad = tl.sum(1 - tl.load(good + rows, mask=rows < n, other=1).to(tl.int32))
-    is_bad = 1 - (tl.abs(tl.load(loss).to(tl.float32)) < float("inf")).to(tl.int64)
+    is_bad = 1 - _is_finite(tl.load(loss)).to(tl.int64)
     tl.store(counts, tl.load(counts) + is_bad)
     tl.store(counts + 1, tl.load(counts + 1) + n_bad.to(tl.int64))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from saelens_asi.plugin import pace, sparse_steps
 from saelens_asi.plugin.fused_steps import DeadWatch, takes_fused
@@ -36,7 +38,7 @@ class _Launches(TorchDispatchMode):
         name = func._schema.name
         space, short = name.split("::")
         if space == "saelens_asi":
-            self.names += [name] * OPERATORS[short].n_launches
+            self.names += [name] * OPERATORS[short].n_launches(*args)
         elif not (
             space in ("prim", "profiler")
             or func.is_view
@@ -63,23 +65,24 @@ def _trainer(architecture: str = "topk", **settings: Any) -> Any:
     return tiny.trainer(architecture, optimizer="sparse_adam", **{"d_sae": D_SAE, **settings})
 
 
-def _on_device(trainer: Any) -> Any:
-    """The trainer with its weights and counts on a device that is not there, after a step."""
+def _on_device(trainer: Any, d_sae: int = D_SAE, d_in: int = tiny.D_MODEL, batch: int = tiny.BATCH) -> torch.Tensor:
+    """Weights and counts of a trainer go to a device that is not there, and it makes a step; returns the next batch."""
     sae = trainer.sae
-    sae.device = CUDA
-    for name, param in list(sae.named_parameters()):
-        by_feature = name == "W_enc"  # laid out as the first step would, whose way of doing it fake tensors refuse
-        made = torch.empty(param.t().shape, device=CUDA).t() if by_feature else torch.empty(param.shape, device=CUDA)
-        setattr(sae, name, torch.nn.Parameter(made))
+    sae.device, sae.cfg.d_sae, sae.cfg.d_in = CUDA, d_sae, d_in
+    # W_enc is laid out as the first step would, whose way of doing it fake tensors refuse.
+    made = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, shape in made.items():
+        param = torch.empty(shape, device=CUDA)
+        setattr(sae, name, torch.nn.Parameter(param.t() if name == "W_enc" else param))
     trainer._use_sparse_adam()
     for param in sae.parameters():
         moments = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         trainer.optimizer.state[param] = {"step": 0.0, **moments}
-    trainer.act_freq_scores = torch.zeros(D_SAE, device=CUDA)
-    trainer.n_forward_passes_since_fired = torch.zeros(D_SAE, device=CUDA)
+    trainer.act_freq_scores = torch.zeros(d_sae, device=CUDA)
+    trainer.n_forward_passes_since_fired = torch.zeros(d_sae, device=CUDA)
     trainer.pace.settle()
-    trainer.step(torch.empty(tiny.BATCH, tiny.D_MODEL, device=CUDA))  # what is made in the first step is there
-    return trainer
+    trainer.step(torch.empty(batch, d_in, device=CUDA))  # what is made in the first step is there
+    return torch.empty(batch, d_in, device=CUDA)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])
@@ -98,8 +101,7 @@ def test_a_step_starts_few_kernels_and_waits_for_none(architecture, settings, on
     trainer = _trainer(architecture, **settings)
     trainer.activation_scaler.scaling_factor = 1.5 if "normalize_activations" in settings else None
     with on_cuda:
-        _on_device(trainer)
-        batch = torch.empty(tiny.BATCH, tiny.D_MODEL, device=CUDA)
+        batch = _on_device(trainer)
         with _Launches() as launches:
             output = trainer.step(batch)
     assert "saelens_asi::move_rows_" in launches.names
@@ -116,21 +118,70 @@ def test_a_step_in_bfloat16_starts_few_kernels_and_waits_for_none(on_cuda, monke
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
     trainer = _trainer()
     with on_cuda:
-        _on_device(trainer)
+        batch = _on_device(trainer)
         with _Launches() as launches:
-            trainer.step(torch.empty(tiny.BATCH, tiny.D_MODEL, device=CUDA))
+            trainer.step(batch)
     assert "saelens_asi::move_rows_" in launches.names
     assert len(launches.names) <= MAX_LAUNCHES, launches.names
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The peak of all memory that operations have given, and that is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for one in torch.utils._pytree.arg_tree_leaves(*args):
+            if isinstance(one, torch.Tensor) and one.layout == torch.strided:
+                self._known.setdefault(one.untyped_storage(), True)  # what was there before
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, torch.Tensor) and one.layout == torch.strided:
+                self._count(one.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known[storage] = True
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+SIZES = [(32_768, 576, 40), (131_072, 576, 45), (1_048_576, 576, 200), (131_072, 4096, 45)]
+
+
+@pytest.mark.parametrize(("d_sae", "d_in", "max_launches"), SIZES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_launches_and_memory_of_ordinary_sizes(d_sae, d_in, max_launches, autocast, on_cuda, monkeypatch):
+    """At most 10 % of weights and moments, and 1 GiB, beside these; three launches more for each 512 MiB of scores."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: autocast)
+    trainer = _trainer(k=32, n_steps=10**6)
+    with on_cuda:
+        batch = _on_device(trainer, d_sae, d_in, batch=4096)
+        with _Launches() as launches:
+            trainer.step(batch)
+        with _LiveBytes() as memory:
+            trainer.step(batch)
+    assert len(launches.names) <= max_launches, launches.names
+    assert memory.peak <= 0.1 * (6 * 4 * d_sae * d_in) + 2**30
 
 
 def test_reading_a_number_of_the_device_is_seen(on_cuda):
     """What the two tests above would see: a mask that somebody has to look at."""
     trainer = _trainer()
     with on_cuda:
-        _on_device(trainer)
+        batch = _on_device(trainer)
         trainer._dead_watch._first = 0
         with pytest.raises(Exception, match=r"_local_scalar_dense|data-dependent|item|not linked"):
-            trainer.step(torch.empty(tiny.BATCH, tiny.D_MODEL, device=CUDA))
+            trainer.step(batch)
 
 
 @pytest.fixture

@@ -280,15 +280,16 @@ def test_a_vector_moves_and_norms_are_renewed_where_they_are_asked_for():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [[], [0], [0, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_rows_that_are_not_finite_are_replaced_and_counted(dtype, bad, value):
     x = torch.randn(7, 1500).to(dtype)
+    x[:, 7] = torch.finfo(dtype).max
     x[bad, 1400] = value
     _agree("keep_finite_rows", x, rtol=0, atol=0)
     good = finite.finite_rows(x)
-    for loss in (torch.tensor(1.0), torch.tensor(value)):
+    for loss in (torch.tensor(torch.finfo(dtype).max, dtype=dtype), torch.tensor(value)):
         _agree("note_", torch.tensor([2, 3]), loss, good)
 
 
