@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE
@@ -172,7 +171,7 @@ def takes_fused(sae: AnyTrainingSAE, optimizer: Optimizer, made: TrainStepInput)
         sae.W_dec.device.type == _DEVICE
         and type(sae) in (TopKTrainingSAE, AbsTopKTrainingSAE)
         and type(optimizer) is SparseAdam
-        and _is_served(optimizer.param_groups)
+        and _is_served(optimizer)
         and (made.dead_neuron_mask is None or sae.cfg.aux_loss_coefficient == 0)
         and all(param.dtype == torch.float32 for param in sae.parameters())
         and sae.W_dec.is_contiguous()
@@ -183,9 +182,12 @@ def takes_fused(sae: AnyTrainingSAE, optimizer: Optimizer, made: TrainStepInput)
     )
 
 
-def _is_served(groups: list[dict[str, Any]]) -> bool:
-    same = ("lr", "betas", "eps")
-    return all(
+def _is_served(optimizer: SparseAdam) -> bool:
+    """Whether all parameters move alike, by the options that there are kernels for."""
+    groups, same = optimizer.param_groups, ("lr", "betas", "eps")
+    # The counts lie on the CPU, whatever the parameters do.
+    steps = {float(optimizer.state[param].get("step", 0)) for group in groups for param in group["params"]}
+    return len(steps) == 1 and all(
         all(group.get(option, value) == value for option, value in _OPTIONS.items())
         and all(group[name] == groups[0][name] for name in same)
         and not isinstance(group["lr"], Tensor)

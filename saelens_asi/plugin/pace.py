@@ -77,7 +77,8 @@ class Pace:
         ours, stock = (statistics.median(self._seconds[sparse][_UNCOUNTED:]) for sparse in (True, False))
         self.sparse_is_quicker = ours <= stock
         chosen = "the sparse path" if self.sparse_is_quicker else "SAELens's dense path"
-        logger.warning(
+        logger.log(
+            logging.INFO if self.sparse_is_quicker else logging.WARNING,
             "training steps take %s: %.4g s a step on the sparse path, %.4g s on SAELens's own (%s)",
             *(chosen, ours, stock, device),
         )

@@ -176,7 +176,7 @@ def _decode_tokens(
         columns = first + tl.arange(0, BLOCK)
         inside = columns < d_in
         decoded = tl.load(b_dec + columns, mask=inside, other=0.0)
-        for j in range(K):
+        for j in tl.range(0, K, loop_unroll_factor=4):
             one = tl.load(features + token * K + j)
             weight, _ = _value(tl.load(scores + token * K + j), one, scale, True, MAGNITUDE, HAS_SCALE)
             decoded += weight * tl.load(W_dec + one * d_in + columns, mask=inside, other=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from typing import Any
 
@@ -238,6 +239,17 @@ def test_outputs_are_those_of_a_cpu(request):
     assert found.losses.keys() == expected.losses.keys()
 
 
+@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
+def test_autocast_selects_what_saelens_selects(architecture, fused_on_a_cpu):
+    """The product is rounded to bfloat16, bias and norms are not: as SAELens has it."""
+    trainer = _trainer(architecture, aux_loss_coefficient=0.0, autocast=True)
+    batch = next(tiny.batches())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = trainer.sae.training_forward_pass(trainer._step_input(batch)).feature_acts
+    found = trainer.step(batch).feature_acts.to_dense()
+    assert torch.equal(found != 0, expected != 0)
+
+
 def test_a_token_that_is_not_a_number_shows_in_the_loss(fused_on_a_cpu):
     trainer = _trainer(aux_loss_coefficient=0.0)
     batch = next(tiny.batches())
@@ -286,6 +298,9 @@ def test_other_steps_keep_the_path_they_have(architecture, settings, monkeypatch
         other = tiny.trainer(optimizer="sparse_adam", aux_loss_coefficient=0.0)
         other.optimizer.param_groups[0][option] = value
         assert not takes_fused(other.sae, other.optimizer, made)
+    usual.optimizer.state[usual.sae.W_dec] = {"step": torch.tensor(3.0)}
+    made.dead_neuron_mask = None
+    assert not takes_fused(usual.sae, usual.optimizer, made)
 
 
 def test_no_feature_is_dead_before_it_could_be():
@@ -325,6 +340,7 @@ def _measured(ours: float, stock: float, n_steps: int = 20) -> tuple[Pace, list[
 
 @pytest.mark.parametrize(("ours", "stock"), [(1.0, 2.0), (2.0, 1.0)])
 def test_the_quicker_step_is_taken_and_said_once(ours, stock, caplog):
+    caplog.set_level(logging.INFO)
     pace, taken = _measured(ours, stock)
     assert pace.sparse_is_quicker == (ours < stock)
     assert taken[:10] == [True, False] * 5

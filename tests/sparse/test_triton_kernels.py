@@ -378,7 +378,7 @@ def _compile(name: str, capability: int, warps: int, constants: dict[str, Any]) 
     attributes = {
         (param.num,): [["tt.divisibility", 16]]
         for param in kernel.params
-        if signature[param.name].startswith("*") or param.name in aligned
+        if signature[param.name].startswith("*") or (param.name in aligned and signature[param.name] == "i32")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
     options = {"num_warps": warps, **({"maxnreg": 64} if name == "_select_groups" else {})}
