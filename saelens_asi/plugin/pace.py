@@ -23,10 +23,10 @@ PACE = "pace.json"
 _UNCOUNTED, _COUNTED = 2, 3
 
 
-def synchronized_clock() -> float:
+def synchronized_clock(device: torch.device) -> float:
     """Seconds, once the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -40,7 +40,7 @@ class Pace:
         sparse_is_quicker: None as long as it is not known.
     """
 
-    def __init__(self, clock: Callable[[], float] = synchronized_clock) -> None:
+    def __init__(self, clock: Callable[[torch.device], float] = synchronized_clock) -> None:
         self.sparse_is_quicker: bool | None = None
         self._clock = clock
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -61,10 +61,10 @@ class Pace:
             yield True
             return
         sparse = len(self._seconds[True]) <= len(self._seconds[False])
-        start = self._clock()
+        start = self._clock(device)
         yield sparse
         if self.sparse_is_quicker is None:
-            self._seconds[sparse].append(self._clock() - start)
+            self._seconds[sparse].append(self._clock(device) - start)
             self._choose(device)
 
     def settle(self) -> None:

@@ -324,7 +324,7 @@ class _Clock:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def __call__(self) -> float:
+    def __call__(self, device: torch.device) -> float:
         return self.now
 
 
@@ -358,7 +358,7 @@ def test_a_step_that_fits_no_memory_is_not_tried(caplog):
 
 
 def test_nothing_is_measured_on_a_cpu_and_nothing_kept(tmp_path):
-    def clock() -> float:
+    def clock(device: torch.device) -> float:
         raise AssertionError("looked at")
 
     pace = Pace(clock)
