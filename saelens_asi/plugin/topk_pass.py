@@ -19,7 +19,15 @@ from saelens_asi.sparse.gradients import TopKGradients, squared_error_, stack_le
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace
 from saelens_asi.sparse.screens import AdaptiveScreen
-from saelens_asi.sparse.topk import Encoder, Query, encode_batch_top_k, encode_top_k, encode_top_k_among, entries_of
+from saelens_asi.sparse.topk import (
+    Encoder,
+    Query,
+    batch_top_k,
+    batch_width,
+    encode_top_k,
+    encode_top_k_among,
+    entries_of,
+)
 
 # With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
 _MAX_DEAD_SHARE = 0.1
@@ -184,20 +192,26 @@ def _encode(
     screen: AdaptiveScreen | None,
 ) -> tuple[Entries, list[Entries]]:
     """The active features, and the dead ones of every auxiliary level."""
-    queries = [Query(level.k, level.features) for level in auxiliary]
     n_dead = sum(level.features.numel() for level in auxiliary)
-    k = sae.activation_fn.k
-    if isinstance(sae, BatchTopKTrainingSAE):
-        active, answers = encode_batch_top_k(x, encoder, int(k * x.shape[0]), queries, workspace)
+    n_entries, d_sae, k = int(sae.activation_fn.k * x.shape[0]), sae.cfg.d_sae, sae.activation_fn.k
+    is_batch = isinstance(sae, BatchTopKTrainingSAE)
+    if screen is not None and n_dead <= d_sae * _MAX_DEAD_SHARE:
+        answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
+        if is_batch:
+            return screen.batch_top_k(x, encoder, n_entries, workspace), [entries_of(answer) for answer in answers]
+        best = screen.top_k(x, encoder, k, workspace)
     else:
-        if screen is None or n_dead > sae.cfg.d_sae * _MAX_DEAD_SHARE:
-            best, *answers = encode_top_k(x, encoder, [Query(k), *queries], workspace)
-        else:
-            best = screen.top_k(x, encoder, k, workspace)
-            answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
-        active = entries_of(best)
-        # Not "> 0": a score that is not a number stays, and the loss is none either, as with SAELens's own step.
-        active = active.where(active.scores != 0 if encoder.magnitude else ~(active.scores <= 0))
+        width = batch_width(n_entries, x.shape[0], d_sae) if is_batch else k
+        queries = [Query(width), *(Query(level.k, level.features) for level in auxiliary)]
+        best, *answers = encode_top_k(x, encoder, queries, workspace)
+        if is_batch:
+            active = batch_top_k(
+                best, n_entries, d_sae, lambda some, k: encode_top_k(x[some], encoder, [Query(k)], workspace)[0]
+            )
+            return active, [entries_of(answer) for answer in answers]
+    active = entries_of(best)
+    # Not "> 0": a score that is not a number stays, and the loss is none either, as with SAELens's own step.
+    active = active.where(active.scores != 0 if encoder.magnitude else ~(active.scores <= 0))
     return active, [entries_of(answer) for answer in answers]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -238,42 +239,115 @@ def quantize_rows(
     _run_rows(_compiled().quantize_rows, rows.numel(), tensors, sizes=(d & -d,), numbers=(slack,))
 
 
-def top_k_by_bounds(
+class Candidates(NamedTuple):
+    """Features that may be among the k best of a token, as far as they are known.
+
+    Attributes:
+        best_likely: the k largest likely scores so far, smallest first; before, what scores have to exceed.
+        cuts: what an upper bound has to exceed.
+        n_found: number of candidates; capacity + 1 for a token that is given up, having more than there is room for.
+        found: the candidates.
+        upper: their upper bounds.
+        likely: scores that they are likely to reach.
+    """
+
+    best_likely: Float32[Tensor, "n_tokens k"]
+    cuts: Float32[Tensor, " n_tokens"]
+    n_found: Int64[Tensor, " n_tokens"]
+    found: Int32[Tensor, "n_tokens capacity"]
+    upper: Float32[Tensor, "n_tokens capacity"]
+    likely: Float32[Tensor, "n_tokens capacity"]
+
+    def arguments(self) -> dict[str, _Argument]:
+        """What they must be, for ``_check``."""
+        (n_tokens, k), capacity, single = self.best_likely.shape, self.found.shape[1], torch.float32
+        return {
+            "best_likely": (self.best_likely, single, (n_tokens, k)),
+            "cuts": (self.cuts, single, (n_tokens,)),
+            "n_found": (self.n_found, torch.int64, (n_tokens,)),
+            "found": (self.found, torch.int32, (n_tokens, capacity)),
+            "upper": (self.upper, single, (n_tokens, capacity)),
+            "likely": (self.likely, single, (n_tokens, capacity)),
+        }
+
+
+def gather_candidates(
+    products: Float32[Tensor, "n_tokens n_features"] | Int32[Tensor, "n_tokens n_features"],
+    token_terms: Float32[Tensor, "3 n_tokens"],
+    feature_terms: Float32[Tensor, "4 d_sae"],
+    candidates: Candidates,
+    *,
+    first: int,
+    magnitude: bool,
+    pad: float,
+    doubt: float,
+) -> None:
+    """Look through features ``first`` on, whose products are given, for candidates; they are added to what was found.
+
+    The score of a token with terms t and a feature with terms f is ``t0 * (f0 * product) + f1``, give or take
+    ``t1 * f2 + t2 * f3 + pad``; with ``magnitude`` its absolute value counts. It is likely to reach the middle
+    less the share ``doubt`` of that. Cuts follow from likely scores; ``best_of_candidates`` sees whether k scores reach
+    them.
+    """
+    n_tokens, n_features = products.shape
+    d_sae = feature_terms.shape[1]
+    if first + n_features > d_sae:
+        raise ValueError(f"gather_candidates: features {first} to {first + n_features} of {d_sae}")
+    if len(candidates.cuts) != n_tokens:
+        raise ValueError(f"gather_candidates: candidates of {len(candidates.cuts)} tokens, products of {n_tokens}")
+    dtype = torch.int32 if products.dtype == torch.int32 else torch.float32
+    _check(
+        "gather_candidates",
+        products=(products, dtype, (n_tokens, n_features)),
+        token_terms=(token_terms, torch.float32, (3, n_tokens)),
+        feature_terms=(feature_terms, torch.float32, (4, d_sae)),
+        **candidates.arguments(),
+    )
+    tensors = (token_terms, feature_terms, products, *candidates)
+    _run_rows(_compiled().gather_candidates, n_tokens, tensors, sizes=(first, int(magnitude)), numbers=(pad, 1 + doubt))
+
+
+def best_of_candidates(
     x: Float32[Tensor, "n_tokens d_in"],
     encoder_rows: Float32[Tensor, "d_sae d_in"],
     bias: Float32[Tensor, " d_sae"],
     scale: Float32[Tensor, " d_sae"],
-    token_terms: Float32[Tensor, "3 n_tokens"],
-    feature_terms: Float32[Tensor, "4 d_sae"],
-    code_products: Int32[Tensor, "n_tokens d_sae"],
+    candidates: Candidates,
     *,
-    max_scored: int,
+    magnitude: bool,
     scores: Float32[Tensor, "n_tokens k"],
     indices: Int64[Tensor, "n_tokens k"],
+    n_scored: Int64[Tensor, " n_tokens"],
 ) -> None:
-    """The largest scores ``(x . row + bias) * scale`` of each token, exactly, largest bound first.
+    """The largest scores ``(x . row + bias) * scale`` of each token, exactly and by feature; of equal ones the first.
 
-    The bound of a token's feature is ``t0 * (f0 * code_product) + f1 + t1 * f2 + t2 * f3`` with the token's column t of
-    ``token_terms`` and the feature's column f of ``feature_terms``. Exact scores are taken in the order of bounds,
-    until the k-th best of them reaches the next bound. A token that needs more than ``max_scored`` of them is given
-    up: its first index is -1.
+    Args:
+        x: what the encoder reads.
+        encoder_rows: of all features.
+        bias: see above.
+        scale: see above.
+        candidates: as of ``gather_candidates``, after all features.
+        magnitude: rank by absolute value; scores keep their sign.
+        scores: before, what they have to exceed.
+        indices: before, -1, which stays where fewer scores exceed that.
+        n_scored: gets the number of exact scores that it took; -1 for a token that is given up, because candidates are
+            too many, or k scores do not reach the cut.
     """
-    (n_tokens, d_in), d_sae, k = x.shape, encoder_rows.shape[0], scores.shape[1]
-    single = torch.float32
+    (n_tokens, d_in), d_sae, k, single = x.shape, encoder_rows.shape[0], scores.shape[1], torch.float32
     _check(
-        "top_k_by_bounds",
+        "best_of_candidates",
         x=(x, single, (n_tokens, d_in)),
         encoder_rows=(encoder_rows, single, (d_sae, d_in)),
         bias=(bias, single, (d_sae,)),
         scale=(scale, single, (d_sae,)),
-        token_terms=(token_terms, single, (3, n_tokens)),
-        feature_terms=(feature_terms, single, (4, d_sae)),
-        code_products=(code_products, torch.int32, (n_tokens, d_sae)),
         scores=(scores, single, (n_tokens, k)),
         indices=(indices, torch.int64, (n_tokens, k)),
+        n_scored=(n_scored, torch.int64, (n_tokens,)),
+        **candidates.arguments(),
     )
-    tensors = (x, encoder_rows, bias, scale, token_terms, feature_terms, code_products, scores, indices)
-    _run_rows(_compiled().top_k_by_bounds, n_tokens, tensors, sizes=(max_scored,))
+    _, *found = candidates
+    tensors = (x, encoder_rows, bias, scale, *found, scores, indices, n_scored)
+    _run_rows(_compiled().best_of_candidates, n_tokens, tensors, sizes=(int(magnitude),))
 
 
 def _compiled() -> ModuleType:

@@ -13,8 +13,8 @@ from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import float32, float64, int8, int32, int64, njit, void
-from numba.core.types import Type
+from numba import boolean, float32, float64, int8, int32, int64, njit, void
+from numba.core.types import Tuple, Type
 from numba.core.typing.templates import Signature
 
 Floats: TypeAlias = npt.NDArray[np.float32 | np.float64]
@@ -25,20 +25,15 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 # Sums may be taken in the order that suits vectors (reassoc, contract, nsz). Not nnan and not ninf: with them the
-# compiler may assume that no number is NaN or infinite, but a training step must show where one is, and a screen marks
-# by -inf what is taken.
+# compiler may assume that no number is NaN or infinite, but a training step must show where one is.
 FASTMATH = {"reassoc", "contract", "nsz"}
-
-# Of a token's bounds only the maxima of groups, and of these only the maxima of families, are looked at again. Groups
-# and families of 32: an ordinary d_sae is 32^3 = 32,768, whose next bound then costs 32 comparisons on each level.
-_GROUP = 32
 
 # Exact scores are taken so many at a time: a product with a row of the encoder waits for memory, and the four requests
 # are under way together.
 _ROWS_AT_ONCE = 4
 
-# Lanes of a maximum. One running maximum is not made vectors (its order matters where numbers may be NaN), 64 are.
-_LANES = 64
+# Lanes of a maximum. One running maximum is not made vectors (its order matters where numbers may be NaN), 128 are.
+_LANES = 128
 
 
 def _compiled(*signatures: Signature) -> Callable[[_Function], _Function]:
@@ -314,71 +309,241 @@ def quantize_rows(
 
 
 @_inlined
-def _fill_bounds(
-    bounds: Singles,
-    group_maxima: Singles,
-    code_products: npt.NDArray[np.int32],
+def _fill_upper_bounds(
+    upper: Singles,
+    products: npt.NDArray[np.float32 | np.int32],
+    features: tuple[Singles, Singles, Singles, Singles],
+    token: tuple[np.float32, np.float32, np.float32],
+    pad: np.float32,
+    magnitude: bool,
+) -> None:
+    f0, f1, f2, f3 = features
+    t0, t1, t2 = token
+    if magnitude:
+        for j in range(upper.shape[0]):
+            middle = abs(t0 * (f0[j] * np.float32(products[j])) + f1[j])
+            upper[j] = middle + t1 * f2[j] + t2 * f3[j] + pad
+    else:
+        for j in range(upper.shape[0]):
+            middle = t0 * (f0[j] * np.float32(products[j])) + f1[j]
+            upper[j] = middle + t1 * f2[j] + t2 * f3[j] + pad
+
+
+@_inlined
+def _fold_maxima(maxima: Singles, numbers: Singles) -> None:
+    """Lane j gets the largest of every ``len(maxima)``-th number from j on: as vectors, which one maximum is not."""
+    maxima[:] = np.float32(-np.inf)
+    for first in range(0, numbers.shape[0], maxima.shape[0]):
+        part = numbers[first : first + maxima.shape[0]]
+        for j in range(part.shape[0]):
+            maxima[j] = part[j] if part[j] > maxima[j] else maxima[j]
+
+
+@_inlined
+def _raise_smallest(heap: Singles, number: np.float32) -> None:
+    """Put a number in the place of the smallest, which is the root: in a heap a parent is at most its children."""
+    k = heap.shape[0]
+    at = 0
+    while True:
+        child = 2 * at + 1
+        if child >= k:
+            break
+        if child + 1 < k and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= number:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = number
+
+
+@_inlined
+def _just_below(number: np.float32) -> np.float32:
+    """Bounds that equal this number exceed it: a score that ties with the k-th best is a candidate."""
+    return number - abs(number) * np.float32(1e-6) - np.float32(1e-30)
+
+
+@_inlined
+def _first_cut(
+    upper: Singles,
+    features: tuple[Singles, Singles, Singles, Singles],
+    token: tuple[np.float32, np.float32, np.float32],
+    pad: np.float32,
+    share: np.float32,
+    maxima: Singles,
+    heap: Singles,
+) -> np.float32:
+    """A number that k scores are likely to reach: the k-th largest of the lanes' largest likely scores."""
+    f2, f3 = features[2], features[3]
+    maxima[:] = np.float32(-np.inf)
+    n_lanes = maxima.shape[0]
+    likely = np.empty(n_lanes, np.float32)
+    for first in range(0, upper.shape[0], n_lanes):
+        part = upper[first : first + n_lanes]
+        g2, g3 = f2[first:], f3[first:]
+        for j in range(part.shape[0]):
+            likely[j] = part[j] - share * (token[1] * g2[j] + token[2] * g3[j] + pad)
+        for j in range(part.shape[0]):
+            maxima[j] = likely[j] if likely[j] > maxima[j] else maxima[j]
+    heap[:] = np.float32(-np.inf)
+    for j in range(n_lanes):
+        if maxima[j] > heap[0]:
+            _raise_smallest(heap, maxima[j])
+    return _just_below(heap[0])
+
+
+@_inlined
+def _drop_below(cut: np.float32, found: npt.NDArray[np.int32], upper: Singles, likely: Singles) -> int:
+    """Keep the candidates whose upper bound exceeds the cut; their number."""
+    n = 0
+    for i in range(found.shape[0]):
+        if upper[i] > cut:
+            found[n], upper[n], likely[n] = found[i], upper[i], likely[i]
+            n += 1
+    return n
+
+
+@_inlined
+def _lanes_above(cut: np.float32, maxima: Singles, lanes: Integers) -> int:
+    n_lanes = 0
+    for j in range(maxima.shape[0]):  # without a branch, which would be guessed wrong
+        lanes[n_lanes] = j
+        n_lanes += maxima[j] > cut
+    return n_lanes
+
+
+@_compiled(
+    Tuple((int64, float32))(  # type: ignore[no-untyped-call]
+        *(int64[::1], int64, *[float32[::1]] * 3, *[float32] * 4),
+        *(int64, float32, float32[::1], int32[::1], float32[::1], float32[::1]),
+    )
+)
+def _take_candidates(
+    lanes: Integers,
+    first: int,
+    all_upper: Singles,
+    f2: Singles,
+    f3: Singles,
+    t1: np.float32,
+    t2: np.float32,
+    pad: np.float32,
+    share: np.float32,
+    n: int,
+    cut: np.float32,
+    best: Singles,
+    found: npt.NDArray[np.int32],
+    upper_bounds: Singles,
+    likely_scores: Singles,
+) -> tuple[int, np.float32]:
+    """Add the candidates of some lanes; returns their number, too large for a token that is given up, and the cut.
+
+    Compiled by itself: inlined, it costs the loops around it their vectors.
+    """
+    capacity = found.shape[0]
+    for at in range(lanes.shape[0]):
+        for j in range(lanes[at], all_upper.shape[0], _LANES):
+            upper = all_upper[j]
+            if not upper > cut:
+                continue
+            if n == capacity:
+                n = _drop_below(cut, found, upper_bounds, likely_scores)
+            if n >= capacity:
+                return capacity + 1, cut
+            likely = upper - share * (t1 * f2[j] + t2 * f3[j] + pad)
+            found[n], upper_bounds[n], likely_scores[n] = first + j, upper, likely
+            n += 1
+            if likely > best[0]:
+                _raise_smallest(best, likely)
+                cut = max(cut, _just_below(best[0]))
+    return n, cut
+
+
+def _gather_signature(products: Type) -> Signature:
+    return void(
+        *(float32[:, ::1], float32[:, ::1], products[:, ::1]),
+        *(float32[:, ::1], float32[::1], int64[::1], int32[:, ::1], float32[:, ::1], float32[:, ::1]),
+        *(int64, int64, float32, float32, int64, int64),
+    )
+
+
+@_compiled(_gather_signature(float32), _gather_signature(int32))
+def gather_candidates(
     token_terms: Singles,
     feature_terms: Singles,
-    n_groups: int,
+    products: npt.NDArray[np.float32 | np.int32],
+    best_likely: Singles,
+    cuts: Singles,
+    n_found: Integers,
+    found: npt.NDArray[np.int32],
+    upper_bounds: Singles,
+    likely_scores: Singles,
+    first: int,
+    magnitude: int,
+    pad: np.float32,
+    share: np.float32,
+    lo: int,
+    hi: int,
 ) -> None:
-    """The bounds of a token, and the largest of each group."""
-    d_sae = code_products.shape[0]
-    group_maxima[:] = np.float32(-np.inf)
-    t0, t1, t2 = token_terms[0], token_terms[1], token_terms[2]
+    """See ``kernels.gather_candidates``."""
+    n_features, capacity = products.shape[1], found.shape[1]
     f0, f1, f2, f3 = feature_terms[0], feature_terms[1], feature_terms[2], feature_terms[3]
-    for first in range(0, d_sae, n_groups):
-        part = bounds[first : min(first + n_groups, d_sae)]
-        sums, g0, g1, g2, g3 = code_products[first:], f0[first:], f1[first:], f2[first:], f3[first:]
-        for j in range(part.shape[0]):
-            part[j] = t0 * (g0[j] * np.float32(sums[j])) + g1[j] + t1 * g2[j] + t2 * g3[j]
-        # A loop of its own: with more arrays in one the compiler makes no vectors, since there are too many pairs of
-        # them that could overlap.
-        for j in range(part.shape[0]):
-            group_maxima[j] = part[j] if part[j] > group_maxima[j] else group_maxima[j]
+    features = (f0[first:], f1[first:], f2[first:], f3[first:])
+    all_upper, maxima, heap = np.empty(n_features, np.float32), np.empty(_LANES, np.float32), best_likely[0].copy()
+    lanes = np.empty(_LANES, np.int64)
+    for i in range(lo, hi):
+        n, cut = n_found[i], cuts[i]
+        if n > capacity:
+            continue
+        token = (token_terms[0, i], token_terms[1, i], token_terms[2, i])
+        _fill_upper_bounds(all_upper, products[i], features, token, pad, magnitude != 0)
+        if first == 0 and heap.shape[0] <= _LANES // 2:
+            cut = max(cut, _first_cut(all_upper, features, token, pad, share, maxima, heap))
+        _fold_maxima(maxima, all_upper)
+        reaching = lanes[: _lanes_above(cut, maxima, lanes)]
+        n_found[i], cuts[i] = _take_candidates(
+            *(reaching, first, all_upper, *features[2:], token[1], token[2], pad, share),
+            *(n, cut, best_likely[i], found[i], upper_bounds[i], likely_scores[i]),
+        )
 
 
 @_inlined
-def _fold_maxima(family_maxima: Singles, group_maxima: Singles, n_groups: int) -> None:
-    n_families = family_maxima.shape[0]
-    family_maxima[:] = np.float32(-np.inf)
-    for first in range(0, n_groups, n_families):
-        part = group_maxima[first : first + n_families]
-        for j in range(n_families):
-            family_maxima[j] = part[j] if part[j] > family_maxima[j] else family_maxima[j]
+def _precedes(score: np.float32, feature: int, other: np.float32, other_feature: int, magnitude: bool) -> bool:
+    """Whether a score ranks before another: the larger, and of equal ones that of the feature with the lower number."""
+    a, b = (abs(score), abs(other)) if magnitude else (score, other)
+    return bool(a > b or (a == b and feature < other_feature))
 
 
 @_inlined
-def _largest(numbers: Singles) -> int:
+def _replace_last(scores: Singles, features: Integers, score: np.float32, feature: int, magnitude: bool) -> None:
+    """Put a score in the place of the last in rank, which is the root: in a heap a parent ranks after its children."""
+    k = scores.shape[0]
     at = 0
-    for j in range(1, numbers.shape[0]):
-        if numbers[j] > numbers[at]:
-            at = j
-    return at
+    while True:
+        child = 2 * at + 1
+        if child >= k:
+            break
+        if child + 1 < k and _precedes(
+            scores[child], features[child], scores[child + 1], features[child + 1], magnitude
+        ):
+            child += 1
+        if not _precedes(score, feature, scores[child], features[child], magnitude):
+            break
+        scores[at], features[at] = scores[child], features[child]
+        at = child
+    scores[at], features[at] = score, feature
 
 
 @_inlined
-def _take_largest(
-    bounds: Singles, group_maxima: Singles, family_maxima: Singles, family: int, n_groups: int, lost: np.float32
-) -> int:
-    """The feature with the largest bound of a family, which is then marked as taken."""
-    n_families = family_maxima.shape[0]
-    group = family
-    while group_maxima[group] != family_maxima[family]:
-        group += n_families
-    feature = group
-    while bounds[feature] != group_maxima[group]:
-        feature += n_groups
-    bounds[feature] = lost
-    largest = lost
-    for j in range(group, n_groups * _GROUP, n_groups):
-        largest = bounds[j] if bounds[j] > largest else largest
-    group_maxima[group] = largest
-    largest = lost
-    for j in range(family, n_families * _GROUP, n_families):
-        largest = group_maxima[j] if group_maxima[j] > largest else largest
-    family_maxima[family] = largest
-    return feature
+def _sort_by_feature(scores: Singles, features: Integers) -> None:
+    """In place (a shell sort, with the gaps of Ciura): sums over a token's features are then of one order."""
+    for gap in (701, 301, 132, 57, 23, 10, 4, 1):
+        for i in range(gap, features.shape[0]):
+            score, feature = scores[i], features[i]
+            at = i
+            while at >= gap and features[at - gap] > feature:
+                scores[at], features[at] = scores[at - gap], features[at - gap]
+                at -= gap
+            scores[at], features[at] = score, feature
 
 
 @_inlined
@@ -395,93 +560,86 @@ def _four_products(products: Singles, row: Singles, table: Singles, picked: Inte
     products[0], products[1], products[2], products[3] = sum_a, sum_b, sum_c, sum_d
 
 
-@_inlined
-def _replace_smallest(heap: Singles, features: Integers, score: np.float32, feature: int) -> None:
-    """Put a score in the place of the smallest, which is the root: in a heap a parent is at most its children."""
-    k = heap.shape[0]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= k:
-            break
-        if child + 1 < k and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= score:
-            break
-        heap[at], features[at] = heap[child], features[child]
-        at = child
-    heap[at], features[at] = score, feature
+@_compiled(
+    Tuple((int64, int64))(int64[::1], int64, int32[::1], *[float32[::1]] * 2, *[float32] * 2, boolean)  # type: ignore[no-untyped-call]
+)
+def _pick(
+    picked: Integers,
+    at: int,
+    found: npt.NDArray[np.int32],
+    upper_bounds: Singles,
+    likely_scores: Singles,
+    cut: np.float32,
+    reach: np.float32,
+    likely: bool,
+) -> tuple[int, int]:
+    """The next candidates from position ``at`` on to be scored; where to go on, and how many they are.
 
-
-@_inlined
-def _keep_largest(
-    heap: Singles, features: Integers, products: Singles, picked: Integers, bias: Singles, scale: Singles
-) -> bool:
-    """Put scores into the heap that are larger than its smallest; whether all of them are numbers."""
-    all_numbers = True
-    for i in range(picked.shape[0]):
-        score = (products[i] + bias[picked[i]]) * scale[picked[i]]
-        if score > heap[0]:
-            _replace_smallest(heap, features, score, picked[i])
-        elif score != score:
-            all_numbers = False
-    return all_numbers
+    Of those that are likely to reach the cut all are taken, of the others those whose bound comes to ``reach``.
+    """
+    n_picked = 0
+    while at < found.shape[0] and n_picked < picked.shape[0]:
+        if (likely_scores[at] > cut) == likely and (likely or upper_bounds[at] >= reach):
+            picked[n_picked] = found[at]
+            n_picked += 1
+        at += 1
+    return at, n_picked
 
 
 @_compiled(
     void(
         *(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1]),
-        *(float32[:, ::1], float32[:, ::1], int32[:, ::1]),
-        *(float32[:, ::1], int64[:, ::1]),
+        *(float32[::1], int64[::1], int32[:, ::1], float32[:, ::1], float32[:, ::1]),
+        *(float32[:, ::1], int64[:, ::1], int64[::1]),
         *(int64, int64, int64),
     )
 )
-def top_k_by_bounds(
+def best_of_candidates(
     x: Singles,
     encoder_rows: Singles,
     bias: Singles,
     scale: Singles,
-    token_terms: Singles,
-    feature_terms: Singles,
-    code_products: npt.NDArray[np.int32],
+    cuts: Singles,
+    n_found: Integers,
+    found: npt.NDArray[np.int32],
+    upper_bounds: Singles,
+    likely_scores: Singles,
     scores: Singles,
     indices: Integers,
-    max_scored: int,
+    n_scored: Integers,
+    magnitude: int,
     lo: int,
     hi: int,
 ) -> None:
-    """See ``kernels.top_k_by_bounds``."""
-    # Group g is every n_groups-th feature from g on, and a family every n_families-th group: members lie apart, so that
-    # the maxima of all groups grow side by side, number by number, as vectors do.
-    n_groups = (encoder_rows.shape[0] + _GROUP - 1) // _GROUP
-    n_families = (n_groups + _GROUP - 1) // _GROUP
-    lost = np.float32(-np.inf)
-    bounds = np.full(n_groups * _GROUP, lost, np.float32)
-    group_maxima = np.full(n_families * _GROUP, lost, np.float32)
-    family_maxima = np.empty(n_families, np.float32)
+    """See ``kernels.best_of_candidates``."""
     picked, products = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.float32)
-    for token in range(lo, hi):
-        row, heap, features = x[token], scores[token], indices[token]
-        heap[:] = lost
-        features[:] = -1
-        _fill_bounds(bounds, group_maxima, code_products[token], token_terms[:, token], feature_terms, n_groups)
-        _fold_maxima(family_maxima, group_maxima, n_groups)
-        n_scored, all_numbers = 0, True
-        while True:
-            n_picked = 0
-            while n_picked < picked.shape[0]:
-                family = _largest(family_maxima)
-                if family_maxima[family] <= heap[0]:
+    by_magnitude = magnitude != 0
+    for i in range(lo, hi):
+        n_scored[i] = 0
+        if n_found[i] > found.shape[1]:
+            n_scored[i] = -1
+            continue
+        best, features, row, all_numbers = scores[i], indices[i], x[i], True
+        # Those that are likely the best come first: after them few others reach the k-th best.
+        for likely in (True, False):
+            at = 0
+            while True:
+                reach = abs(best[0]) if by_magnitude else best[0]
+                at, n_picked = _pick(
+                    picked, at, found[i, : n_found[i]], upper_bounds[i], likely_scores[i], cuts[i], reach, likely
+                )
+                if n_picked == 0:
                     break
-                picked[n_picked] = _take_largest(bounds, group_maxima, family_maxima, family, n_groups, lost)
-                n_picked += 1
-            if n_picked == 0:
-                break
-            n_scored += n_picked
-            if n_scored > max_scored:
-                features[0] = -1
-                break
-            _four_products(products, row, encoder_rows, picked, n_picked)
-            all_numbers &= _keep_largest(heap, features, products, picked[:n_picked], bias, scale)
-        if not all_numbers:  # to be seen by the caller, as a token that is given up
-            features[0] = -1
+                n_scored[i] += n_picked
+                _four_products(products, row, encoder_rows, picked, n_picked)
+                for p in range(n_picked):
+                    feature = picked[p]
+                    score = (products[p] + bias[feature]) * scale[feature]
+                    if _precedes(score, feature, best[0], features[0], by_magnitude):
+                        _replace_last(best, features, score, feature, by_magnitude)
+                    elif score != score:
+                        all_numbers = False
+        k_th = abs(best[0]) if by_magnitude else best[0]
+        if not all_numbers or k_th < cuts[i]:  # given up: what did not reach the cut could be among the best
+            n_scored[i] = -1
+        _sort_by_feature(best, features)

@@ -1,103 +1,231 @@
 """Exact TopK below the cost of the encoder's matrix product: bounds first, exact scores of the few that are left.
 
-**Projection.** A score is split at the leading r directions V of the activations:
-``x . w = (V'x) . (V'w) + x_rest . w_rest``. The first part costs r / d_in of the product, the second is at most
-``|x_rest| |w_rest|``. So every score has an upper bound; features whose bound reaches the k-th best of a few exact
-scores are scored exactly, all others cannot be among the k best. With Active Subspace Initialization encoder rows start
-inside the leading directions (arXiv 2508.16929, section on Active Subspace Initialization) and stay close to them, so
-that few features are left in question.
+An ``Approximation`` of the encoder's rows gives every score for less than the product costs, and says by how much it
+may be wrong: so each score has an upper bound. Features whose bound reaches what the k-th best score is likely to reach
+are candidates; they are scored exactly, until no bound exceeds the k-th best of them. If that is lower than was thought
+likely, the token is looked at again. So the selection is exact whatever the approximation, and the scores have the same
+bits with each: which one is used is a matter of speed alone, and is found out by timing them, on tokens of the run
+whose answers are kept.
 
-**8-bit integers**, for processors that multiply them faster than floating-point numbers. Rows of encoder and
-activations are rounded to 8 bits after a rotation that evens out their coordinates: ``w = a q + e`` and ``x = c p + d``
-with integers p and q. Then ``x . w = c a (p . q) + d . (a q) + x . e``: a product of integers and a rest that is at
-most ``|d| |a q| + |x| |e|``, about 1.5 % of ``|x| |w|``. Exact scores are taken in the order of these bounds until no
-bound exceeds the k-th best. It needs no structure in the activations. Why rotated: the largest coordinate sets the step
-of the codes, and a single large one, as residual streams have, would leave few codes to the others. A Hadamard matrix
-takes n log n additions and no multiplication.
+- ``LowRank``: a score is split at the leading r directions V of the activations:
+  ``x . w = (V'x) . (V'w) + x_rest . w_rest``. The first part costs r / d_in of the product, the second is at most
+  ``|x_rest| |w_rest|``. With Active Subspace Initialization encoder rows start inside the leading directions (arXiv
+  2508.16929, section on Active Subspace Initialization) and stay close to them.
+- ``EightBit``: rows of encoder and activations are rounded to 8 bits after a rotation that evens out their coordinates:
+  ``w = a q + e`` and ``x = c p + d`` with integers p and q. Then ``x . w = c a (p . q) + d . (a q) + x . e``: a product
+  of integers and a rest that is at most ``|d| |a q| + |x| |e|``, about 1.5 % of ``|x| |w|``. It needs no structure in
+  the activations. Why rotated: the largest coordinate sets the step of the codes, and a single large one, as residual
+  streams have, would leave few codes to the others. A Hadamard matrix takes n log n additions and no multiplication.
+- ``Whole``: the product itself, wrong by no more than rounding.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Int8, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int8, Int32, Int64, Shaped
 from torch import Tensor
-from torch.nn import functional
 
 from saelens_asi.sparse import kernels
-from saelens_asi.sparse.kernels import kernels_take
-from saelens_asi.sparse.rows import Activations, Workspace
-from saelens_asi.sparse.topk import TILE_ENTRIES, Encoder, Query, TopK, encode_top_k, top_k
+from saelens_asi.sparse.finite import finite_rows
+from saelens_asi.sparse.kernels import Candidates, kernels_take
+from saelens_asi.sparse.rows import Entries, Workspace, row_norms
+from saelens_asi.sparse.topk import Encoder, Query, TopK, batch_top_k, batch_width, encode_top_k
 
-# Integer products of one tile (64 MiB), and tokens in it, from which on the integer product runs at full speed.
-_TILE_ENTRIES, _TILE_TOKENS = 2**24, 512
+# Scores of a tile: 2,048 features and, for each thread, 512 tokens: what one pass writes, the next finds in cache.
+_TILE_FEATURES, _TILE_TOKENS = 2048, 512
 
-# A token that needs exact scores of more than this share of the features is left to the whole product: a row scored by
-# itself costs at least _SCORE_COST = 28 times its share of the product, so that at 1/28 nothing is won any more.
-_MAX_SCORED_SHARE = 1 / 32
+# Room for candidates of a token, as a multiple of k. A token that has more is given to the whole product.
+_ROOM = 64
 
-# Columns of a group whose largest bound stands for all of them. Larger groups leave fewer maxima to rank, and more
-# features to look through in each group that reaches the threshold.
-_GROUP = 16
+# What an approximation misses is a product of vectors; were their directions random, it would be about 1 / sqrt(d_in)
+# of its bound. A score is likely to be no lower than so many times that below what is known of it.
+_DEVIATIONS = 6
 
-# Features with the largest bounds that are scored first, as a multiple of k: their k-th best score is the threshold.
-# With k alone it would be the worst of them; a larger multiple raises it little, at the price of more exact scores.
-_FIRST = 2
+# With fewer features than this for each of the k, nearly all are candidates.
+_FEATURES_A_CHOICE = 32
 
-# Costs in multiply-adds of a dense product, measured on x86: an exact score costs so many for each of its d_in (it
-# reads a row from memory for one use, the product for many), and so many more to be found; comparing the bounds costs
-# as much as so many directions of the product.
-_SCORE_COST = 28
-_FIND_COST = 30_000
-_COMPARE_COST = 40
+# Parts of d_in that are tried as ranks, downwards until a lower one is slower.
+_RANK_SHARES = (1 / 3, 1 / 4, 3 / 16, 1 / 8, 1 / 12)
 
-# The same for 8-bit scores: of a product in shares of the whole product, of comparing, and of rounding a number.
-_INTEGER_PRODUCT, _INTEGER_COMPARE_COST, _ROUND_COST = 1 / 3, 50, 140
+# Share of the tokens of a step that each approximation is timed on, and steps until all are timed again: rows turn.
+_SAMPLE_SHARE, _STEPS = 1 / 8, 100
 
-# Both residual lengths are made longer by this share of the whole length, since each is the root of a difference of
-# squares: an error of eps |w|^2 in float32 becomes one of sqrt(eps) |w| = 3.5e-4 |w|, and sums of products err as well.
+# What lies outside a basis has a length that is the root of a difference of squares: an error of eps |w|^2 in float32
+# becomes one of sqrt(eps) |w| = 3.5e-4 |w|. This share of |w| is added, and what the basis lacks to be orthonormal.
 _SLACK = 3e-3
 
-_SAMPLE_TOKENS, _SAMPLE_FEATURES = 128, 8192
-_RANK_SHARES = (1 / 8, 3 / 16, 1 / 4, 1 / 3, 4 / 9, 5 / 9, 2 / 3)
+# An approximation is timed again before that when it leaves so many times the candidates that it left at first.
+_MORE_CANDIDATES = 1.5
 
-# Steps after which the screen is chosen anew: with one, which ages as features turn, and without one, where choosing
-# (an eigendecomposition, and bounds at each rank) is all that it costs.
-_STEPS_WITH, _STEPS_WITHOUT = 25, 200
+# From this d_in on, an eigendecomposition in float64 takes as long as steps do.
+_MAX_WIDE = 1024
+
+# BatchTopK looks first for scores above this share of the lowest that the last batch kept.
+_FIRST_CUT = 0.8
+
+# Of the rows one part in so many is compared in each step with what is kept of them.
+_STRIPES = 32
+
+
+class TokenTerms(NamedTuple):
+    """Tokens as an approximation multiplies them, and the terms of each, see ``kernels.gather_candidates``."""
+
+    factors: Shaped[Tensor, "n_tokens n_factors"]
+    terms: Float32[Tensor, "3 n_tokens"]
+
+    def part(self, tokens: slice) -> TokenTerms:
+        return TokenTerms(self.factors[tokens], self.terms[:, tokens].contiguous())
 
 
 @runtime_checkable
-class Screen(Protocol):
-    """What is known of encoder rows, from which upper bounds of all scores follow for less than the product costs.
+class Approximation(Protocol):
+    """What is known of encoder rows, from which bounds of all scores follow; ``kernels.gather_candidates`` says how."""
 
-    A screen is made by the classmethod ``of`` of its class, from an encoder and what the class needs beside it.
-    """
+    @property
+    def terms(self) -> Float32[Tensor, "4 d_sae"]:
+        """Of each feature."""
 
-    def update_(self, encoder: Encoder, changed: Int64[Tensor, " n_changed"]) -> None:
-        """Bring up to date what is known of the rows that have changed."""
+    @property
+    def name(self) -> str:
+        """For people."""
 
-    def describes(self, encoder: Encoder) -> bool:
-        """Whether a sample of the rows is known as they are now."""
+    def update_(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
+        """Bring up to date what is known of rows that have changed."""
 
-    def bounds(self, x: Float[Tensor, "n_tokens d_in"]) -> Float[Tensor, "n_tokens d_sae"]:
-        """Numbers that no score exceeds."""
+    def describes(self, encoder: Encoder, rows: slice) -> bool:
+        """Whether some rows are known as they are now, up to what the bounds allow for."""
 
-    def top_k(self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
-        """The k largest scores of each token, exactly.
+    def see(self, x: Float32[Tensor, "n_tokens d_in"]) -> TokenTerms:
+        """What has to be known of tokens."""
 
-        Args:
-            x: what the encoder reads.
-            encoder: as this screen was made from, or brought up to date with.
-            k: features a token.
-            workspace: see ``encode_top_k``.
-        """
+    def multiply(
+        self,
+        encoder: Encoder,
+        features: slice,
+        factors: Shaped[Tensor, "n_tokens n_factors"],
+        out: Shaped[Tensor, "n_tokens n_features"],
+    ) -> None:
+        """Approximate products of tokens with some features, up to the factors of the terms."""
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of ``multiply``'s output."""
 
 
 @dataclass(frozen=True)
-class QuantizedScreen:
+class Whole:
+    """The encoder itself.
+
+    Attributes:
+        terms: scale, scaled bias, what rounding may do for each unit of a token's length, zero.
+    """
+
+    terms: Float32[Tensor, "4 d_sae"]
+    name = "whole"
+    product_dtype = torch.float32
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Whole:
+        """Look at the rows' lengths."""
+        made = cls(encoder.rows.new_zeros(4, len(encoder.rows)))
+        _note_scale_and_bias_(made.terms, encoder)
+        made.terms[2] = _slack(encoder.rows.shape[1]) * row_norms(encoder.rows) * _scale_of(encoder)
+        return made
+
+    def update_(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
+        _note_scale_and_bias_(self.terms, encoder)
+        lengths = row_norms(encoder.rows[rows])
+        self.terms[2, rows] = _slack(encoder.rows.shape[1]) * lengths * _scale_of(encoder)[rows]
+
+    def describes(self, encoder: Encoder, rows: slice) -> bool:
+        # The slack has room for four times the length.
+        return _same_terms(self.terms[:, rows], Whole.of(_some(encoder, rows)).terms, tolerance=0.1)
+
+    def see(self, x: Float32[Tensor, "n_tokens d_in"]) -> TokenTerms:
+        return TokenTerms(x, torch.stack([x.new_ones(len(x)), _lengths(x), x.new_zeros(len(x))]))
+
+    def multiply(self, encoder: Encoder, features: slice, factors: Tensor, out: Tensor) -> None:
+        torch.mm(factors, encoder.rows[features].t(), out=out)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Encoder rows seen from the leading directions of the activations.
+
+    Attributes:
+        basis: orthonormal.
+        coordinates: of each row.
+        terms: scale, scaled bias, scaled length of what lies outside the basis, what rounding may do.
+        slack: share of a vector's length by which its part outside is made longer, see ``_SLACK``.
+    """
+
+    basis: Float32[Tensor, "d_in rank"]
+    coordinates: Float32[Tensor, "d_sae rank"]
+    terms: Float32[Tensor, "4 d_sae"]
+    slack: float
+    product_dtype = torch.float32
+
+    @classmethod
+    def of(cls, encoder: Encoder, basis: Float32[Tensor, "d_in rank"]) -> LowRank:
+        """Project all rows on the columns of a basis."""
+        rank = basis.shape[1]
+        error = (basis.double().t() @ basis.double()).sub_(torch.eye(rank, dtype=torch.float64))
+        slack = _SLACK + float(torch.linalg.matrix_norm(error, ord=2)) ** 0.5
+        n = len(encoder.rows)
+        made = cls(basis, encoder.rows.new_empty(n, rank), encoder.rows.new_empty(4, n), slack)
+        made.update_(encoder, torch.arange(n))
+        return made
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.basis.shape[1]}"
+
+    def update_(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"], chunk: int = 4096) -> None:
+        scale = _scale_of(encoder)
+        _note_scale_and_bias_(self.terms, encoder)
+        for part in torch.split(rows, chunk):
+            vectors = encoder.rows[part]
+            coordinates = vectors @ self.basis
+            outside, lengths = self._outside(vectors, coordinates)
+            self.coordinates[part] = coordinates
+            self.terms[2, part] = outside * scale[part]
+            self.terms[3, part] = _slack(vectors.shape[1]) * lengths * scale[part]
+
+    def describes(self, encoder: Encoder, rows: slice) -> bool:
+        vectors, kept = encoder.rows[rows], self.terms[:, rows]
+        coordinates = vectors @ self.basis
+        outside, lengths = self._outside(vectors, coordinates)
+        moved = _lengths(coordinates - self.coordinates[rows])
+        now = torch.empty_like(kept)
+        _note_scale_and_bias_(now, _some(encoder, rows))
+        longer = (outside * now[0] - kept[2]).abs()
+        within = (moved <= _slack(vectors.shape[1]) * lengths) & (longer <= _SLACK / 3 * lengths * now[0])
+        return torch.equal(kept[:2], now[:2]) and bool(within.all())
+
+    def see(self, x: Float32[Tensor, "n_tokens d_in"]) -> TokenTerms:
+        coordinates = x @ self.basis
+        return TokenTerms(coordinates, torch.stack([x.new_ones(len(x)), *self._outside(x, coordinates)]))
+
+    def multiply(self, encoder: Encoder, features: slice, factors: Tensor, out: Tensor) -> None:
+        torch.mm(factors, self.coordinates[features].t(), out=out)
+
+    def _outside(
+        self, vectors: Float32[Tensor, "n d_in"], coordinates: Float32[Tensor, "n rank"]
+    ) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+        """Length of what lies outside the basis, with slack, and of the whole; without a product for the rest."""
+        lengths = _lengths(vectors)
+        outside = (lengths.square() - _lengths(coordinates).square()).clamp(min=0).sqrt()
+        return outside + self.slack * lengths, lengths
+
+
+@dataclass(frozen=True)
+class EightBit:
     """Encoder rows in 8 bits, and what bounds need to know of each.
 
     Attributes:
@@ -107,80 +235,42 @@ class QuantizedScreen:
 
     codes: Int8[Tensor, "d_sae d_in"]
     terms: Float32[Tensor, "4 d_sae"]
+    name = "8 bits"
+    product_dtype = torch.int32
 
     @classmethod
-    def of(cls, encoder: Encoder) -> QuantizedScreen:
+    def of(cls, encoder: Encoder) -> EightBit:
         """Round all rows of an encoder that ``can_be_quantized``."""
-        screen = cls(torch.empty_like(encoder.rows, dtype=torch.int8), encoder.rows.new_empty(4, len(encoder.rows)))
-        screen.update_(encoder, torch.arange(len(encoder.rows)))
-        return screen
+        made = cls(torch.empty_like(encoder.rows, dtype=torch.int8), encoder.rows.new_empty(4, len(encoder.rows)))
+        made.update_(encoder, torch.arange(len(encoder.rows)))
+        return made
 
-    def update_(self, encoder: Encoder, changed: Int64[Tensor, " n_changed"]) -> None:
-        """Round the rows that have changed."""
+    def update_(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
         scale = _scale_of(encoder)
         step, bias, coded, missed = self.terms
-        _quantize(encoder.rows, scale, changed, self.codes, step, coded, missed)
+        _quantize(encoder.rows, scale, rows, self.codes, step, coded, missed)
         torch.mul(encoder.bias, scale, out=bias)
-        bias.add_(bias.abs(), alpha=_slack(1))
 
-    def describes(self, encoder: Encoder) -> bool:
-        """Whether a sample of the rows is rounded as they are now."""
-        sample = torch.arange(0, len(self.codes), max(1, len(self.codes) // 64))
-        now = QuantizedScreen.of(encoder.among(sample))
-        return torch.equal(self.codes[sample], now.codes) and torch.allclose(
-            self.terms[:, sample], now.terms, rtol=1e-5
-        )
+    def describes(self, encoder: Encoder, rows: slice) -> bool:
+        now = EightBit.of(_some(encoder, rows))
+        return torch.equal(self.codes[rows], now.codes) and _same_terms(self.terms[:, rows], now.terms, tolerance=0)
 
-    def bounds(self, x: Float32[Tensor, "n_tokens d_in"]) -> Float32[Tensor, "n_tokens d_sae"]:
-        """Numbers that no score exceeds."""
-        codes, tokens = _quantize_tokens(x)
-        step, bias, coded, missed = self.terms
-        sums = _integer_product(codes, self.codes)
-        products: Tensor = tokens[0][:, None] * (step * sums)
-        bounds: Tensor = products + bias + tokens[1][:, None] * coded + tokens[2][:, None] * missed
-        return bounds
+    def see(self, x: Float32[Tensor, "n_tokens d_in"]) -> TokenTerms:
+        codes, terms = torch.empty_like(x, dtype=torch.int8), x.new_empty(3, len(x))
+        coded = x.new_empty(len(x))
+        step, missed, whole = terms
+        _quantize(x, x.new_ones(len(x)), torch.arange(len(x)), codes, step, coded, missed)
+        torch.add(coded, missed, out=whole)  # at least the token's length, whatever rounding did
+        return TokenTerms(codes, terms)
 
-    def top_k(self, x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
-        """See ``Screen``; tokens with too many candidates take the whole product."""
-        d_sae = len(self.codes)
-        best = TopK(x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64))
-        x = x.contiguous()
-        codes, tokens = _quantize_tokens(x)
-        scale = _scale_of(encoder)
-        n_tile = max(_TILE_TOKENS, _TILE_ENTRIES // d_sae)
-        for first in range(0, len(x), n_tile):
-            part = slice(first, first + n_tile)
-            sums = workspace.take("integer tile", (len(x[part]), d_sae), x, torch.int32)
-            _integer_product(codes[part], self.codes, out=sums)
-            kernels.top_k_by_bounds(
-                x[part],
-                encoder.rows,
-                encoder.bias,
-                scale,
-                tokens[:, part].contiguous(),
-                self.terms,
-                sums,
-                max_scored=max(2 * k, int(d_sae * _MAX_SCORED_SHARE)),
-                scores=best.scores[part],
-                indices=best.indices[part],
-            )
-        # Given up, or not numbers: a bound that is NaN compares as neither larger nor smaller, and says nothing.
-        failed = (best.indices[:, 0] < 0) | ~best.scores.isfinite().all(dim=1) | ~tokens.isfinite().all(dim=0)
-        if not self.terms.isfinite().all():
-            failed.fill_(True)
-        if failed.any():
-            (dense,) = encode_top_k(x[failed], encoder, [Query(k)], workspace)
-            best.scores[failed], best.indices[failed] = dense
-        return best
+    def multiply(self, encoder: Encoder, features: slice, factors: Tensor, out: Tensor) -> None:
+        _integer_product(factors, self.codes[features], out)
 
 
 def can_be_quantized(encoder: Encoder) -> bool:
-    """Whether bounds from 8-bit codes hold for the encoder on this processor."""
-    rows = encoder.rows
-    if min(rows.shape) < 2:  # torch._int_mm misreads the strides of a single column
-        return False
-    fitting = rows.dtype == torch.float32 and encoder.matmul_dtype in (None, torch.float32) and not encoder.magnitude
-    return fitting and rows.is_contiguous() and kernels_take(rows) and adds_in_32_bits(rows.shape[1])
+    """Whether bounds from 8-bit codes hold on this processor."""
+    # torch._int_mm misreads the strides of a single column.
+    return min(encoder.rows.shape) >= 2 and adds_in_32_bits(encoder.rows.shape[1])
 
 
 @cache
@@ -193,33 +283,17 @@ def adds_in_32_bits(d_in: int) -> bool:
     # All signs meet all signs: libraries move one factor to unsigned numbers, where only one sign is large.
     codes = torch.full((64, d_in), 127, dtype=torch.int8)
     codes[::2] = -127
-    return torch.equal(_integer_product(codes, codes).double(), codes.double() @ codes.double().t())
-
-
-def multiplies_integers_fast() -> bool:
-    """Whether this processor has instructions (VNNI) that make the 8-bit product as cheap as the costs above say."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+    sums = torch.empty(64, 64, dtype=torch.int32)
+    _integer_product(codes, codes, sums)
+    return torch.equal(sums.double(), codes.double() @ codes.double().t())
 
 
 def _integer_product(
     tokens: Int8[Tensor, "n_tokens d_in"],
     features: Int8[Tensor, "n_features d_in"],
-    out: Int32[Tensor, "n_tokens n_features"] | None = None,
-) -> Int32[Tensor, "n_tokens n_features"]:
-    return torch._int_mm(tokens, features.t()) if out is None else torch._int_mm(tokens, features.t(), out=out)
-
-
-def _quantize_tokens(
-    x: Float32[Tensor, "n_tokens d_in"],
-) -> tuple[Int8[Tensor, "n_tokens d_in"], Float32[Tensor, "3 n_tokens"]]:
-    """Codes, and their step, the length of what they miss, and the length of the token."""
-    x = x.contiguous()
-    codes, terms = torch.empty_like(x, dtype=torch.int8), x.new_empty(3, len(x))
-    coded = x.new_empty(len(x))
-    step, missed, whole = terms
-    _quantize(x, x.new_ones(len(x)), torch.arange(len(x)), codes, step, coded, missed)
-    torch.add(coded, missed, out=whole)  # at least the token's length, whatever rounding did
-    return codes, terms
+    out: Int32[Tensor, "n_tokens n_features"],
+) -> None:
+    torch._int_mm(tokens, features.t(), out=out)
 
 
 def _quantize(
@@ -252,264 +326,303 @@ def _slack(n: int) -> float:
     return 2 * (n + 16) * torch.finfo(torch.float32).eps
 
 
+def _lengths(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norms
+
+
 def _scale_of(encoder: Encoder) -> Float[Tensor, " d_sae"]:
     return torch.ones_like(encoder.bias) if encoder.scale is None else encoder.scale
 
 
-@dataclass(frozen=True)
-class ProjectionScreen:
-    """Encoder rows seen from the leading directions of the activations.
-
-    Attributes:
-        basis: orthonormal.
-        rows: coordinates of each scaled row, the length of its residual outside the basis, and its scaled bias.
-    """
-
-    basis: Float[Tensor, "d_in rank"]
-    rows: Float[Tensor, "d_sae rank_and_2"]
-
-    @classmethod
-    def of(cls, encoder: Encoder, basis: Float[Tensor, "d_in rank"]) -> ProjectionScreen:
-        """Project all rows of an encoder that ``can_be_screened``."""
-        return cls(basis, _project(encoder, basis))
-
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[1]
-
-    def update_(self, encoder: Encoder, changed: Int64[Tensor, " n_changed"], chunk: int = 4096) -> None:
-        """Project the rows that have changed."""
-        for features in torch.split(changed, chunk):
-            self.rows[features] = _project(encoder.among(features), self.basis)
-
-    def describes(self, encoder: Encoder) -> bool:
-        """Whether a sample of the rows is projected as they are now."""
-        sample = torch.arange(0, len(self.rows), max(1, len(self.rows) // 64), device=self.rows.device)
-        now = _project(encoder.among(sample), self.basis)
-        return torch.allclose(self.rows[sample], now, rtol=1e-3, atol=1e-3 * float(now.abs().max()))
-
-    def bounds(
-        self, x: Float[Tensor, "n_tokens d_in"], out: Float[Tensor, "n_tokens d_sae"] | None = None
-    ) -> Float[Tensor, "n_tokens d_sae"]:
-        """Numbers that no score exceeds."""
-        coordinates = x @ self.basis
-        left = torch.cat([coordinates, _residual_lengths(x, coordinates), x.new_ones(len(x), 1)], dim=1)
-        return torch.mm(left, self.rows.t(), out=out)
-
-    def top_k(self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
-        """See ``Screen``; a tile with too many candidates takes the whole product."""
-        d_sae = encoder.rows.shape[0]
-        best = []
-        for tile in torch.split(x, max(1, TILE_ENTRIES // d_sae)):
-            bounds = self.bounds(tile, workspace.take("tile", (len(tile), d_sae), tile))
-            screened = _screened_tile(tile, encoder, bounds, k)
-            best.append(screened or encode_top_k(tile, encoder, [Query(k)], workspace)[0])
-        return TopK(torch.cat([tile.scores for tile in best]), torch.cat([tile.indices for tile in best]))
+def _some(encoder: Encoder, rows: slice) -> Encoder:
+    return encoder.among(torch.arange(len(encoder.rows))[rows])
 
 
-def can_be_screened(encoder: Encoder) -> bool:
-    """Whether bounds apply: on a CPU, to scores ranked by value, in a precision that the slack covers."""
-    rows = encoder.rows
-    wide = rows.dtype in (torch.float32, torch.float64) and encoder.matmul_dtype in (None, rows.dtype)
-    return wide and rows.device.type == "cpu" and not encoder.magnitude and rows.shape[0] % _GROUP == 0
+def _note_scale_and_bias_(terms: Float32[Tensor, "4 d_sae"], encoder: Encoder) -> None:
+    scale = _scale_of(encoder)
+    terms[0] = scale
+    torch.mul(encoder.bias, scale, out=terms[1])
 
 
-def _screened_tile(
-    x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, bounds: Float[Tensor, "n_tokens d_sae"], k: int
-) -> TopK | None:
-    """The k largest scores of each token; None where the whole product costs less, or scores are not numbers."""
-    n_tokens, d_sae = bounds.shape
-    n_groups = d_sae // _GROUP
-    if n_groups < k:
-        return None
-    # A group is every n_groups-th feature, so that maxima are taken between rows of numbers, as vectors.
-    maxima = bounds.view(n_tokens, _GROUP, n_groups).amax(dim=1)
-    members = torch.arange(_GROUP, device=x.device) * n_groups
-
-    # Exact scores of the features with the largest bounds: their k-th best is at most the k-th best of all.
-    n_first = min(_FIRST * k, n_groups)
-    groups = top_k(maxima, n_first).indices
-    first = (groups[:, :, None] + members).flatten(1)
-    first = first.gather(1, top_k(bounds.gather(1, first), n_first).indices)
-    starts = torch.arange(0, first.numel() + 1, n_first, device=x.device)
-    threshold = _scores(x, encoder, starts, first.flatten()).view(n_tokens, n_first).topk(k, dim=1).values[:, -1]
-
-    # Not ">=", or bounds that are not numbers would rule out features whose scores are none either.
-    tokens, groups = (~(maxima < threshold[:, None])).nonzero(as_tuple=True)
-    if tokens.numel() * (_SCORE_COST * x.shape[1] + _FIND_COST) > n_tokens * d_sae * x.shape[1]:
-        return None
-    features = groups[:, None] + members
-    reaches = ~(bounds.take(features + tokens[:, None] * d_sae) < threshold[tokens, None])
-    features = features[reaches]
-    counts = torch.zeros(n_tokens, dtype=torch.int64, device=x.device).index_add_(0, tokens, reaches.sum(dim=1))
-    if (counts < k).any():  # only where scores are not numbers
-        return None
-    return _best_of_candidates(x, encoder, counts, features, k)
+def _same_terms(kept: Float32[Tensor, "4 n"], now: Float32[Tensor, "4 n"], tolerance: float) -> bool:
+    """Whether scale and bias are the same, and lengths nearly."""
+    return torch.equal(kept[:2], now[:2]) and bool(((kept[2:] - now[2:]).abs() <= tolerance * now[2:]).all())
 
 
-def _best_of_candidates(
-    x: Float[Tensor, "n_tokens d_in"],
+def can_be_screened(encoder: Encoder, k: int) -> bool:
+    """Whether bounds apply: to float32 on a CPU with compiled kernels, where k is a small part of the features."""
+    fitting = encoder.matmul_dtype in (None, torch.float32) and encoder.rows.dtype == torch.float32
+    scale = [] if encoder.scale is None else [encoder.scale]
+    return fitting and len(encoder.rows) >= _FEATURES_A_CHOICE * k and kernels_take(encoder.rows, encoder.bias, *scale)
+
+
+def screened_top_k(
+    x: Float32[Tensor, "n_tokens d_in"],
     encoder: Encoder,
-    counts: Int64[Tensor, " n_tokens"],
-    features: Int64[Tensor, " n_candidates"],
     k: int,
-) -> TopK:
-    """The k largest scores among the candidates of each token, ``counts`` of them for each, at least k."""
-    starts = functional.pad(counts.cumsum(0), (1, 0))
-    scores = _scores(x, encoder, starts, features)
+    approximation: Approximation,
+    workspace: Workspace,
+    above: float = 0.0,
+) -> tuple[TopK, int]:
+    """The k largest scores of each token, exactly, and how many scores that took.
 
-    # Side by side, filled up with scores that lose.
-    tokens = torch.arange(len(x), device=x.device).repeat_interleave(counts, output_size=features.numel())
-    slots = torch.arange(features.numel(), device=x.device) - starts[tokens]
-    table = scores.new_full((len(x), int(counts.max())), -torch.inf)
-    table[tokens, slots] = scores
-    best = table.topk(k, dim=1, sorted=False)
-    return TopK(best.values, features[starts[:-1, None] + best.indices])
+    Args:
+        x: contiguous.
+        encoder: as the approximation describes it; one that ``can_be_screened``.
+        k: features a token.
+        approximation: of the encoder.
+        workspace: holds tiles between calls.
+        above: only scores (with ``magnitude`` their absolute values) above this number, at least 0, are wanted. Where a
+            token has fewer than k, the rest of its scores are 0.
 
-
-def _scores(
-    x: Float[Tensor, "n_tokens d_in"],
-    encoder: Encoder,
-    row_starts: Int64[Tensor, " n_tokens_and_1"],
-    features: Int64[Tensor, " n_entries"],
-) -> Float[Tensor, " n_entries"]:
-    """Exact scores of features ``row_starts[i]`` to ``row_starts[i + 1]`` of token i."""
-    scores = Activations(row_starts, features, x.new_empty(0)).products(x, encoder.rows) + encoder.bias[features]
-    return scores if encoder.scale is None else scores * encoder.scale[features]
-
-
-def _project(encoder: Encoder, basis: Float[Tensor, "d_in rank"]) -> Float[Tensor, "n_features rank_and_2"]:
-    coordinates = encoder.rows @ basis
-    projected = torch.cat([coordinates, _residual_lengths(encoder.rows, coordinates), encoder.bias[:, None]], dim=1)
-    return projected if encoder.scale is None else projected * encoder.scale[:, None]
-
-
-def _residual_lengths(vectors: Float[Tensor, "n d_in"], coordinates: Float[Tensor, "n rank"]) -> Float[Tensor, "n 1"]:
-    """Length of what of each vector lies outside the basis, and a little more, so that rounding is covered.
-
-    From a difference of squares: the residual itself would cost a product as large as the projection.
+    Returns:
+        Scores by feature, with the bits of ``Encoder``'s formula in the compiled order of its sums, whatever the
+        approximation; of equal scores those with the lower index.
     """
-    whole = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    outside = (whole.square() - coordinates.square().sum(dim=1, keepdim=True)).clamp(min=0).sqrt()
-    lengths: Tensor = outside + _SLACK * whole
-    return lengths
+    best = TopK(x.new_full((len(x), k), above), torch.full((len(x), k), -1))
+    n_scored = torch.zeros(len(x), dtype=torch.int64)
+    room = min(len(encoder.rows), _ROOM * k)
+    n_tile = max(1, min(_TILE_TOKENS * torch.get_num_threads(), 2**22 // room))
+    tokens = approximation.see(x)
+    for first in range(0, len(x), n_tile):
+        part = slice(first, min(len(x), first + n_tile))
+        candidates = _no_candidates(part.stop - first, room, above, x.new_empty(0, k), workspace)
+        _gather_(candidates, tokens.part(part), encoder, approximation, workspace)
+        kernels.best_of_candidates(
+            x[part],
+            encoder.rows,
+            encoder.bias,
+            _scale_of(encoder),
+            candidates,
+            magnitude=encoder.magnitude,
+            scores=best.scores[part],
+            indices=best.indices[part],
+            n_scored=n_scored[part],
+        )
+    missing = best.indices < 0
+    best.scores[missing], best.indices[missing] = 0, 0
+    given_up = (n_scored < 0) | ~_covered(x, tokens.terms, approximation.terms)
+    if given_up.any():
+        best.scores[given_up], best.indices[given_up] = _without_bounds(
+            x[given_up], encoder, k, approximation, workspace, above
+        )
+    return best, int(n_scored.clamp(min=0).sum())
+
+
+def _no_candidates(n: int, room: int, above: float, like: Float32[Tensor, "0 k"], workspace: Workspace) -> Candidates:
+    return Candidates(
+        workspace.take("likely scores of the best", (n, like.shape[1]), like).fill_(above),
+        workspace.take("cuts", (n,), like).fill_(above),
+        workspace.take("number of candidates", (n,), like, torch.int64).zero_(),
+        workspace.take("candidates", (n, room), like, torch.int32),
+        workspace.take("upper bounds", (n, room), like),
+        workspace.take("likely scores", (n, room), like),
+    )
+
+
+def _gather_(
+    candidates: Candidates, tokens: TokenTerms, encoder: Encoder, approximation: Approximation, workspace: Workspace
+) -> None:
+    """Candidates among all features, which are looked through block by block."""
+    d_sae, n_tokens = len(encoder.rows), len(tokens.factors)
+    pad = _slack(1) * float(approximation.terms[1].abs().max())  # what rounding may do to the bias
+    for first in range(0, d_sae, _TILE_FEATURES):
+        features = slice(first, min(d_sae, first + _TILE_FEATURES))
+        shape, dtype = (n_tokens, features.stop - first), approximation.product_dtype
+        products = workspace.take("tile of bounds", shape, encoder.rows, dtype)
+        approximation.multiply(encoder, features, tokens.factors, products)
+        kernels.gather_candidates(
+            products,
+            tokens.terms,
+            approximation.terms,
+            candidates,
+            first=first,
+            magnitude=encoder.magnitude,
+            pad=pad,
+            doubt=min(1.0, _DEVIATIONS * encoder.rows.shape[1] ** -0.5),
+        )
+
+
+def _covered(
+    x: Float32[Tensor, "n_tokens d_in"], tokens: Float32[Tensor, "3 n_tokens"], features: Float32[Tensor, "4 d_sae"]
+) -> Bool[Tensor, " n_tokens"]:
+    """Which tokens have bounds: those whose products are numbers, and so small that none overflows on the way."""
+    largest = tokens.amax(dim=0) * features.abs().amax(dim=1).sum() + _lengths(x)
+    return (largest * 1e6).isfinite()
+
+
+def _without_bounds(
+    x: Float32[Tensor, "n_tokens d_in"],
+    encoder: Encoder,
+    k: int,
+    approximation: Approximation,
+    workspace: Workspace,
+    above: float,
+) -> TopK:
+    """For tokens with too many candidates: the whole product, by exact scores where these can be had."""
+    if not isinstance(approximation, Whole):
+        return screened_top_k(x, encoder, k, Whole.of(encoder), workspace, above)[0]
+    return _by_product(x, encoder, k, workspace, above)  # ties by the hundred, or what is not a number
+
+
+def _by_product(
+    x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace, above: float
+) -> TopK:
+    (best,) = encode_top_k(x, encoder, [Query(k)], workspace)
+    ranked = best.scores.abs() if encoder.magnitude else best.scores
+    return TopK(best.scores.masked_fill(ranked <= above, 0), best.indices)
 
 
 class AdaptiveScreen:
-    """The screen of a training run: chosen again from time to time, and dropped while the whole product is cheaper."""
-
-    def __init__(self) -> None:
-        self.screen: Screen | None = None
-        self._steps_left = 0
-        self._changed_share = 1.0
-
-    def top_k(self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
-        """The k largest scores of each token (n_tokens, k), by whichever way is cheaper."""
-        if self.screen is not None and not self.screen.describes(encoder):
-            self._steps_left = 0  # someone else has written to the weights
-        if self._steps_left == 0:
-            self.screen = choose_screen(x, encoder, k, self._changed_share)
-            self._steps_left = _STEPS_WITH if self.screen is not None else _STEPS_WITHOUT
-        self._steps_left -= 1
-        if self.screen is None:
-            return encode_top_k(x, encoder, [Query(k)], workspace)[0]
-        return self.screen.top_k(x, encoder, k, workspace)
-
-    def rows_changed(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
-        """To be called when the optimizer has moved some rows."""
-        self._changed_share = rows.numel() / encoder.rows.shape[0]
-        if self.screen is not None:
-            self.screen.update_(encoder, rows)
-
-
-def choose_screen(
-    x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, changed_share: float = 1.0
-) -> Screen | None:
-    """The screen that is cheapest for activations like ``x``; None where the whole product costs less.
-
-    Screens are compared by the candidates they leave on a sample of tokens, at costs that are constants of this file:
-    the choice is a function of the data and of the kind of processor, and a run can be repeated.
+    """The k best scores in each step of a run, by the approximation that is fastest on this machine for its data.
 
     Args:
-        x: what the encoder reads.
-        encoder: the features.
-        k: features a token.
-        changed_share: share of the rows that a step changes, and which must be projected again.
+        clock: seconds, for the timing.
     """
-    if not can_be_screened(encoder) or len(x) == 0 or encoder.rows.shape[0] < _FIRST * k * _GROUP:
-        return None
-    second_moment = (x.t() @ x).double()
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.approximation: Approximation | None = None
+        self._clock = clock
+        self._steps_left = 0
+        self._changed_share = 1.0
+        self._scored_at_first: float | None = None
+        self._seen: tuple[object, ...] | None = None
+        self._stripe = 0
+        self._last_threshold = 0.0
+
+    def top_k(
+        self,
+        x: Float[Tensor, "n_tokens d_in"],
+        encoder: Encoder,
+        k: int,
+        workspace: Workspace,
+        above: float = 0.0,
+    ) -> TopK:
+        """The k largest scores of each token, of those above ``above`` (at least 0); see ``screened_top_k``.
+
+        What no approximation covers (another dtype, a device, few features) takes the whole product by torch's
+        operations.
+        """
+        if not can_be_screened(encoder, k) or len(x) == 0:
+            return _by_product(x, encoder, k, workspace, above)
+        x = x.contiguous()
+        self._catch_up(encoder)
+        if self.approximation is None or self._steps_left <= 0:
+            return self._choose(x, encoder, k, workspace, above)
+        self._steps_left -= 1
+        best, n_scored = screened_top_k(x, encoder, k, self.approximation, workspace, above)
+        self._watch(n_scored / len(x))
+        return best
+
+    def batch_top_k(
+        self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, n_entries: int, workspace: Workspace
+    ) -> Entries:
+        """The largest positive scores of a whole batch, see ``topk.batch_top_k``.
+
+        Scores far below what the last batch kept are not looked for, unless that turns out to be too few.
+        """
+        d_sae = len(encoder.rows)
+        k = batch_width(n_entries, len(x), d_sae)
+        above = _FIRST_CUT * self._last_threshold
+        first = self.top_k(x, encoder, k, workspace, above)
+        if above > 0 and int((first.scores > 0).sum()) < n_entries:
+            first = self.top_k(x, encoder, k, workspace)
+        entries = batch_top_k(first, n_entries, d_sae, lambda some, k: self.top_k(x[some], encoder, k, workspace))
+        lowest = float(entries.scores.min()) if entries.scores.numel() else 0.0
+        self._last_threshold = lowest if 0 < lowest < float("inf") else 0.0
+        return entries
+
+    def rows_changed(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
+        """To be called when the optimizer has moved some rows, and nobody has since."""
+        self._changed_share = rows.numel() / encoder.rows.shape[0]
+        if self.approximation is not None:
+            self.approximation.update_(encoder, rows)
+            self._seen = _versions(encoder)
+
+    def invalidate(self) -> None:
+        """Forget what is kept of the weights, after somebody has written to them through ``.data``."""
+        self._seen = None
+
+    def _catch_up(self, encoder: Encoder) -> None:
+        """Look whether somebody else has written to the weights, and take it in.
+
+        That shows in the versions of the tensors. What is written through ``.data`` shows in no version:
+        ``invalidate`` is there to say it, and a part of the rows that moves on with each step, compared with what is
+        kept of them, finds it within 32 steps otherwise.
+        """
+        if self.approximation is None:
+            return
+        size = -(-len(encoder.rows) // _STRIPES)
+        rows = slice(self._stripe * size, min(len(encoder.rows), (self._stripe + 1) * size))
+        self._stripe = (self._stripe + 1) % _STRIPES
+        if self._seen != _versions(encoder) or not self.approximation.describes(encoder, rows):
+            self.approximation.update_(encoder, torch.arange(len(encoder.rows)))
+            self._seen = _versions(encoder)
+
+    def _watch(self, scored: float) -> None:
+        """Have all approximations timed again where this one leaves many more candidates than at first."""
+        if self._scored_at_first is None:
+            self._scored_at_first = scored
+        elif scored > _MORE_CANDIDATES * self._scored_at_first:
+            self._steps_left = 0
+
+    def _choose(
+        self, x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace, above: float
+    ) -> TopK:
+        """Time approximations on parts of the batch, one after the other, and keep the fastest; all answers count."""
+        size = max(1, round(len(x) * _SAMPLE_SHARE))
+        best, fastest, first = [], float("inf"), 0
+        for approximation, made_in in self._approximations(x, encoder):
+            if first >= len(x):
+                break
+            seconds = []
+            for _ in range(2):  # the first time, memory is new
+                start = self._clock()
+                part = x[first : first + (size + 1) // 2]
+                best.append(screened_top_k(part, encoder, k, approximation, workspace, above)[0])
+                seconds.append((self._clock() - start) / max(1, len(part)))
+                first += len(part)
+            cost = min(seconds) + made_in * self._changed_share / len(x)
+            if cost < fastest:
+                self.approximation, fastest = approximation, cost
+            elif isinstance(approximation, LowRank):
+                break  # lower ranks are slower still
+        self._steps_left, self._scored_at_first, self._seen = _STEPS, None, _versions(encoder)
+        if self.approximation is not None and first < len(x):
+            best.append(screened_top_k(x[first:], encoder, k, self.approximation, workspace, above)[0])
+        return TopK(torch.cat([part.scores for part in best]), torch.cat([part.indices for part in best]))
+
+    def _approximations(
+        self, x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder
+    ) -> Iterator[tuple[Approximation, float]]:
+        """All that hold here, and the seconds that it took to make each: a share of them is spent in each step."""
+        self.approximation = None  # its memory is needed
+        start = self._clock()
+        yield Whole.of(encoder), self._clock() - start
+        if can_be_quantized(encoder):
+            start = self._clock()
+            yield EightBit.of(encoder), self._clock() - start
+        directions = leading_directions(x)
+        d_in = encoder.rows.shape[1]
+        for rank in sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES}, reverse=True):
+            if rank < d_in:
+                start = self._clock()
+                yield LowRank.of(encoder, directions[:, :rank].contiguous()), self._clock() - start
+
+
+def leading_directions(x: Float32[Tensor, "n_tokens d_in"]) -> Float32[Tensor, "d_in d_in"]:
+    """Orthonormal directions in the order of the mean square of the activations along them; of finite tokens."""
+    x = x[finite_rows(x)]
+    second_moment = x.t() @ x
     if not second_moment.isfinite().all():
-        return None
-    sample = _Sample.of(x, encoder, k, changed_share)
-    if can_be_quantized(encoder) and multiplies_integers_fast() and sample.quantized_cost() < encoder.rows.shape[1]:
-        return QuantizedScreen.of(encoder)
-    basis = torch.linalg.eigh(second_moment).eigenvectors.flip(1).to(x.dtype)
-    rank = sample.cheapest_rank(basis)
-    return None if rank is None else ProjectionScreen.of(encoder, basis[:, :rank].contiguous())
+        return torch.eye(x.shape[1])
+    wide = torch.float64 if len(second_moment) <= _MAX_WIDE else torch.float32
+    directions: Tensor = torch.linalg.eigh(second_moment.to(wide)).eigenvectors.flip(1).to(x.dtype)
+    return directions
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Some tokens and some features, by which the costs of screens are estimated before one is made of all.
-
-    Costs are multiply-adds for each token and feature: the whole product costs d_in.
-
-    Attributes:
-        tokens: every so many of the batch.
-        encoder: every ``stride``-th feature.
-        scores: exact ones of these tokens and features.
-        k: features a token, of all features.
-        n_best: as many of these features as k is of all.
-        stride: see ``encoder``.
-        d_sae: number of all features.
-        changed_share: share of the rows that a step changes.
-        n_batch: tokens of a step.
-    """
-
-    tokens: Float[Tensor, "n_tokens d_in"]
-    encoder: Encoder
-    scores: Float[Tensor, "n_tokens n_features"]
-    k: int
-    n_best: int
-    stride: int
-    d_sae: int
-    changed_share: float
-    n_batch: int
-
-    @classmethod
-    def of(cls, x: Float[Tensor, "n_batch d_in"], encoder: Encoder, k: int, changed_share: float) -> _Sample:
-        tokens = x[:: -(-len(x) // _SAMPLE_TOKENS)]
-        d_sae = encoder.rows.shape[0]
-        # At most every (k / 4)-th feature, so that at least four are left to set a threshold by.
-        stride = max(1, min(d_sae // _SAMPLE_FEATURES, k // 4))
-        features = encoder.among(torch.arange(0, d_sae, stride, device=x.device))
-        scores = (tokens @ features.rows.t() + features.bias) * (1.0 if features.scale is None else features.scale)
-        return cls(tokens, features, scores, k, -(-k // stride), stride, d_sae, changed_share, len(x))
-
-    def quantized_cost(self) -> float:
-        """The cost of 8-bit bounds and of the exact scores that they leave."""
-        d_in = self.tokens.shape[1]
-        cost = _INTEGER_PRODUCT * d_in + _INTEGER_COMPARE_COST + _ROUND_COST * d_in * self.changed_share / self.n_batch
-        threshold = self.scores.topk(self.n_best, dim=1).values[:, -1:]
-        return cost + self._cost_of_candidates(QuantizedScreen.of(self.encoder).bounds(self.tokens), threshold)
-
-    def cheapest_rank(self, basis: Float[Tensor, "d_in d_in"]) -> int | None:
-        """The rank of the projection that costs least; None where each costs more than the whole product."""
-        d_in = self.tokens.shape[1]
-        chosen, least = None, float(d_in)
-        for rank in sorted({max(8, round(share * d_in / 8) * 8) for share in _RANK_SHARES}):
-            bounds = ProjectionScreen.of(self.encoder, basis[:, :rank]).bounds(self.tokens)
-            first = self.scores.gather(1, bounds.topk(_FIRST * self.n_best, dim=1).indices)
-            cost = rank + _COMPARE_COST + rank * d_in * self.changed_share / self.n_batch
-            cost += self._cost_of_candidates(bounds, first.topk(self.n_best, dim=1).values[:, -1:])
-            cost += _FIRST * self.k * (_SCORE_COST * d_in + _FIND_COST) / self.d_sae
-            if cost < least:
-                chosen, least = rank, cost
-        return chosen
-
-    def _cost_of_candidates(
-        self, bounds: Float[Tensor, "n_tokens n_features"], threshold: Float[Tensor, "n_tokens 1"]
-    ) -> float:
-        candidates = self.stride * float((bounds >= threshold).sum(dim=1).float().mean())
-        return candidates * (_SCORE_COST * self.tokens.shape[1] + _FIND_COST) / self.d_sae
+def _versions(encoder: Encoder) -> tuple[object, ...]:
+    """What tells a write to the weights, unless it went through ``.data``."""
+    tensors = [encoder.rows, encoder.bias, *([] if encoder.scale is None else [encoder.scale])]
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

@@ -9,6 +9,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from saelens_asi.sparse.rows import Entries, Workspace
+from saelens_asi.sparse.topk import Encoder, Query, TopK, batch_top_k, batch_width, encode_top_k
+
 # Derandomized: the same examples on every machine, so that a failure is a change of the code.
 maths = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -73,3 +76,14 @@ def row_adam(
                 else:
                     values[i][j] -= lr * m * correction / (math.sqrt(second[i][j]) + eps)
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (values, first, second))  # type: ignore[return-value]
+
+
+def encode_batch_top_k(x: Tensor, encoder: Encoder, n_entries: int) -> Entries:
+    """The largest positive scores of a whole batch, from the whole product."""
+    d_sae = encoder.rows.shape[0]
+
+    def look_up(some: Tensor, k: int) -> TopK:
+        return encode_top_k(x[some], encoder, [Query(k)], Workspace())[0]
+
+    first = look_up(torch.ones(len(x), dtype=torch.bool), batch_width(n_entries, len(x), d_sae))
+    return batch_top_k(first, n_entries, d_sae, look_up)

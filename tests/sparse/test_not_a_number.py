@@ -9,9 +9,10 @@ from sae_lens.saes.sae import TrainStepInput
 from saelens_asi.plugin.topk_pass import encoder_of, sparse_pass
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Workspace, row_norms
-from saelens_asi.sparse.screens import ProjectionScreen, QuantizedScreen, can_be_quantized
-from saelens_asi.sparse.topk import Encoder, Query, encode_batch_top_k, encode_top_k
+from saelens_asi.sparse.screens import EightBit, LowRank, Whole, can_be_quantized, screened_top_k
+from saelens_asi.sparse.topk import Encoder, Query, encode_top_k
 from tests.helpers import tiny
+from tests.helpers.reference import encode_batch_top_k
 
 pytestmark = pytest.mark.bits
 
@@ -50,20 +51,18 @@ def _planted(value: float, row: int) -> tuple[torch.Tensor, Encoder]:
 
 
 @pytest.mark.parametrize("row", [0, 77, 511])
-@pytest.mark.parametrize("stale", [False, True])
-@pytest.mark.parametrize("screen", ["projection", "quantized"])
-def test_no_screen_drops_it_where_it_is_looked_at(screen, stale, row):
-    """A screen made before somebody wrote to a row may leave it out; where it scores the row, it has to tell."""
+@pytest.mark.parametrize(
+    ("kind", "stale"), [(Whole, False), (LowRank, False), (LowRank, True), (EightBit, False), (EightBit, True)]
+)
+def test_no_screen_drops_it_where_it_is_looked_at(kind, stale, row):
+    """What was made before somebody wrote to a row may leave it out; where the row is scored, it has to tell."""
     x, encoder = _planted(NAN, row)
     before = Encoder(encoder.rows.nan_to_num(50.0), encoder.bias)  # a row that every positive token selects
-    made_of = before if stale else encoder
-    if screen == "quantized":
-        if not (kernels_take(encoder.rows) and can_be_quantized(before)):
-            pytest.skip("no exact 8-bit products on this processor")
-        made = QuantizedScreen.of(made_of)
-    else:
-        made = ProjectionScreen.of(made_of, torch.linalg.qr(torch.randn(32, 12))[0])
-    best = made.top_k(x, encoder, 8, Workspace())
+    if not kernels_take(encoder.rows) or (kind is EightBit and not can_be_quantized(before)):
+        pytest.skip("no compiled kernels, or no exact 8-bit products on this processor")
+    basis = [torch.linalg.qr(torch.randn(32, 12))[0]] if kind is LowRank else []
+    made = kind.of(before if stale else encoder, *basis)
+    best, _ = screened_top_k(x, encoder, 8, made, Workspace())
     whole = encode_top_k(x, encoder, [Query(8)], Workspace())[0]
     assert whole.scores.isnan().any(dim=1).all()
     told = best.scores.isnan().any(dim=1)
@@ -72,9 +71,9 @@ def test_no_screen_drops_it_where_it_is_looked_at(screen, stale, row):
 
 def test_a_whole_batch_keeps_it():
     x, encoder = _planted(NAN, 77)
-    entries, _ = encode_batch_top_k(x, encoder, 8 * 64, [], Workspace())
+    entries = encode_batch_top_k(x, encoder, 8 * 64)
     assert len(entries.scores) == 8 * 64
     assert int(entries.scores.isnan().sum()) == 64
-    finite, _ = encode_batch_top_k(x, Encoder(encoder.rows.nan_to_num(0.0), encoder.bias), 8 * 64, [], Workspace())
+    finite = encode_batch_top_k(x, Encoder(encoder.rows.nan_to_num(0.0), encoder.bias), 8 * 64)
     kept = entries.scores[~entries.scores.isnan()].sort().values
     assert torch.equal(kept, finite.scores.sort().values[64:])
