@@ -35,16 +35,16 @@ import torch
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.ablation import activations
 from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.plugin import topk_pass as sparse_topk
 from saelens_asi.sparse import kernels
-from saelens_asi.sparse import screens as screening
 from saelens_asi.sparse.gradients import TopKGradients
 from saelens_asi.sparse.rows import Activations
-from saelens_asi.sparse.screens import AdaptiveScreen
+from saelens_asi.sparse.screens import AdaptiveScreen, Whole
 
 RESULTS = Path(__file__).parent / "results"
 LR = 3e-4
@@ -142,7 +142,7 @@ def measure_times(args: argparse.Namespace, data: list[Tensor]) -> dict[str, lis
     steps = {side: SIDES[side](args, data) for side in args.sides}
     times: dict[str, list[float]] = {side: [] for side in steps}
     supply = itertools.cycle(data)
-    for i in range(args.warm_up + args.repeats):
+    for i in tqdm(range(args.warm_up + args.repeats), desc="all sides in turn", unit="round", disable=None):
         x = next(supply)
         for side, step in steps.items():
             synchronize(args)
@@ -199,7 +199,8 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         for owner, name, part in parts:
             call = _timed(args, getattr(owner, name), part, totals)
             stack.enter_context(mock.patch.object(owner, name, call))
-        for i, x in zip(range(args.warm_up + args.repeats), itertools.cycle(data), strict=False):
+        rounds = tqdm(range(args.warm_up + args.repeats), desc="parts of our step", unit="step", disable=None)
+        for i, x in zip(rounds, itertools.cycle(data), strict=False):
             totals.clear()
             trainer.step(x)
             if i >= args.warm_up:
@@ -226,11 +227,22 @@ def _timed(
     return call
 
 
+# Read by MKL, oneDNN, torch and numba, each for itself: with these a processor counts as a lesser one.
+_INSTRUCTIONS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "NUMBA_CPU_NAME")
+
+
 def machine() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
+    """The processor, what it can do, how much of it was used, and versions."""
+    cpu = dict(
+        reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in _cpu_info())])
+    )
+    family = f" (family {cpu['cpu family']}, model {cpu['model']})" if "cpu family" in cpu else ""
+    model = cpu.get("model name", "unknown") + family
+    can = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if flag in cpu.get("flags", "")]
     numba = importlib.metadata.version("numba") if kernels.enabled and kernels.load_kernels() else None
     described = {"numba": numba, "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    described |= {"vector": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    described |= {"vector": torch.backends.cpu.get_cpu_capability(), "instructions": can, "torch": torch.__version__}
+    described |= {name: os.environ[name] for name in _INSTRUCTIONS if name in os.environ}
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return {**described, "system": platform.system(), "python": platform.python_version()}
@@ -287,11 +299,16 @@ def main() -> None:
         **{name: getattr(args, name) for name in ("d_sae", "k", "batch", "activations", "device", "autocast")},
         "d_in": data[0].shape[1],
         "machine": machine(),
-        "bytes": {side: _memory_in_a_process_of_its_own(side) for side in args.sides},
+        "bytes": {
+            side: _memory_in_a_process_of_its_own(side)
+            for side in tqdm(args.sides, desc="memory of each side", unit="process", disable=None)
+        },
         "seconds": measure_times(args, data),
         "parts": parts_of_a_step(args, data) if "ours" in args.sides else {},
     }
-    with mock.patch.object(screening, "choose_screen", return_value=None):
+    with mock.patch.object(
+        AdaptiveScreen, "_approximations", lambda self, x, encoder: iter([(Whole.of(encoder), 0.0)])
+    ):
         result["parts_without_screen"] = parts_of_a_step(args, data) if "ours" in args.sides else {}
     name = f"train_step_{args.activations}_{args.d_sae}{'_autocast' if args.autocast else ''}_{args.device}"
     name += f"{'_torch' if args.no_kernels else ''}.json"

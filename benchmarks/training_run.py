@@ -21,6 +21,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.ablation import activations
 from benchmarks.train_step import LR, RESULTS, machine, make_trainer
@@ -32,7 +33,7 @@ class CheckedStep(TypedDict):
     step: int
     floor_s: float
     step_s: float
-    screen: int | str | None
+    screen: str | None
     differing_features: int
     active_share: float
     loss: float
@@ -65,7 +66,8 @@ def measure(args: argparse.Namespace) -> tuple[list[CheckedStep], list[float]]:
     rows: list[CheckedStep] = []
     seconds: list[float] = []
     since = 0
-    for i in range(args.steps):
+    bar = tqdm(range(args.steps), desc="training", unit="step", disable=None)
+    for i in bar:
         x = data[i % len(data)]
         expected, floor = dense_selection(trainer.sae, x, args.k) if i % 10 == 5 else (None, 0.0)
         start = time.perf_counter()
@@ -73,19 +75,19 @@ def measure(args: argparse.Namespace) -> tuple[list[CheckedStep], list[float]]:
         seconds.append(time.perf_counter() - start)
         trainer.n_training_steps += 1
         if expected is not None:
-            screen = trainer._sparse_steps.screen.screen
+            approximation = trainer._sparse_steps.screen.approximation
             row: CheckedStep = {
                 "step": i,
                 "floor_s": floor,
                 "step_s": sum(seconds[since:]) / (len(seconds) - since),  # all since the last row, its own included
-                "screen": None if screen is None else getattr(screen, "rank", "8 bits"),
+                "screen": None if approximation is None else approximation.name,
                 "differing_features": differing(output, expected),
                 "active_share": float((trainer.n_forward_passes_since_fired == 0).float().mean()),
                 "loss": float(output.loss),
             }
             since = len(seconds)
             rows.append(row)
-            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+            bar.write(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     return rows, seconds
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--label", default="", help="end of the result's name, as for another processor: _avx2")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.device, args.autocast = "cpu", False
@@ -115,7 +118,7 @@ def main() -> None:
         "machine": machine(),
         "rows": rows,
     }
-    path = args.out or RESULTS / f"training_run_{args.d_sae}.json"
+    path = args.out or RESULTS / f"training_run_{args.d_sae}{args.label}.json"
     path.write_text(json.dumps(summary, indent=1) + "\n")
     print({name: value for name, value in summary.items() if name not in ("rows", "machine")})
     print(f"wrote {path}")
