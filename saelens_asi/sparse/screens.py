@@ -37,8 +37,9 @@ from saelens_asi.sparse.kernels import Candidates, kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace, row_norms
 from saelens_asi.sparse.topk import Encoder, Query, TopK, batch_top_k, batch_width, encode_top_k
 
-# Scores of a tile: 2,048 features and, for each thread, 512 tokens: what one pass writes, the next finds in cache.
-_TILE_FEATURES, _TILE_TOKENS = 2048, 512
+# Scores of a tile: 2,048 features and, for each thread, 1,024 tokens. What one pass writes the next finds in cache, and
+# threads meet so seldom that others on the same cores do little harm.
+_TILE_FEATURES, _TILE_TOKENS = 2048, 1024
 
 # Room for candidates of a token, as a multiple of k. A token that has more is given to the whole product.
 _ROOM = 64
