@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks import train_step
 from benchmarks.train_step import RESULTS, Step, machine, make_trainer
 from saelens_asi.evaluation.tables import markdown_table
-from saelens_asi.sparse import fused_step
+from saelens_asi.sparse import fused_step, fused_topk
 from saelens_asi.sparse.fused_step import AdamNumbers, Decoded, FusedEntries
 from saelens_asi.sparse.operators import OPERATORS, load_triton_kernels
 from saelens_asi.sparse.topk import Encoder
@@ -106,7 +106,34 @@ def measure(args: argparse.Namespace, side: str) -> dict[str, Any]:
         train_step.synchronize(args)
         if i >= args.warm_up:
             seconds.append((time.perf_counter() - start) / args.steps)
-    return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated() if on_gpu else 0}
+    found = {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated() if on_gpu else 0}
+    return {**found, "parts": parts_of_step(step, supply, args.steps)} if side == "ours" and on_gpu else found
+
+
+# Parts of our step by the kernels that they are made of; "other" is what torch has beside these.
+PARTS = {
+    **{"_group_maxima": "first product", "_group_scores": "second product", "_select_top_k": "selection"},
+    **{"_decode_tokens": "decode", "_sum_tiles": "gradients", "_gradient_squares": "gradients", "_clip": "gradients"},
+    **{"_move_rows": "Adam", "_move_vector": "Adam", "_renew_norms": "Adam", "Sort": "sorting", "sort": "sorting"},
+}
+
+
+def parts_of_step(step: Step, supply: Iterator[Tensor], n_steps: int) -> dict[str, float]:
+    """Seconds of a step that the device spends in each of its parts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(n_steps):
+            step(next(supply))
+        torch.cuda.synchronize()
+    return by_part([(event.key, event.self_device_time_total / 1e6 / n_steps) for event in profile.key_averages()])
+
+
+def by_part(kernels: list[tuple[str, float]]) -> dict[str, float]:
+    """Add up the seconds of kernels by ``PARTS``."""
+    found: dict[str, float] = {}
+    for kernel, seconds in kernels:
+        part = next((part for name, part in PARTS.items() if name in kernel), "other")
+        found[part] = found.get(part, 0.0) + seconds
+    return found
 
 
 def check_kernels(device: str, d_in: int = 576, d_sae: int = 9000, k: int = 32, n: int = 512) -> dict[str, float]:
@@ -125,8 +152,8 @@ def check_kernels(device: str, d_in: int = 576, d_sae: int = 9000, k: int = 32, 
     )
     b_enc[11] += 1000  # fires on every token
     norms = W_dec.norm(dim=1)
-    found = {"select_top_k": _difference("select_top_k", x @ W_enc.t(), b_enc, norms, k, False, 0)}
-    best = fused_step.encode_top_k(x, Encoder(W_enc, b_enc, norms), k)
+    found = check_selection(x, Encoder(W_enc, b_enc, norms), k)
+    best = fused_topk.encode_top_k(x, Encoder(W_enc, b_enc, norms), k)
     arguments = (*best, norms, W_dec, b_dec, x, False)
     found["decode_tokens"] = _difference("decode_tokens", *arguments)
     decoded = Decoded(*fused_step.decode_tokens(*arguments))
@@ -149,6 +176,29 @@ def check_kernels(device: str, d_in: int = 576, d_sae: int = 9000, k: int = 32, 
     return found
 
 
+def check_selection(x: Tensor, encoder: Encoder, k: int) -> dict[str, float]:
+    """Of the products by themselves, in all precisions: that the second has the bits of the first is exact."""
+    found: dict[str, float] = {}
+    group = fused_topk.group_size(encoder.rows.shape[0], k)
+    for name in PRECISIONS:
+        with precision(name) as is_half:
+            features = (x.bfloat16() if is_half else x, encoder.rows, encoder.bias, encoder.scale)
+            maxima = torch.ops.saelens_asi.group_maxima(*features, group, False)
+            _, groups = torch.ops.saelens_asi.select_top_k(maxima, None, k, False)
+            owners, order = torch.sort(groups.flatten().int())
+            scores = torch.ops.saelens_asi.group_scores(*features, owners, order, group, False)
+            same = torch.equal(scores.unflatten(1, (k, group)).amax(dim=2), maxima.gather(1, groups))
+            found[f"both products have the same bits in {name}"] = 0.0 if same else float("inf")
+            if name == "float32":
+                found["group_maxima"] = _difference("group_maxima", *features, group, False)
+                found["group_scores"] = _difference("group_scores", *features, owners, order, group, False)
+                found["select_top_k"] = max(
+                    _difference("select_top_k", maxima, None, k, False),
+                    _difference("select_top_k", scores, groups, k, True),
+                )
+    return found
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(one) for one in value]
@@ -161,7 +211,7 @@ def _difference(name: str, *arguments: Any) -> float:
         own = [_copied(argument) for argument in arguments]
         out = function(*own)
         written = [tensor for one in own for tensor in (one if isinstance(one, list) else [one])]
-        results.append([t for t in (*(out if isinstance(out, tuple) else ()), *written) if isinstance(t, Tensor)])
+        results.append([t for t in (*(out if isinstance(out, tuple) else (out,)), *written) if isinstance(t, Tensor)])
     return max(_relative(kernel, twin) for kernel, twin in zip(*results, strict=True))
 
 
@@ -234,6 +284,11 @@ def report(result: dict[str, Any]) -> str:
     """The checks, and a table of all cells."""
     worst = [f"{name}: {value:.1e}" for name, value in result["checks"].items()]
     rows = []
+    parts = [
+        f"{key}, ms: " + ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in cell["parts"].items())
+        for key, cell in result["cells"].items()
+        if "parts" in cell
+    ]
     for key, cell in result["cells"].items():
         d_sae, d_in, name, side = key.split()
         if "skipped" in cell:
@@ -246,7 +301,8 @@ def report(result: dict[str, Any]) -> str:
         rows.append((d_sae, d_in, name, side, f"{1e3 * seconds:.2f}", tokens, memory, ratio))
     head = ["d_sae", "d_in", "precision", "side", "ms a step", "tokens a second", "GiB", "x floor"]
     machine_line = f"{result['machine'].get('gpu', 'no GPU')}; batch = {result['batch']:,}, k = {result['k']}"
-    return "\n\n".join([machine_line, "\n".join(worst), markdown_table(head, rows, align="r" * 8)])
+    table = markdown_table(head, rows, align="r" * 8)
+    return "\n\n".join([machine_line, "\n".join(worst), table, *(["\n".join(parts)] if parts else [])])
 
 
 def failed(checks: dict[str, float]) -> list[str]:

@@ -1,7 +1,7 @@
 """A TopK step on an accelerator: few launches, shapes that depend on no number, so that nothing waits for the device.
 
 Each part is an operator (``operators.py``): what stands here are torch's operations, ``triton_kernels.py`` has the
-kernels that take their place on a GPU. Both make the same selection from the same products.
+kernels that take their place on a GPU. What is selected is ``fused_topk.py``'s.
 
 Entries are n_tokens x k: a feature that ReLU holds at zero stays among them with a value of zero, and counts nowhere.
 No kernel adds with atomics, and sums have a fixed order: the same input gives the same bits.
@@ -15,23 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Float, Float64, Int, Int32, Int64
 from torch import Tensor
 from torch.nn import functional
 
 from saelens_asi.sparse.operators import operator
-from saelens_asi.sparse.topk import Encoder, TopK
-
-# Scores of one tile (512 MiB in float32), and features in it, which a program of a kernel ranks at once.
-TILE_ENTRIES = 2**27
-TILE_FEATURES = 2**15
-
-# Features of a token, at most: far below the features of a tile.
-MAX_K = 1024
-
-# Scores that a kernel ranks one by one; of more, the maxima of groups of so many are ranked first.
-_DIRECT_COLUMNS = 4096
-GROUP = 8
 
 # Tokens whose decoder rows are held at once, in the twin of the decoding.
 _TWIN_TOKENS = 128
@@ -41,108 +29,6 @@ TILE_OF_ENTRIES = 64
 
 # Rows of a table as wide as this at most fit in the registers of a kernel.
 MAX_WIDTH = 8192
-
-
-def _ordered(scores: Float32[Tensor, " *shape"]) -> Int64[Tensor, " *shape"]:
-    """Keys in the order of the scores; what is not a number is largest, as in ``topk``. 32 bits, signed."""
-    bits = (scores + 0.0).view(torch.int32).long()  # the zero that is added makes a positive one of a negative one
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return keys.masked_fill(scores.isnan(), 0x7FFFFFFF)
-
-
-def _largest(
-    ranked: Float32[Tensor, "n_rows n"], columns: Int64[Tensor, "n_rows n"], k: int
-) -> Int64[Tensor, "n_rows k"]:
-    """Positions of the k largest, of equal ones those in the lower column: one key for both, so no tie is left."""
-    keys = (_ordered(ranked) << 32) - columns
-    return keys.topk(k, dim=1, sorted=False).indices
-
-
-def ranks_groups(n_columns: int, k: int) -> bool:
-    """Whether a kernel that selects k of so many columns ranks groups of them first, in a launch of its own."""
-    return n_columns > _DIRECT_COLUMNS and k * GROUP <= n_columns
-
-
-@operator(
-    "(Tensor products, Tensor? bias, Tensor? scale, int k, bool magnitude, int first) -> (Tensor, Tensor)",
-    n_launches=lambda products, bias, scale, k, *rest: 1 + ranks_groups(products.shape[1], k),
-)
-def select_top_k(
-    products: Float[Tensor, "n_rows n_columns"],
-    bias: Float32[Tensor, " n_columns"] | None,
-    scale: Float32[Tensor, " n_columns"] | None,
-    k: int,
-    magnitude: bool,
-    first: int,
-) -> tuple[Float32[Tensor, "n_rows k"], Int64[Tensor, "n_rows k"]]:
-    """The k largest scores ``(products + bias) * scale`` of each row, exactly, and their columns in ascending order.
-
-    Of equal scores those in lower columns are taken; what is not a number comes first. At most two launches.
-
-    Args:
-        products: in any precision; scores are float32.
-        bias: None for 0.
-        scale: None for 1.
-        k: at most n_columns.
-        magnitude: rank by absolute value; the scores keep their sign.
-        first: number of the first column.
-    """
-    scores = products.float()
-    scores = scores if bias is None else scores + bias
-    scores = scores if scale is None else scores * scale
-    ranked = scores.abs() if magnitude else scores
-    n_rows, n_columns = scores.shape
-    columns = torch.arange(n_columns, device=scores.device).expand(n_rows, -1)
-    if n_columns > 4 * k * GROUP:
-        # The k largest lie in the k groups with the largest maxima: keys are made for these alone.
-        n_groups = -(-n_columns // GROUP)
-        padded = functional.pad(ranked, (0, n_groups * GROUP - n_columns), value=-torch.inf)
-        groups = _largest(padded.view(n_rows, n_groups, GROUP).amax(dim=2), columns[:, :n_groups], k)
-        columns = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=scores.device)).flatten(1)
-        columns = columns.sort(dim=1).values
-        ranked = padded.gather(1, columns)
-    chosen = columns.gather(1, _largest(ranked, columns, k)).sort(dim=1).values
-    return scores.gather(1, chosen), chosen + first
-
-
-def encode_top_k(x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int) -> TopK:
-    """The k largest scores of each token, features in ascending order.
-
-    The product is torch's own, in the precision that autocast and ``torch.backends.cuda.matmul`` ask for, and its
-    numbers are ranked as they are: bias and scale stay outside, as in SAELens, since a product in TF32 or bfloat16
-    that holds them rounds them too. It exists a tile at a time: memory is that of ``TILE_ENTRIES`` numbers.
-
-    Args:
-        x: what the encoder reads.
-        encoder: the features.
-        k: at most the number of features, and ``MAX_K``.
-    """
-    dtype = encoder.matmul_dtype or encoder.rows.dtype
-    d_sae = encoder.rows.shape[0]
-    n_features = -(-d_sae // -(-d_sae // TILE_FEATURES))  # parts of about one size, none narrower than k
-    tiles = torch.split(x.to(dtype), max(1, TILE_ENTRIES // n_features))
-    found: list[list[TopK]] = [[] for _ in tiles]
-    for first in range(0, d_sae, n_features):
-        part = (0, first, min(n_features, d_sae - first))
-        weights, bias = encoder.rows.narrow(*part).to(dtype), encoder.bias.narrow(*part)
-        scale = None if encoder.scale is None else encoder.scale.narrow(*part)
-        for best, tile in zip(found, tiles, strict=True):
-            products = torch.mm(tile, weights.t())
-            best.append(TopK(*select_top_k(products, bias, scale, k, encoder.magnitude, first)))
-            del products  # before the next, whose memory it is
-    merged = [_merge(best, k, encoder.magnitude) for best in found]
-    if len(merged) == 1:
-        return merged[0]
-    return TopK(torch.cat([best.scores for best in merged]), torch.cat([best.indices for best in merged]))
-
-
-def _merge(parts: Sequence[TopK], k: int, magnitude: bool) -> TopK:
-    """Of parts in the order of their features: equal scores fall as they do within a part."""
-    if len(parts) == 1:
-        return parts[0]
-    scores, features = torch.cat([p.scores for p in parts], dim=1), torch.cat([p.indices for p in parts], dim=1)
-    best, columns = select_top_k(scores, None, None, k, magnitude, 0)
-    return TopK(best, features.gather(1, columns))
 
 
 class Decoded(NamedTuple):
@@ -183,8 +69,8 @@ def decode_tokens(
     """The fields of ``Decoded``, in their order. One launch.
 
     Args:
-        scores: as of ``encode_top_k``; those that are not positive (with ``magnitude``: not zero) count as none, while
-            one that is not a number counts.
+        scores: as of ``fused_topk.encode_top_k``; those that are not positive (with ``magnitude``: not zero) count as
+            none, while one that is not a number counts.
         features: of the scores.
         scale: that the scores have been multiplied by.
         W_dec: of the decoder.

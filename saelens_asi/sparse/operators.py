@@ -56,6 +56,8 @@ def _shapes(twin: Callable[..., Any], args: Sequence[Any]) -> Any:
     """What a twin gives, without numbers: on the meta device, since slices on any other ask for the device itself."""
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     made = twin(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
+    if isinstance(made, Tensor):
+        return torch.empty_like(made, device=device)
     return tuple(torch.empty_like(out, device=device) for out in made)
 
 

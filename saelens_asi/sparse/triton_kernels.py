@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saelens_asi.sparse.fused_step import GROUP, TILE_OF_ENTRIES, ranks_groups
+from saelens_asi.sparse.fused_step import TILE_OF_ENTRIES
+from saelens_asi.sparse.fused_topk import parts_of_selection
 
 # Arguments stand in groups that belong together, a line for each.
 # fmt: off
@@ -20,9 +21,14 @@ from saelens_asi.sparse.fused_step import GROUP, TILE_OF_ENTRIES, ranks_groups
 # Programs that share the features where something is added up over all of them.
 PROGRAMS = 2048
 
-# For programs of 16 warps that would take all registers of a multiprocessor: with half of them two are under way, and
-# one reads while the other counts. No option of AMD's compiler.
-_HALF_THE_REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
+# Entries of one tile of the second product, which the tokens of a group fill on average at 131,072 features.
+ENTRIES = 32
+
+# Columns of a row whose gradients are made together: those of twice as many do not fit the registers.
+MAX_COLUMNS = 4096
+
+# Rows that a program looks at together for those that are not finite.
+MAX_FLAGS = 2048
 
 _LOWEST = tl.constexpr(-(2**31))
 
@@ -40,18 +46,10 @@ def _ordered(scores):
 
 
 @triton.jit
-def _keys(
-    products, bias, scale, row, columns, n_columns, stride, MAGNITUDE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-):
-    """What some columns are ranked by, and their scores."""
-    inside = columns < n_columns
-    scores = tl.load(products + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        scores += tl.load(bias + columns, mask=inside, other=0.0)
-    if HAS_SCALE:
-        scores *= tl.load(scale + columns, mask=inside, other=0.0)
-    return tl.where(inside, _ordered(tl.abs(scores) if MAGNITUDE else scores), _LOWEST), scores
+def _keys(numbers, places, last, MAGNITUDE: tl.constexpr):
+    """What the numbers before the last one are ranked by."""
+    scores = tl.load(numbers + places, mask=places < last, other=0.0)
+    return tl.where(places < last, _ordered(tl.abs(scores) if MAGNITUDE else scores), _LOWEST)
 
 
 @triton.jit
@@ -65,83 +63,233 @@ def _threshold(keys, K: tl.constexpr):
 
 
 @triton.jit
-def _places(keys, threshold, n_ties):
-    """Which keys are taken, and to which place each goes: those above the threshold, and the first ties."""
-    above, ties = keys > threshold, keys == threshold
-    # One running count of both: 16 bits for each are enough for 2^15 keys.
-    counts = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16), 0)
-    ties_here = (counts >> 16) & 0xFFFF
-    taken = above | (ties & (ties_here <= n_ties))
-    return taken, (counts & 0xFFFF) + tl.minimum(ties_here, n_ties) - 1
-
-
-@triton.jit
-def _select_groups(
-    products, bias, scale, groups, n_columns, stride, K: tl.constexpr, MAGNITUDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr,
-):
-    """The K groups of consecutive columns with the largest maxima, among which the K largest scores are."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, N_GROUPS)
-    columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    keys, _ = _keys(products, bias, scale, row, columns, n_columns, stride, MAGNITUDE, HAS_BIAS, HAS_SCALE)
-    largest = tl.max(keys, axis=1)
-    threshold = _threshold(largest, K)
-    n_ties = K - tl.sum((largest > threshold).to(tl.int32))
-    taken, places = _places(largest, threshold, n_ties)
-    tl.store(groups + row * K + places, group, mask=taken)
-
-
-@triton.jit
-def _columns_of(places, groups, row, n_places, K: tl.constexpr, HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    columns = places
-    if HAS_GROUPS:
-        columns = tl.load(groups + row * K + places // GROUP, mask=places < n_places, other=0) * GROUP + places % GROUP
-    return columns
-
-
-@triton.jit
 def _select_top_k(
-    products, bias, scale, groups, best, best_columns, n_columns, n_places, first_column, stride,
-    K: tl.constexpr, MAGNITUDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    numbers, groups, best, best_columns, n, n_groups, width, K: tl.constexpr, MAGNITUDE: tl.constexpr,
+    HAS_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):
-    """The K largest scores of all columns, or of those in the groups."""
-    row = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, BLOCK)
-    columns = _columns_of(places, groups, row, n_places, K, HAS_GROUPS, GROUP)
-    keys, scores = _keys(products, bias, scale, row, columns, n_columns, stride, MAGNITUDE, HAS_BIAS, HAS_SCALE)
-    keys = tl.where(places < n_places, keys, _LOWEST)
+    """The K largest of ``width`` numbers of a row: of those with the smallest key, the first ones."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, last = part * width, tl.minimum((part + 1) * width, n)
+    numbers += row * n
+    keys = _keys(numbers, first + tl.arange(0, BLOCK), last, MAGNITUDE)
     threshold = _threshold(keys, K)
     n_ties = K - tl.sum((keys > threshold).to(tl.int32))
-    taken, to = _places(keys, threshold, n_ties)
-    tl.store(best + row * K + to, scores, mask=taken)
-    tl.store(best_columns + row * K + to, (columns + first_column).to(tl.int64), mask=taken)
+    to = (row * tl.num_programs(1) + part) * K
+    # By pieces, which are read again: running counts of all would not fit the registers beside the keys.
+    n_above, n_equal = 0, 0
+    for start in range(first, last, PIECE):
+        places = start + tl.arange(0, PIECE)
+        here = _keys(numbers, places, last, MAGNITUDE)
+        above, equal = here > threshold, here == threshold
+        # One running count of both: 16 bits for each are enough for 2^15 keys.
+        counts = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        up_to_here = n_equal + (counts >> 16)
+        taken = above | (equal & (up_to_here <= n_ties))
+        at = to + n_above + (counts & 0xFFFF) + tl.minimum(up_to_here, n_ties) - 1
+        n_above += tl.sum(above.to(tl.int32))
+        n_equal += tl.sum(equal.to(tl.int32))
+        columns = places.to(tl.int64)
+        if HAS_GROUPS:
+            columns = tl.load(groups + row * n_groups + places // GROUP, mask=taken, other=0) * GROUP + places % GROUP
+        tl.store(best + at, tl.load(numbers + places, mask=taken, other=0.0), mask=taken)
+        tl.store(best_columns + at, columns, mask=taken)
 
 
-def select_top_k(
-    products: Tensor, bias: Tensor | None, scale: Tensor | None, k: int, magnitude: bool, first: int
-) -> tuple[Tensor, Tensor]:
-    n_rows, n_columns = products.shape
-    best = products.new_empty(n_rows, k, dtype=torch.float32)
-    columns = products.new_empty(n_rows, k, dtype=torch.int64)
-    options = {"K": k, "MAGNITUDE": magnitude, "HAS_BIAS": bias is not None, "HAS_SCALE": scale is not None}
-    bias, scale = products if bias is None else bias, products if scale is None else scale
-    n_places, groups = n_columns, columns
-    has_groups = ranks_groups(n_columns, k)
-    if has_groups:
-        n_places, groups = k * GROUP, products.new_empty(n_rows, k, dtype=torch.int32)
-        n_groups = triton.next_power_of_2(triton.cdiv(n_columns, GROUP))
-        _select_groups[(n_rows,)](
-            products, bias, scale, groups, n_columns, products.stride(0), **options, GROUP=GROUP,
-            N_GROUPS=n_groups, num_warps=min(16, max(4, n_groups // 256)), **_HALF_THE_REGISTERS,
+def select_top_k(numbers: Tensor, groups: Tensor | None, k: int, magnitude: bool) -> tuple[Tensor, Tensor]:
+    n_rows = numbers.shape[0]
+    for n_parts in parts_of_selection(numbers.shape[1], k):
+        n = numbers.shape[1]
+        width = triton.cdiv(n, n_parts)
+        best = numbers.new_empty(n_rows, n_parts * k)
+        columns = numbers.new_empty(n_rows, n_parts * k, dtype=torch.int64)
+        n_groups = n if groups is None else groups.shape[1]
+        block = triton.next_power_of_2(width)
+        _select_top_k[(n_rows, n_parts)](
+            numbers, columns if groups is None else groups, best, columns, n, n_groups, width, K=k,
+            MAGNITUDE=magnitude, HAS_GROUPS=groups is not None, GROUP=n // n_groups, BLOCK=block,
+            PIECE=min(block, 1024), num_warps=_warps(block),
         )
-    block = triton.next_power_of_2(n_places)
-    _select_top_k[(n_rows,)](
-        products, bias, scale, groups, best, columns, n_columns, n_places, first, products.stride(0), **options,
-        HAS_GROUPS=has_groups, GROUP=GROUP, BLOCK=block, num_warps=min(16, max(1, block // 256)),
-    )
+        numbers, groups = best, columns  # where a row was ranked in parts, what is left of it is ranked next
     return best, columns
+
+
+@triton.jit
+def _products(
+    x, rows, tokens, features, are_tokens, are_features, d_in, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK: tl.constexpr, IS_EVEN: tl.constexpr,
+):
+    """Products of features and tokens, rounded as torch rounds them.
+
+    A product has the same bits in a tile of any size, wherever in it: it is one sum along d_in, 8 or 16 numbers at a
+    time as the tensor cores take them, or one by one, and always in that order.
+    """
+    columns = tl.arange(0, BLOCK)
+    row_at = rows + features.to(tl.int64)[:, None] * d_in + columns[None, :]
+    x_at = x + tokens.to(tl.int64)[None, :] * d_in + columns[:, None]
+    are_features, are_tokens = are_features[:, None], are_tokens[None, :]
+    products = tl.zeros([features.shape[0], tokens.shape[0]], tl.float32)
+    for first in range(0, d_in, BLOCK):
+        if IS_EVEN:
+            row_mask, x_mask = are_features, are_tokens
+        else:
+            inside = columns < d_in - first
+            row_mask, x_mask = are_features & inside[None, :], are_tokens & inside[:, None]
+        of_tokens = tl.load(x_at, mask=x_mask, other=0.0)
+        # Rows are rounded here: a copy of the encoder in bfloat16 would take 1.2 GB at 1,048,576 x 576.
+        of_features = tl.load(row_at, mask=row_mask, other=0.0).to(of_tokens.dtype)
+        if WIDEN:  # Triton's interpreter does not multiply in bfloat16
+            of_features, of_tokens = of_features.to(tl.float32), of_tokens.to(tl.float32)
+        products = tl.dot(of_features, of_tokens, products, input_precision=PRECISION)
+        row_at += BLOCK
+        x_at += BLOCK
+    return products.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _scores(
+    products, bias, scale, features, are_features, MAGNITUDE: tl.constexpr, HAS_SCALE: tl.constexpr,
+):
+    """Scores; of features that are not there one that is below all, or with MAGNITUDE zero."""
+    scores = products + tl.load(bias + features, mask=are_features, other=0.0)[:, None]
+    if HAS_SCALE:
+        scores *= tl.load(scale + features, mask=are_features, other=0.0)[:, None]
+    return tl.where(are_features[:, None], scores, 0.0 if MAGNITUDE else -float("inf"))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _group_maxima(
+    x, rows, bias, scale, maxima, n_tokens, d_sae, n_groups, d_in, GROUP: tl.constexpr, MAGNITUDE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, IS_EVEN: tl.constexpr,
+    FEATURES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Programs that are under way together share rows of the encoder, which are read from memory once."""
+    program, n_tiles = tl.program_id(0), tl.cdiv(n_tokens, TOKENS)
+    tokens = program % n_tiles * TOKENS + tl.arange(0, TOKENS)
+    first = program // n_tiles * FEATURES
+    features = first + tl.arange(0, FEATURES)
+    are_tokens, are_features = tokens < n_tokens, features < d_sae
+    products = _products(
+        x, rows, tokens, features, are_tokens, are_features, d_in, PRECISION, WIDEN, BLOCK, IS_EVEN
+    )
+    scores = _scores(products, bias, scale, features, are_features, MAGNITUDE, HAS_SCALE)
+    if MAGNITUDE:
+        scores = tl.abs(scores)
+    largest = tl.reduce(tl.reshape(scores, [FEATURES // GROUP, GROUP, TOKENS]), 1, _larger)
+    groups = first // GROUP + tl.arange(0, FEATURES // GROUP)
+    at = maxima + tokens.to(tl.int64)[None, :] * n_groups + groups[:, None]
+    tl.store(at, largest, mask=are_tokens[None, :] & (groups[:, None] < n_groups))
+
+
+@triton.jit
+def _group_scores(
+    x, rows, bias, scale, owners, order, out, n_entries, d_sae, d_in, K: tl.constexpr, GROUP: tl.constexpr,
+    MAGNITUDE: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    IS_EVEN: tl.constexpr, FEATURES: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
+):
+    """Entries in the order of their groups; all tiles of features that they belong to, one after the other."""
+    entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    real = entries < n_entries
+    group = tl.load(owners + entries, mask=real, other=0)
+    position = tl.load(order + entries, mask=real, other=0)
+    tile = tl.where(real, group // (FEATURES // GROUP), LAST)
+    places = tl.arange(0, FEATURES)
+    here = tl.min(tile)
+    while here < LAST:
+        features, of_tile = here * FEATURES + places, tile == here
+        are_features = features < d_sae
+        products = _products(
+            x, rows, position // K, features, of_tile, are_features, d_in, PRECISION, WIDEN, BLOCK, IS_EVEN
+        )
+        scores = _scores(products, bias, scale, features, are_features, MAGNITUDE, HAS_SCALE)
+        of_group = (features // GROUP)[:, None] == group[None, :]
+        at = out + position[None, :] * GROUP + (places % GROUP)[:, None]
+        tl.store(at, scores, mask=of_group & of_tile[None, :])
+        here = tl.min(tl.where(tile > here, tile, LAST))
+
+
+# Tiles of the product by the way its numbers are multiplied. Which one is quickest on a card is found out by timing in
+# the first step. All give the same bits (see ``_products``), so that no checkpoint has to know which one it was.
+_TILES = {
+    "half": [
+        triton.Config({"FEATURES": 128, "TOKENS": 256, "BLOCK": 64}, num_warps=8, num_stages=3),
+        triton.Config({"FEATURES": 128, "TOKENS": 128, "BLOCK": 64}, num_warps=8, num_stages=3),
+        triton.Config({"FEATURES": 128, "TOKENS": 128, "BLOCK": 64}, num_warps=4, num_stages=3),
+    ],
+    "tf32": [
+        triton.Config({"FEATURES": 128, "TOKENS": 128, "BLOCK": 32}, num_warps=8, num_stages=4),
+        triton.Config({"FEATURES": 128, "TOKENS": 128, "BLOCK": 32}, num_warps=4, num_stages=3),
+    ],
+    "ieee": [
+        triton.Config({"FEATURES": 128, "TOKENS": 128, "BLOCK": 16}, num_warps=8, num_stages=3),
+        triton.Config({"FEATURES": 64, "TOKENS": 128, "BLOCK": 16}, num_warps=8, num_stages=3),
+        triton.Config({"FEATURES": 64, "TOKENS": 64, "BLOCK": 16}, num_warps=4, num_stages=3),
+    ],
+}
+
+# In Triton's interpreter small ones, which it takes less time for, and nothing is timed.
+_IS_COMPILED = isinstance(_larger, triton.runtime.JITFunction)
+_INTERPRETED = triton.Config({"FEATURES": 64, "TOKENS": 16, "BLOCK": 16})
+
+_tuned = {
+    way: triton.autotune(tiles if _IS_COMPILED else [_INTERPRETED], key=["d_sae", "d_in"])(_group_maxima)
+    for way, tiles in _TILES.items()
+}
+
+
+def _way(dtype: torch.dtype) -> str:
+    """How numbers are multiplied: the key of ``_TILES``."""
+    if dtype != torch.float32:
+        return "half"
+    # Newer versions of torch refuse to give allow_tf32 to those who have set its successor.
+    matmul = torch.backends.cuda.matmul
+    is_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if is_tf32 else "ieee"
+
+
+def _options(x: Tensor, scale: Tensor | None, group: int, magnitude: bool) -> dict[str, Any]:
+    """What both products are made with."""
+    way = _way(x.dtype)
+    block = (_TILES[way][0] if _IS_COMPILED else _INTERPRETED).kwargs["BLOCK"]
+    return {
+        "GROUP": group, "MAGNITUDE": magnitude, "HAS_SCALE": scale is not None, "WIDEN": not _IS_COMPILED,
+        "PRECISION": "tf32" if way == "tf32" else "ieee", "IS_EVEN": x.shape[1] % block == 0,
+    }
+
+
+def group_maxima(
+    x: Tensor, rows: Tensor, bias: Tensor, scale: Tensor | None, group: int, magnitude: bool
+) -> Tensor:
+    (n_tokens, d_in), d_sae = x.shape, rows.shape[0]
+    n_groups = triton.cdiv(d_sae, group)
+    maxima = x.new_empty(n_tokens, n_groups, dtype=torch.float32)
+    _tuned[_way(x.dtype)][
+        lambda tile: (triton.cdiv(n_tokens, tile["TOKENS"]) * triton.cdiv(d_sae, tile["FEATURES"]),)
+    ](
+        x.contiguous(), rows.contiguous(), bias, bias if scale is None else scale, maxima, n_tokens, d_sae, n_groups,
+        d_in, **_options(x, scale, group, magnitude),
+    )
+    return maxima
+
+
+def group_scores(
+    x: Tensor, rows: Tensor, bias: Tensor, scale: Tensor | None, owners: Tensor, order: Tensor, group: int,
+    magnitude: bool,
+) -> Tensor:
+    (n_tokens, d_in), n_entries = x.shape, owners.numel()
+    k = n_entries // n_tokens
+    out = x.new_empty(n_tokens, k * group, dtype=torch.float32)
+    tile = _TILES[_way(x.dtype)][0] if _IS_COMPILED else _INTERPRETED
+    _group_scores[(triton.cdiv(n_entries, ENTRIES),)](
+        x.contiguous(), rows.contiguous(), bias, bias if scale is None else scale, owners, order, out, n_entries,
+        rows.shape[0], d_in, K=k, **_options(x, scale, group, magnitude), FEATURES=64, ENTRIES=ENTRIES,
+        BLOCK=tile.kwargs["BLOCK"], LAST=2**31 - 1, num_warps=4, num_stages=3,
+    )
+    return out
 
 
 @triton.jit
@@ -288,21 +436,23 @@ def _gradient_squares(
     n_features, K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < d_in
     total = tl.zeros([], tl.float32)
-    reaching = tl.zeros([BLOCK], tl.float32)
-    for feature in range(program * n_features, tl.minimum((program + 1) * n_features, d_sae)):
-        start, stop = tl.load(starts + feature), tl.load(starts + feature + 1)
-        if stop > start:
-            d_decoder, d_encoder, d_bias = _row_gradients(
-                start, stop, order, values, d_values, d_out, x, tile_rows, tile_bias, columns, inside, d_in, K,
-                TILE, BLOCK,
-            )
-            total += tl.sum(d_decoder * d_decoder + d_encoder * d_encoder) + d_bias * d_bias
-            reaching += d_bias * tl.load(W_enc + feature * d_in + columns, mask=inside, other=0.0)
+    for first in range(0, d_in, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < d_in
+        reaching = tl.zeros([BLOCK], tl.float32)
+        for feature in range(program * n_features, tl.minimum((program + 1) * n_features, d_sae)):
+            start, stop = tl.load(starts + feature), tl.load(starts + feature + 1)
+            if stop > start:
+                d_decoder, d_encoder, d_bias = _row_gradients(
+                    start, stop, order, values, d_values, d_out, x, tile_rows, tile_bias, columns, inside, d_in, K,
+                    TILE, BLOCK,
+                )
+                total += tl.sum(d_decoder * d_decoder + d_encoder * d_encoder)
+                total += tl.where(first == 0, d_bias * d_bias, 0.0)
+                reaching += d_bias * tl.load(W_enc + feature * d_in + columns, mask=inside, other=0.0)
+        tl.store(d_input + program * d_in + columns, reaching, mask=inside)
     tl.store(squares + program, total)
-    tl.store(d_input + program * d_in + columns, reaching, mask=inside)
 
 
 def gradient_squares(
@@ -311,11 +461,11 @@ def gradient_squares(
 ) -> tuple[Tensor, Tensor]:
     d_sae, d_in = W_enc.shape
     n_features = triton.cdiv(d_sae, PROGRAMS)
-    n_programs = triton.cdiv(d_sae, n_features)
+    n_programs, block = triton.cdiv(d_sae, n_features), min(MAX_COLUMNS, triton.next_power_of_2(d_in))
     squares, d_input = x.new_empty(n_programs), x.new_empty(n_programs, d_in)
     _gradient_squares[(n_programs,)](
         starts, order, values, d_values, d_out, x, tile_rows, tile_bias, W_enc, squares, d_input, d_in, d_sae,
-        n_features, K=values.shape[1], TILE=TILE_OF_ENTRIES, BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
+        n_features, K=values.shape[1], TILE=TILE_OF_ENTRIES, BLOCK=block, num_warps=_warps(block),
     )
     return squares, d_input
 
@@ -369,21 +519,24 @@ def _move_rows(
     feature = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(starts + feature), tl.load(starts + feature + 1)
     if stop > start:
-        columns = tl.arange(0, BLOCK)
-        inside = columns < d_in
-        d_decoder, d_encoder, d_bias = _row_gradients(
-            start, stop, order, values, d_values, d_out, x, tile_rows, tile_bias, columns, inside, d_in, K, TILE, BLOCK
-        )
         by = tl.load(divisor)
-        row = feature * d_in + columns
-        _adam(
-            W_dec, W_dec_exp_avg, W_dec_exp_avg_sq, row, inside, d_decoder / by,
-            step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
-        )
-        _adam(
-            W_enc, W_enc_exp_avg, W_enc_exp_avg_sq, row, inside, d_encoder / by,
-            step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
-        )
+        d_bias = 0.0
+        for first in range(0, d_in, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            inside = columns < d_in
+            d_decoder, d_encoder, d_bias = _row_gradients(
+                start, stop, order, values, d_values, d_out, x, tile_rows, tile_bias, columns, inside, d_in, K, TILE,
+                BLOCK,
+            )
+            row = feature * d_in + columns
+            _adam(
+                W_dec, W_dec_exp_avg, W_dec_exp_avg_sq, row, inside, d_decoder / by,
+                step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
+            )
+            _adam(
+                W_enc, W_enc_exp_avg, W_enc_exp_avg_sq, row, inside, d_encoder / by,
+                step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
+            )
         _adam(
             b_enc, b_enc_exp_avg, b_enc_exp_avg_sq, feature, True, d_bias / by,
             step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
@@ -396,10 +549,11 @@ def move_rows_(
 ) -> None:
     d_in = x.shape[1]
     step_size, root_scale, beta1, beta2, eps = numbers
+    block = min(MAX_COLUMNS, triton.next_power_of_2(d_in))
     _move_rows[(starts.numel() - 1,)](
         *tensors, starts, order, values, d_values, d_out, x, tile_rows, tile_bias, divisor, d_in, step_size,
         root_scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, K=values.shape[1], TILE=TILE_OF_ENTRIES,
-        BLOCK=triton.next_power_of_2(d_in), num_warps=_warps(d_in),
+        BLOCK=block, num_warps=_warps(block),
     )
 
 
@@ -464,13 +618,20 @@ def _replace_bad_rows(x, good, out, n_rows, d_in, N: tl.constexpr, BLOCK: tl.con
     source, weight = row, 1.0
     if tl.load(good + row) == 0:
         rows = tl.arange(0, N)
-        flags = tl.load(good + rows, mask=rows < n_rows, other=0).to(tl.int32)
-        n_good = tl.sum(flags)
-        turn = row - tl.sum(tl.where(rows < row, flags, 0))
-        turn %= tl.maximum(n_good, 1)
-        is_it = (flags == 1) & (tl.cumsum(flags, 0) == turn + 1)
-        source = tl.sum(tl.where(is_it, rows, 0)).to(tl.int64)
+        counts, before = tl.zeros([N], tl.int32), tl.zeros([N], tl.int32)
+        for first in range(0, n_rows, N):
+            flags = tl.load(good + first + rows, mask=first + rows < n_rows, other=0).to(tl.int32)
+            counts += flags
+            before += tl.where(first + rows < row, flags, 0)
+        n_good = tl.sum(counts)
+        turn = (row - tl.sum(before)) % tl.maximum(n_good, 1)
         weight = tl.where(n_good > 0, 1.0, 0.0)
+        source, passed = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
+        for first in range(0, n_rows, N):
+            flags = tl.load(good + first + rows, mask=first + rows < n_rows, other=0).to(tl.int32)
+            is_it = (flags == 1) & (passed + tl.cumsum(flags, 0) == turn + 1)
+            source += tl.sum(tl.where(is_it, first + rows, 0))
+            passed += tl.sum(flags)
     for first in range(0, d_in, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         inside = columns < d_in
@@ -484,10 +645,8 @@ def keep_finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     block = min(1024, triton.next_power_of_2(d_in))
     if x.numel():
         _find_finite_rows[(n_rows,)](x, good, d_in, BLOCK=block)
-        n = triton.next_power_of_2(n_rows)
-        _replace_bad_rows[(n_rows,)](
-            x, good, out, n_rows, d_in, N=n, BLOCK=block, num_warps=min(16, max(4, n // 1024))
-        )
+        n = min(MAX_FLAGS, triton.next_power_of_2(n_rows))
+        _replace_bad_rows[(n_rows,)](x, good, out, n_rows, d_in, N=n, BLOCK=block, num_warps=4)
     return out, good
 
 
