@@ -31,7 +31,7 @@ PACKAGES = ("sae_lens", "transformer_lens")
 
 # Private names of torch and of the standard library; SAELens and TransformerLens are no place for an exception.
 OTHERS = {
-    *("_int_mm", "_fused_adam_", "_backward_hooks", "_post_accumulate_grad_hooks"),  # torch
+    *("_int_mm", "_fused_adam_", "_backward_hooks", "_post_accumulate_grad_hooks", "_version", "_indices"),  # torch
     *("_replace", "_field_type", "_FIELD", "_actions", "_prog"),  # NamedTuple, dataclasses, argparse
 }
 
