@@ -52,10 +52,10 @@ _DEVIATIONS = 6
 _FEATURES_A_CHOICE = 32
 
 # Parts of d_in that are tried as ranks, downwards until a lower one is slower.
-_RANK_SHARES = (1 / 3, 1 / 4, 3 / 16, 1 / 8, 1 / 12)
+_RANK_SHARES = (1 / 3, 7 / 24, 1 / 4, 5 / 24, 1 / 6, 1 / 8, 1 / 12)
 
 # Share of the tokens of a step that each approximation is timed on, and steps until all are timed again: rows turn.
-_SAMPLE_SHARE, _STEPS = 1 / 8, 100
+_SAMPLE_SHARE, _STEPS = 1 / 8, 30
 
 # What lies outside a basis has a length that is the root of a difference of squares: an error of eps |w|^2 in float32
 # becomes one of sqrt(eps) |w| = 3.5e-4 |w|. This share of |w| is added, and what the basis lacks to be orthonormal.

@@ -162,8 +162,9 @@ class _EncoderBlock:
         self.scale = None if encoder.scale is None else encoder.scale[first:stop]
         rows, self.bias = encoder.rows[first:stop], encoder.bias[first:stop]
         self.matmul_dtype = encoder.matmul_dtype or rows.dtype
-        self.fold = self.matmul_dtype.itemsize >= 4
-        if not self.fold:  # bias and scale stay outside a product of low precision, as autocast has them
+        # Bias and scale stay outside a product of low precision, as autocast has them, and as TF32 is on a GPU.
+        self.fold = self.matmul_dtype.itemsize >= 4 and rows.device.type == "cpu"
+        if not self.fold:
             self.weights = rows.to(self.matmul_dtype)
             return
         # Bias and scale go into the product: a column more costs less than two passes over the scores.
@@ -189,8 +190,10 @@ class _EncoderBlock:
         if self.fold:
             return torch.mm(torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1), self.weights.t(), out=tile)
         torch.mm(x.to(self.matmul_dtype), self.weights.t(), out=tile)
-        wide = self.workspace.take("wide tile", shape, x, torch.float32).copy_(tile).add_(self.bias)
-        return wide if self.scale is None else wide.mul_(self.scale)
+        if self.matmul_dtype.itemsize < 4:
+            tile = self.workspace.take("wide tile", shape, x, torch.float32).copy_(tile)
+        tile.add_(self.bias)
+        return tile if self.scale is None else tile.mul_(self.scale)
 
 
 def _top_k_of_columns(
