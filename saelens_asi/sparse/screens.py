@@ -55,7 +55,7 @@ _FEATURES_A_CHOICE = 32
 _RANK_SHARES = (1 / 3, 7 / 24, 1 / 4, 5 / 24, 1 / 6, 1 / 8, 1 / 12)
 
 # Share of the tokens of a step that each approximation is timed on, and steps until all are timed again: rows turn.
-_SAMPLE_SHARE, _STEPS = 1 / 8, 30
+_SAMPLE_SHARE, _STEPS = 1 / 8, 40
 
 # What lies outside a basis has a length that is the root of a difference of squares: an error of eps |w|^2 in float32
 # becomes one of sqrt(eps) |w| = 3.5e-4 |w|. This share of |w| is added, and what the basis lacks to be orthonormal.
@@ -381,6 +381,23 @@ def screened_top_k(
         Scores by feature, with the bits of ``Encoder``'s formula in the compiled order of its sums, whatever the
         approximation; of equal scores those with the lower index.
     """
+    best, n_scored = _by_bounds(x, encoder, k, approximation, workspace, above)
+    given_up = n_scored < 0
+    if given_up.any():
+        again = None if isinstance(approximation, Whole) else Whole.of(encoder)
+        best.scores[given_up], best.indices[given_up] = _again(x[given_up], encoder, k, again, workspace, above)
+    return best, int(n_scored.clamp(min=0).sum())
+
+
+def _by_bounds(
+    x: Float32[Tensor, "n_tokens d_in"],
+    encoder: Encoder,
+    k: int,
+    approximation: Approximation,
+    workspace: Workspace,
+    above: float,
+) -> tuple[TopK, Int64[Tensor, " n_tokens"]]:
+    """What ``screened_top_k`` gives, and the number of exact scores of each token; -1 for one that is given up."""
     best = TopK(x.new_full((len(x), k), above), torch.full((len(x), k), -1))
     n_scored = torch.zeros(len(x), dtype=torch.int64)
     room = min(len(encoder.rows), _ROOM * k)
@@ -403,12 +420,8 @@ def screened_top_k(
         )
     missing = best.indices < 0
     best.scores[missing], best.indices[missing] = 0, 0
-    given_up = (n_scored < 0) | ~_covered(x, tokens.terms, approximation.terms)
-    if given_up.any():
-        best.scores[given_up], best.indices[given_up] = _without_bounds(
-            x[given_up], encoder, k, approximation, workspace, above
-        )
-    return best, int(n_scored.clamp(min=0).sum())
+    n_scored[~_covered(x, tokens.terms, approximation.terms)] = -1
+    return best, n_scored
 
 
 def _no_candidates(n: int, room: int, above: float, like: Float32[Tensor, "0 k"], workspace: Workspace) -> Candidates:
@@ -453,17 +466,17 @@ def _covered(
     return (largest * 1e6).isfinite()
 
 
-def _without_bounds(
+def _again(
     x: Float32[Tensor, "n_tokens d_in"],
     encoder: Encoder,
     k: int,
-    approximation: Approximation,
+    whole: Whole | None,
     workspace: Workspace,
     above: float,
 ) -> TopK:
-    """For tokens with too many candidates: the whole product, by exact scores where these can be had."""
-    if not isinstance(approximation, Whole):
-        return screened_top_k(x, encoder, k, Whole.of(encoder), workspace, above)[0]
+    """For tokens that were given up: by the whole product, with exact scores where these can be had."""
+    if whole is not None:
+        return screened_top_k(x, encoder, k, whole, workspace, above)[0]
     return _by_product(x, encoder, k, workspace, above)  # ties by the hundred, or what is not a number
 
 
@@ -571,28 +584,36 @@ class AdaptiveScreen:
     def _choose(
         self, x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace, above: float
     ) -> TopK:
-        """Time approximations on parts of the batch, one after the other, and keep the fastest; all answers count."""
-        size = max(1, round(len(x) * _SAMPLE_SHARE))
-        best, fastest, first = [], float("inf"), 0
+        """Time approximations on parts of the batch, one after the other, and keep the fastest; all answers count.
+
+        Tokens that one gives up are looked at together in the end, and count here at the cost of the whole product.
+        """
+        size, first, found = max(1, round(len(x) * _SAMPLE_SHARE)), 0, []
+        fastest, of_whole = float("inf"), 0.0
         for approximation, made_in in self._approximations(x, encoder):
             if first >= len(x):
                 break
-            seconds = []
+            seconds, given_up = [], 0.0
             for _ in range(2):  # the first time, memory is new
-                start = self._clock()
-                part = x[first : first + (size + 1) // 2]
-                best.append(screened_top_k(part, encoder, k, approximation, workspace, above)[0])
+                start, part = self._clock(), x[first : first + (size + 1) // 2]
+                found.append(_by_bounds(part, encoder, k, approximation, workspace, above))
                 seconds.append((self._clock() - start) / max(1, len(part)))
+                given_up += float((found[-1][1] < 0).sum()) / size
                 first += len(part)
-            cost = min(seconds) + made_in * self._changed_share / len(x)
+            cost = min(seconds) + given_up * of_whole + made_in * self._changed_share / len(x)
+            of_whole = of_whole or cost  # the first
             if cost < fastest:
                 self.approximation, fastest = approximation, cost
             elif isinstance(approximation, LowRank):
                 break  # lower ranks are slower still
         self._steps_left, self._scored_at_first, self._seen = _STEPS, None, _versions(encoder)
         if self.approximation is not None and first < len(x):
-            best.append(screened_top_k(x[first:], encoder, k, self.approximation, workspace, above)[0])
-        return TopK(torch.cat([part.scores for part in best]), torch.cat([part.indices for part in best]))
+            found.append(_by_bounds(x[first:], encoder, k, self.approximation, workspace, above))
+        best = TopK(*(torch.cat([getattr(one, name) for one, _ in found]) for name in TopK._fields))
+        left = torch.cat([n_scored for _, n_scored in found]) < 0
+        if left.any():
+            best.scores[left], best.indices[left] = _again(x[left], encoder, k, Whole.of(encoder), workspace, above)
+        return best
 
     def _approximations(
         self, x: Float32[Tensor, "n_tokens d_in"], encoder: Encoder

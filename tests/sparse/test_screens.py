@@ -291,8 +291,8 @@ def test_rows_moved_by_the_optimizer_count_as_known():
     x, encoder, adaptive, workspace = _tokens(), _encoder(), _settled_on(LowRank), Workspace()
     adaptive.top_k(x, encoder, K, workspace)
     updates: list[int] = []
-    known = adaptive.approximation
-    assert isinstance(known, LowRank)
+    assert isinstance(adaptive.approximation, LowRank)
+    adaptive._steps_left = 10**6
     rows = torch.arange(0, D_SAE, 5)
     encoder.rows[rows] *= 1.1
     adaptive.rows_changed(encoder, rows)
@@ -317,14 +317,14 @@ def _settled_on(kind: type[Approximation]) -> AdaptiveScreen:
 def _clock(costs: dict[str, float], adaptive: AdaptiveScreen, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let time pass by the names of approximations; returns those that were used."""
     now, used = [0.0], []
-    stock = module.screened_top_k
+    stock = module._by_bounds
 
     def timed(x: Tensor, encoder: Encoder, k: int, approximation: Approximation, *args: Any) -> Any:
         now[0] += costs.get(approximation.name, 9.0) * len(x)
         used.append(approximation.name)
         return stock(x, encoder, k, approximation, *args)
 
-    monkeypatch.setattr(module, "screened_top_k", timed)
+    monkeypatch.setattr(module, "_by_bounds", timed)
     adaptive._clock = lambda: now[0]
     return used
 
