@@ -541,11 +541,17 @@ class AdaptiveScreen:
         above = _FIRST_CUT * self._last_threshold
         first = self.top_k(x, encoder, k, workspace, above)
         if above > 0 and int((first.scores > 0).sum()) < n_entries:
-            first = self.top_k(x, encoder, k, workspace)
-        entries = batch_top_k(first, n_entries, d_sae, lambda some, k: self.top_k(x[some], encoder, k, workspace))
+            first = self._look_up(x, encoder, k, workspace)
+        entries = batch_top_k(first, n_entries, d_sae, lambda some, k: self._look_up(x[some], encoder, k, workspace))
         lowest = float(entries.scores.min()) if entries.scores.numel() else 0.0
         self._last_threshold = lowest if 0 < lowest < float("inf") else 0.0
         return entries
+
+    def _look_up(self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
+        """A further question about tokens of a step: nothing is timed by it."""
+        if self.approximation is None or not can_be_screened(encoder, k):
+            return _by_product(x, encoder, k, workspace, above=0.0)
+        return screened_top_k(x.contiguous(), encoder, k, self.approximation, workspace)[0]
 
     def rows_changed(self, encoder: Encoder, rows: Int64[Tensor, " n_rows"]) -> None:
         """To be called when the optimizer has moved some rows, and nobody has since."""
