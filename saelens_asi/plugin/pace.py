@@ -33,8 +33,8 @@ def synchronized_clock(device: torch.device) -> float:
 class Pace:
     """Lets the two ways of a step take turns at first, and from then on the quicker one alone.
 
-    On a CPU the sparse step is always the quicker one, and nothing is measured: a run and its resume end with the same
-    bits. On an accelerator the choice is part of a checkpoint, and so they do from the choice on.
+    On a CPU nothing is measured, and the sparse step is taken: a run and its resume end with the same bits. On an
+    accelerator the choice is part of a checkpoint, and so they do from the choice on.
 
     Attributes:
         sparse_is_quicker: None as long as it is not known.

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Float64, Int, Int32, Int64
 from torch import Tensor
-from torch.nn import functional
 
 from saelens_asi.sparse.operators import operator
+from saelens_asi.sparse.rows import bag_sums
 
 # Tokens whose decoder rows are held at once, in the twin of the decoding.
 _TWIN_TOKENS = 128
@@ -83,24 +83,13 @@ def decode_tokens(
     acts = torch.where(active, scores, 0)
     values = acts if scale is None else torch.where(active, scores / scale[features], 0)
     bags = torch.arange(0, n_tokens * k + 1, k, device=scores.device)
-    out = _bags(W_dec, features.flatten(), bags, values.flatten()) + b_dec
+    out = bag_sums(W_dec, features.flatten(), bags, values.flatten()) + b_dec
     difference = out - target
     d_out, errors = difference * (2 / n_tokens), difference.square().sum(dim=1)
     parts = [(d_out[i : i + _TWIN_TOKENS], features[i : i + _TWIN_TOKENS]) for i in range(0, n_tokens, _TWIN_TOKENS)]
     products = torch.cat([torch.einsum("td,tkd->tk", d_rows, W_dec[those]) for d_rows, those in parts])
     owners = torch.where(active, features, W_dec.shape[0]).int()
     return out, d_out, errors, acts, values.clone(), torch.where(active, products, 0), owners
-
-
-def _bags(
-    table: Float[Tensor, "n d"],
-    indices: Int64[Tensor, " n_entries"],
-    starts: Int64[Tensor, " n_bags_and_1"],
-    weights: Float[Tensor, " n_entries"],
-) -> Float[Tensor, "n_bags d"]:
-    return functional.embedding_bag(
-        indices, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +178,7 @@ def sum_tiles(
     tokens = order.div(values.shape[1], rounding_mode="floor")
     bags = torch.arange(0, n_tiles * TILE_OF_ENTRIES + 1, TILE_OF_ENTRIES, device=x.device)
     sums = [
-        _bags(source, tokens, bags, weights.flatten()[order]) for source, weights in ((d_out, values), (x, d_values))
+        bag_sums(source, tokens, bags, weights.flatten()[order]) for source, weights in ((d_out, values), (x, d_values))
     ]
     bias = d_values.flatten()[order].view(n_tiles, TILE_OF_ENTRIES).sum(dim=1)
     # Not a product with zero, which keeps what is not a number.
@@ -208,9 +197,9 @@ def _row_gradients(
     """Gradients of W_dec, W_enc and b_enc, row by row, zeros included: a twin has no smaller shape to give them."""
     tokens = order.div(values.shape[1], rounding_mode="floor")
     d_values = d_values.flatten()[order]
-    d_W_dec = _bags(d_out, tokens, starts, values.flatten()[order])
-    d_W_enc = _bags(x, tokens, starts, d_values)
-    d_b_enc = _bags(x.new_ones(x.shape[0], 1), tokens, starts, d_values)
+    d_W_dec = bag_sums(d_out, tokens, starts, values.flatten()[order])
+    d_W_enc = bag_sums(x, tokens, starts, d_values)
+    d_b_enc = bag_sums(x.new_ones(x.shape[0], 1), tokens, starts, d_values)
     return d_W_dec, d_W_enc, d_b_enc.squeeze(1)
 
 

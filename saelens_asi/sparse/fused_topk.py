@@ -23,6 +23,8 @@ these: only at a million features has a tile of it few chosen groups, and most h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
@@ -100,18 +102,23 @@ def select_top_k(
     return best, groups.gather(1, chosen.div(size, rounding_mode="floor")) * size + chosen % size
 
 
-def _scores(
+def _scores_by_groups(
     x: Float[Tensor, "n_tokens d_in"],
-    rows: Float[Tensor, "n d_in"],
-    bias: Float[Tensor, " n"],
-    scale: Float[Tensor, " n"] | None,
+    rows: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    scale: Float[Tensor, " d_sae"] | None,
     group: int,
-    padding: float,
-) -> Float[Tensor, "n_tokens n_groups group"]:
-    """Scores of some features by groups, of which the last is padded."""
-    scores = torch.mm(x, rows.to(x.dtype).t()).float() + bias
-    scores = scores if scale is None else scores * scale
-    return functional.pad(scores, (0, -rows.shape[0] % group), value=padding).view(x.shape[0], -1, group)
+    magnitude: bool,
+) -> Iterator[tuple[int, Float[Tensor, "n_tokens n_groups group"]]]:
+    """Scores of some features at a time, by groups, of which the last is padded with what is never chosen; and the
+    first of these features."""
+    for first in range(0, rows.shape[0], _TWIN_FEATURES):
+        part = slice(first, first + _TWIN_FEATURES)
+        scores = torch.mm(x, rows[part].to(x.dtype).t()).float() + bias[part]
+        scores = scores if scale is None else scores * scale[part]
+        padding = 0.0 if magnitude else -torch.inf
+        scores = functional.pad(scores, (0, -scores.shape[1] % group), value=padding)
+        yield first, scores.view(x.shape[0], -1, group)
 
 
 @operator("(Tensor x, Tensor rows, Tensor bias, Tensor? scale, int group, bool magnitude) -> Tensor")
@@ -136,14 +143,8 @@ def group_maxima(
         group: features of a group: 16, 32 or 64. The last group has those that are left over.
         magnitude: the largest absolute values, in place of the largest.
     """
-    maxima = []
-    for first in range(0, rows.shape[0], _TWIN_FEATURES):
-        part = slice(first, first + _TWIN_FEATURES)
-        scores = _scores(
-            x, rows[part], bias[part], None if scale is None else scale[part], group, 0.0 if magnitude else -torch.inf
-        )
-        maxima.append((scores.abs() if magnitude else scores).amax(dim=2))
-    return torch.cat(maxima, dim=1)
+    tiles = _scores_by_groups(x, rows, bias, scale, group, magnitude)
+    return torch.cat([(scores.abs() if magnitude else scores).amax(dim=2) for _, scores in tiles], dim=1)
 
 
 @operator(
@@ -177,11 +178,7 @@ def group_scores(
     """
     groups = torch.empty_like(owners).scatter(0, order, owners).view(x.shape[0], -1)
     found = x.new_zeros(*groups.shape, group, dtype=torch.float32)
-    for first in range(0, rows.shape[0], _TWIN_FEATURES):
-        part = slice(first, first + _TWIN_FEATURES)
-        scores = _scores(
-            x, rows[part], bias[part], None if scale is None else scale[part], group, 0.0 if magnitude else -torch.inf
-        )
+    for first, scores in _scores_by_groups(x, rows, bias, scale, group, magnitude):
         places = groups.long() - first // group
         here = (places >= 0) & (places < scores.shape[1])
         places = places.clamp(0, scores.shape[1] - 1)[:, :, None].expand(-1, -1, group)

@@ -157,7 +157,7 @@ class Activations:
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "n_rows d_in"]:
         """Each row's sum of ``values * W_dec[features]``."""
-        return _weighted_sums(W_dec, self.features, self.row_starts, self.values)
+        return bag_sums(W_dec, self.features, self.row_starts, self.values)
 
     def products(
         self, left: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]
@@ -238,7 +238,7 @@ class FeatureOrder:
         for i, (lo, hi) in enumerate(pairwise(bounds)):
             first = i * _CHUNK_ROWS
             starts = self.starts[first : first + _CHUNK_ROWS + 1] - lo
-            out[first : first + _CHUNK_ROWS] = _weighted_sums(source, rows[lo:hi], starts, weights[lo:hi])
+            out[first : first + _CHUNK_ROWS] = bag_sums(source, rows[lo:hi], starts, weights[lo:hi])
         return RowGradient(self.active, out)
 
 
@@ -267,7 +267,7 @@ def weighted_row_sum(table: Float[Tensor, "n d"], weights: RowGradient) -> Float
     """The sum of ``weights.values * table[weights.rows]``."""
     n = weights.rows.numel()
     starts = torch.arange(0, n + _BAG_ROWS, _BAG_ROWS, device=table.device).clamp(max=n)
-    return _weighted_sums(table, weights.rows, starts, weights.values).sum(dim=0)
+    return bag_sums(table, weights.rows, starts, weights.values).sum(dim=0)
 
 
 def total_norm(gradients: Iterable[Float[Tensor, " ..."]]) -> Float64[Tensor, ""]:
@@ -277,13 +277,13 @@ def total_norm(gradients: Iterable[Float[Tensor, " ..."]]) -> Float64[Tensor, ""
     return total
 
 
-def _weighted_sums(
+def bag_sums(
     table: Float[Tensor, "n d"],
     indices: Int64[Tensor, " n_entries"],
     starts: Int64[Tensor, " n_bags_and_1"],
     weights: Float[Tensor, " n_entries"],
 ) -> Float[Tensor, "n_bags d"]:
-    """In each bag the sum of weights * table[indices], bags being starts[i] to starts[i + 1]."""
+    """In each bag the sum of ``weights * table[indices]``; bag i is entries starts[i] to starts[i + 1]."""
     return functional.embedding_bag(
         indices, table, starts, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
     )
