@@ -1,0 +1,207 @@
+"""How the features of an autoencoder and the tokens of a batch are spread over processes, and what these tell one another.
+
+A process that is alone is a group of size one, for which nothing travels: there is one path for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Dimensions of the mesh: processes along the first hold the same features and see other tokens, along the second the
+# same tokens and other features. Neighbours, which are on one machine, exchange what belongs to a token.
+MESH = ("tokens", "features")
+
+
+@dataclass
+class Traffic:
+    """What a process has sent so far: calls, and bytes as rings of processes send them (see ``Group``)."""
+
+    calls: int = 0
+    n_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that speak with one another, all in the same order.
+
+    What a process sends, of a tensor of b bytes among n processes: 2 b (n - 1) / n for a sum or a maximum, b (n - 1)
+    for what is gathered. Neither depends on how many features there are, unless the tensor does.
+
+    Attributes:
+        rank: of this process among them.
+        size: how many they are; 1 for a process that is alone.
+        handle: torch's group; None for a process that is alone, and for all processes there are.
+        traffic: counts what this process sends; shared by all groups of a run.
+    """
+
+    rank: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes and says what is to be written and said once."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " ..."]:
+        """Replace a tensor by the sum of all processes' tensors, which has the same bits in each."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max_(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " ..."]:
+        """Replace a tensor by the elementwise maximum over all processes."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        if self.size > 1 and tensor.numel() > 0:
+            self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def gather(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " n_processes ..."]:
+        """The tensors of all processes, which have one shape, in the order of their ranks."""
+        if self.size == 1:
+            return tensor[None]
+        tensor = tensor.contiguous()
+        self._count(tensor.numel() * tensor.element_size() * (self.size - 1))
+        gathered = tensor.new_empty(self.size * max(1, tensor.numel()))
+        if tensor.numel() > 0:
+            dist.all_gather_into_tensor(gathered, tensor.view(-1), group=self.handle)
+        return gathered[: self.size * tensor.numel()].view(self.size, *tensor.shape)
+
+    def gather_rows(self, tensor: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "m ..."]]:
+        """The tensors of all processes, whose numbers of rows may differ. Two calls, padded to the most rows."""
+        if self.size == 1:
+            return [tensor]
+        counts = self.gather(torch.tensor([len(tensor)], device=tensor.device)).flatten().tolist()
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        return [rows[:n] for rows, n in zip(self.gather(padded), counts, strict=True)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small values of all processes, of any kind, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def of_first(self, value: Any) -> Any:
+        """The first process's value, in all."""
+        return self.gather_objects(value if self.is_first else None)[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            self.sum_(torch.zeros(1))
+
+    def _count(self, n_bytes: float) -> None:
+        self.traffic.calls += 1
+        self.traffic.n_bytes += n_bytes
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's part of an autoencoder: features ``first`` to ``stop`` of ``d_sae``.
+
+    Attributes:
+        d_sae: features of all processes together.
+        first: the first that lies here.
+        stop: one more than the last.
+        features: the processes that see the same tokens and hold the other features.
+        tokens: those that hold the same features and see the other tokens of a batch.
+        world: all.
+        mesh: torch's, of all; None for a process that is alone.
+    """
+
+    d_sae: int
+    first: int
+    stop: int
+    features: Group = ALONE
+    tokens: Group = ALONE
+    world: Group = ALONE
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def whole(cls, d_sae: int) -> Shard:
+        """All features, in a process that is alone."""
+        return cls(d_sae, 0, d_sae)
+
+    @property
+    def n_features(self) -> int:
+        """How many features lie here."""
+        return self.stop - self.first
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process is alone."""
+        return self.world.size == 1
+
+    def part(self, n_tokens: int) -> slice:
+        """Which tokens of a batch this process sees."""
+        edges = [i * n_tokens // self.tokens.size for i in range(self.tokens.size + 1)]
+        return slice(edges[self.tokens.rank], edges[self.tokens.rank + 1])
+
+    def own(self, whole: Shaped[Tensor, "d_sae ..."], dim: int = 0) -> Shaped[Tensor, "n_features ..."]:
+        """This process's part of a tensor with features along ``dim``."""
+        return whole.narrow(dim, self.first, self.n_features)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """All processes of a run, and how they share the work: features and tokens."""
+
+    world: Group = ALONE
+    features: Group = ALONE
+    tokens: Group = ALONE
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def spread(cls, batch_shards: int, device_type: str) -> Processes:
+        """The mesh of torch.distributed's processes; one that is alone where it was not initialised.
+
+        Args:
+            batch_shards: parts that a batch is split into; features are spread over the others.
+            device_type: of the device that the autoencoder lies on.
+
+        Raises:
+            ValueError: for ``batch_shards`` that does not divide the number of processes.
+        """
+        n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if n % batch_shards:
+            raise ValueError(f"batch_shards={batch_shards} must divide the {n} processes of this run")
+        if n == 1:
+            return cls()
+        mesh = init_device_mesh(device_type, (batch_shards, n // batch_shards), mesh_dim_names=MESH)
+        traffic = Traffic()
+        tokens, features = (
+            Group(mesh.get_local_rank(name), mesh.size(i), mesh.get_group(name), traffic) for i, name in enumerate(MESH)
+        )
+        return cls(Group(dist.get_rank(), n, None, traffic), features, tokens, mesh)
+
+    def shard(self, d_sae: int) -> Shard:
+        """This process's part of an autoencoder. Raises ValueError for fewer features than processes to hold them."""
+        first, stop = bounds(d_sae, self.features.size)[self.features.rank]
+        return Shard(d_sae, first, stop, self.features, self.tokens, self.world, self.mesh)
+
+
+def bounds(d_sae: int, n: int) -> Sequence[tuple[int, int]]:
+    """Where the features of each of n processes begin and end: as ``torch.chunk`` has it, and so torch's own shards.
+
+    Raises ValueError where a process would have none.
+    """
+    size = -(-d_sae // n)
+    if size * (n - 1) >= d_sae:
+        raise ValueError(f"d_sae={d_sae} features cannot be spread over {n} processes: some would have none")
+    return [(i * size, min(d_sae, (i + 1) * size)) for i in range(n)]
