@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         checkpoint_buffer: float = 8.0
         max_skipped_fraction: float = 0.01
         resume: str | None = None
+        batch_shards: int = 1
 
     @dataclass(kw_only=True)
     class AbsTopKTrainingSAEConfig(_Fields, sae_lens.AbsTopKTrainingSAEConfig): ...

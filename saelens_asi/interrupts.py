@@ -83,11 +83,12 @@ class Interrupts:
     @contextmanager
     def held_back(self) -> Iterator[None]:
         """Inside the block a signal is noted and no more, however often it comes."""
-        with _handled_by(self._note) as self._before:
+        with _handled_by(self.note) as self._before:
             yield
         self.deliver()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """Note a signal, of this process or of another that works with it."""
         if self.received is None:
             self.received = signal.Signals(number)
             logger.warning("%s: the step ends first, then the run is saved", self.received.name)
@@ -100,7 +101,7 @@ class Interrupts:
         number, self.received = self.received, None
         if number is None:
             return
-        handler = self._before[number]
+        handler = self._before.get(number, signal.SIG_DFL)
         if handler is signal.SIG_DFL:
             raise SystemExit(128 + number)
         handler(number, None)

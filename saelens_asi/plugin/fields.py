@@ -30,6 +30,7 @@ KEEPING = {
     "checkpoint_buffer": 8.0,
     "max_skipped_fraction": 0.01,
     "resume": None,
+    "batch_shards": 1,
 }
 DEFAULTS: dict[str, Any] = {**FLAGS, **KEEPING}
 INITIALIZERS = ("default", INITIALIZER_NAME)
@@ -44,9 +45,16 @@ _HELP = {
     "max_skipped_fraction": "Share of activations that may be left out because they are not finite.",
     "resume": "'latest', the newest whole checkpoint below the folder of checkpoints, or a folder. For runners without "
     "resume_from_checkpoint; that setting takes 'latest' too.",
+    "batch_shards": "Of a run that torchrun has launched: parts that a batch is split into; features are spread over "
+    "the other processes.",
 }
 
 _GENERATED = ("__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__")
+
+
+def asks_for_plugin(cfg: TrainingSAEConfig) -> bool:
+    """Whether a training config sets one of the plugin's fields."""
+    return any(getattr(cfg, name, default) != default for name, default in DEFAULTS.items())
 
 
 def initializer_settings(cfg: TrainingSAEConfig) -> ActiveSubspaceInit | None:
@@ -82,6 +90,8 @@ def _checked_keeping(name: str, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
         raise ValueError(f"{name}={value!r} must be a number of at least 0")
+    if name == "batch_shards" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"batch_shards={value!r} must be an integer of at least 1")
     if name == "keep_checkpoints" and value < 1:
         raise ValueError(f"keep_checkpoints={value!r} must be at least 1: the newest is what a resume goes on from")
     if name == "max_skipped_fraction" and value > 1:
@@ -108,6 +118,7 @@ def add_fields() -> None:
         checkpoint_buffer=float,
         max_skipped_fraction=float,
         resume=str | None,
+        batch_shards=int,
     )
     TrainingSAEConfig.initializer = simple_parsing.field(  # type: ignore[attr-defined]
         default=DEFAULTS["initializer"],
@@ -199,7 +210,8 @@ def _wrap_methods() -> None:
 
 def _as_saved(values: dict[str, object]) -> dict[str, object]:
     values = {name: value for name, value in values.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-    values.pop("resume", None)  # of this run alone
+    for name in ("resume", "batch_shards"):  # of this run alone
+        values.pop(name, None)
     initializer = values.get("initializer")
     if isinstance(initializer, ActiveSubspaceInit):
         values["initializer"] = initializer.to_dict()

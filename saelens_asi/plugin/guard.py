@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from saelens_asi.sparse.finite import FiniteFlag, all_finite, finite_rows, keep_finite_rows, without_bad_rows
+from saelens_asi.sparse.shards import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,13 @@ class Guard:
 
     On a CPU both are seen in the step itself. On an accelerator a step asks nothing of the device: its flags are read
     at logging steps and before a checkpoint.
+
+    Of several processes all have the same activations, and stop where one has weights that are not finite.
     """
 
-    def __init__(self, max_skipped_fraction: float) -> None:
+    def __init__(self, max_skipped_fraction: float, world: Group = ALONE) -> None:
         self.n_skipped = 0
+        self._world = world
         self._max_skipped_fraction = max_skipped_fraction
         self._flag = FiniteFlag()
         self._good: Tensor | None = None  # rows of the batch under way, on an accelerator
@@ -79,7 +83,8 @@ class Guard:
         self._flag = FiniteFlag()
         states = optimizer.state.values() if optimizer is not None else ()
         moments = (value for state in states for value in state.values() if torch.is_tensor(value))
-        if not fine or not all_finite([*sae.parameters(), *moments]):
+        is_bad = torch.tensor(not fine or not all_finite([*sae.parameters(), *moments]), dtype=torch.int32)
+        if self._world.max_(is_bad):
             raise FloatingPointError(f"weights are not finite; {_advice(last_good)}")
         if self.n_skipped > self._max_skipped_fraction * max(n_tokens, _FIRST_TOKENS):
             raise FloatingPointError(

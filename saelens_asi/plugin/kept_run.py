@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SaveCheckpointFn
@@ -29,9 +30,11 @@ from saelens_asi.plugin.checkpoints import (
     refuse_misfit,
 )
 from saelens_asi.plugin.data_state import DataState
+from saelens_asi.plugin.launch import launched_at, only_first
 from saelens_asi.plugin.recorder import RUNNER_CONFIGS
 from saelens_asi.plugin.stream import Provider
-from saelens_asi.resume import one_writer, read_manifest
+from saelens_asi.resume import failing_together, one_writer, read_manifest
+from saelens_asi.sparse.shards import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +90,27 @@ class KeptRun:
     def _has_begun(self) -> bool:
         """Whether there are trained weights to save."""
 
-    def _keep(self, settings: KeepSettings, resume: str | None, provider: Provider, evaluator: object) -> None:
-        """To be called once the trainer is made."""
-        self._keep_settings, self._resume = settings, resume
+    def _keep(
+        self,
+        settings: KeepSettings,
+        resume: str | None,
+        provider: Provider,
+        evaluator: object,
+        world: Group = ALONE,
+    ) -> None:
+        """To be called once the trainer is made; ``world`` are the processes that are kept together."""
+        self._keep_settings, self._resume, self._world = settings, resume, world
         self.data_state, self.interrupts = DataState(provider, evaluator), Interrupts()
-        self.run_id = uuid.uuid4().hex[:8]
+        self.run_id = world.of_first(uuid.uuid4().hex[:8])
         self._runner = runner_of(self.save_checkpoint_fn)
+        if self._runner is not None and not world.is_first:
+            self._leave_runner_to_first()
         self._make_keeper()
         self._resolve_latest()
 
     def _make_keeper(self) -> None:
         folder = self.cfg.checkpoint_path
-        self.keeper = None if folder is None else Keeper(self._keep_settings, Path(folder), self._facts)
+        self.keeper = None if folder is None else Keeper(self._keep_settings, Path(folder), self._facts, self._world)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -109,29 +121,44 @@ class KeptRun:
         }
 
     def _resolve_latest(self) -> None:
-        """Have the runner resume from the newest checkpoint where its config says 'latest', in that run's folder."""
+        """Have the runner resume from the newest checkpoint where its config says 'latest', in that run's folder; and
+        from the newest of this run where torchrun has started its processes again."""
         cfg = getattr(self._runner, "cfg", None)
-        if cfg is None or getattr(cfg, "resume_from_checkpoint", None) != LATEST:
+        asked = self._resume if cfg is None else getattr(cfg, "resume_from_checkpoint", None)
+        launched = self._world.of_first(launched_at())
+        if launched is not None:
+            found = self._find_latest(launched)
+            if found is None and asked != LATEST:
+                return  # as the first time
+        elif cfg is not None and asked == LATEST:
+            found = self._find_latest()
+        else:
             return
-        found = self._find_latest()
+        if cfg is None or not hasattr(cfg, "resume_from_checkpoint"):
+            self._resume = None if found is None else str(found)
+            return
         self._runner.cfg = cfg = copy.copy(cfg)  # the user's stays as it was
         cfg.resume_from_checkpoint = None if found is None else str(found)
         if found is not None:
             cfg.checkpoint_path = str(found.parent)
 
-    def _find_latest(self) -> Path | None:
-        found = None
-        if self.keeper is not None:
-            base = self.keeper.folder
-            adds = isinstance(getattr(self._runner, "cfg", None), _ADD_A_FOLDER)
-            around = [base.parent, *base.parent.glob("*/")] if adds else []
-            found = find_latest([base, *around], self.misfit)
+    def _find_latest(self, since: float = 0.0) -> Path | None:
+        found = only_first(self._world, lambda: self._newest(since))
         if found is None:
-            logger.warning("no checkpoint to resume from: the run starts at its beginning")
+            if self._world.is_first:
+                logger.warning("no checkpoint to resume from: the run starts at its beginning")
         else:
             self._checked = found
             self._go_on_in(found.parent)
         return found
+
+    def _newest(self, since: float) -> Path | None:
+        if self.keeper is None:
+            return None
+        base = self.keeper.folder
+        adds = isinstance(getattr(self._runner, "cfg", None), _ADD_A_FOLDER)
+        around = [base.parent, *base.parent.glob("*/")] if adds else []
+        return find_latest([base, *around], self.misfit, since)
 
     def _go_on_in(self, folder: Path) -> None:
         self.cfg = replace(self.cfg, checkpoint_path=str(folder))
@@ -142,8 +169,12 @@ class KeptRun:
         if path == self._checked:  # every byte of it was read a moment ago
             self._checked = None
             return
-        check_whole(path)
-        refuse_misfit(path, self.misfit(path))
+
+        def check() -> None:
+            check_whole(path)
+            refuse_misfit(path, self.misfit(path))
+
+        only_first(self._world, check)
 
     def _has_resumed(self, path: Path) -> None:
         """The same run goes on, and counts the checkpoints that it wrote before as its own."""
@@ -167,8 +198,9 @@ class KeptRun:
         Yields what the trainer draws from.
         """
         with ExitStack() as stack:
-            if self.keeper is not None:
-                stack.enter_context(one_writer(self.keeper.folder, "checkpoint_path"))
+            with failing_together(self._world):
+                if self.keeper is not None and self._world.is_first:
+                    stack.enter_context(one_writer(self.keeper.folder, "checkpoint_path"))
             stack.enter_context(self.interrupts.held_back())
             stack.callback(self.data_state.close)
             try:
@@ -180,12 +212,23 @@ class KeptRun:
     def _between_steps(self) -> None:
         """Where a run is saved, by time or for a signal, which then does what it would have done."""
         name = str(self.n_training_samples)
+        is_due = self._agreed(self.keeper is not None and self.n_training_samples > 0 and self.keeper.is_due(name))
         if self.interrupts.received is not None:
             if self.keeper is not None and self._has_begun() and self.keeper.last_good != self.keeper.folder / name:
                 self.keeper.save_or_warn(lambda: self._save_whole(name, "interrupt"))
             self.interrupts.deliver()
-        if self.keeper is not None and self.n_training_samples and self.keeper.is_due(name):
+        if self.keeper is not None and is_due:
             self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
+
+    def _agreed(self, is_due: bool) -> bool:
+        """Whether a checkpoint is due, as the first process has it; a signal that one has received is noted by all."""
+        if self._world.size == 1:
+            return is_due
+        received = self.interrupts.received or 0
+        number, due = self._world.max_(torch.tensor([received, is_due and self._world.is_first])).tolist()
+        if number and self.interrupts.received is None:
+            self.interrupts.note(number)
+        return bool(due)
 
     def _checkpoint_if_needed(self) -> None:
         if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
@@ -225,6 +268,10 @@ class KeptRun:
         self._leave_runner_nothing_to_save()
         if keeper is None or isinstance(error, FloatingPointError):
             return
+        if self._world.size > 1:  # the others are elsewhere, or gone: nothing can be written together
+            if self._world.is_first:
+                logger.warning("ended (%r): %s", error, how_to_resume(keeper.last_good))
+            return
         if not self._has_begun():
             logger.warning("ended before training began: there is nothing to save, the same command starts again")
             return
@@ -239,10 +286,24 @@ class KeptRun:
         way_out = how_to_resume(keeper.last_good)
         logger.warning("ended after %d samples (%r): %s", self.n_training_samples, error, way_out)
 
+    def _leave_runner_to_first(self) -> None:
+        """What SAELens's runner writes is written by one process; the others take part in writing the whole SAE."""
+        self._runner.save_checkpoint = self.save_checkpoint_fn = _nothing
+        self._runner.save_final_sae = _write_together
+
     def _leave_runner_nothing_to_save(self) -> None:
         """Keep SAELens's runner from writing a second time, past the manifest, when an interrupt reaches it."""
         if self._runner is not None and self.keeper is not None:
             self._runner.save_checkpoint = lambda checkpoint_path: None
+
+
+def _nothing(checkpoint_path: Path | None) -> None:
+    """In place of a runner's ``save_checkpoint``."""
+
+
+def _write_together(sae: Any, output_path: str, log_feature_sparsity: object = None) -> None:
+    """In place of a runner's ``save_final_sae``, in all processes but the first."""
+    sae.save_inference_model(output_path)
 
 
 def schedule_settings(cfg: SAETrainerConfig) -> dict[str, Any]:

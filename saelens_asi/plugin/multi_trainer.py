@@ -18,13 +18,14 @@ from sae_lens.training.types import MultiHookDataProvider
 from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import initialize_together
+from saelens_asi.plugin.fields import asks_for_plugin
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
+from saelens_asi.plugin.launch import is_launched
 from saelens_asi.plugin.preflight import check_folders, check_sae
 from saelens_asi.plugin.recorder import output_folder
 from saelens_asi.plugin.stream import check_hooks, open_stream
 from saelens_asi.plugin.trainer import (
     PluginTrainer,
-    asks_for_plugin,
     given_arguments,
     until_interrupted,
 )
@@ -37,6 +38,11 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
     n_training_steps: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if is_launched():
+            raise ValueError(
+                "several SAEs at once are trained by one process: start MultiSAETrainingRunner without torchrun, or "
+                "train each SAE by a run of its own, whose features torchrun's processes share"
+            )
         super().__init__(*args, **kwargs)
         self._flagged = {name: one for name, one in self.trainers.items() if isinstance(one, PluginTrainer)}
         for single in self._flagged.values():

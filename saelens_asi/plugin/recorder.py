@@ -15,6 +15,7 @@ from sae_lens.synthetic import SyntheticSAERunnerConfig
 from torch import Tensor
 
 from saelens_asi.history import TRAINING_HISTORY, History, Record, read_history
+from saelens_asi.sparse.shards import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +56,18 @@ class Silence:
     """How long features have been silent.
 
     Attributes:
-        steps: (d_sae,), since each feature fired.
-        dead: (d_sae,) bool, as SAELens counts.
+        steps: (n_features,), since each feature fired, of those that lie in this process.
+        dead: (n_features,) bool, as SAELens counts.
         dead_window: steps after which SAELens counts a feature as dead.
         batch: activations a step.
+        features: the processes that hold the other features.
     """
 
     steps: Tensor
     dead: Tensor
     dead_window: int
     batch: int
+    features: Group = ALONE
 
 
 class Recorder:
@@ -191,16 +194,19 @@ def _number(value: Tensor | float | Callable[[], Tensor | float]) -> float:
 
 @torch.no_grad()
 def _counted(silence: Silence, facts: StepFacts) -> Record:
-    """Counts of features that are silent."""
-    d_sae, dead = len(silence.steps), int(silence.dead.sum())
+    """Counts of features that are silent, over all processes."""
     reached = [n for n in SILENT_TOKENS if n <= facts.n_tokens]
+    silent = [(silence.steps * silence.batch >= n).sum() for n in reached]
+    never_fired = (silence.steps >= facts.step).sum()
+    here = torch.stack([torch.full_like(never_fired, len(silence.steps)), silence.dead.sum(), never_fired, *silent])
+    d_sae, dead, never, *of_reached = silence.features.sum_(here).tolist()
     return {
         "d_sae": d_sae,
         "dead_features": dead,
         "dead_fraction": dead / d_sae,
         "dead_window_tokens": silence.dead_window * silence.batch,
-        "silent_features": {str(n): int((silence.steps * silence.batch >= n).sum()) for n in reached},
-        "never_fired": int((silence.steps >= facts.step).sum()),
+        "silent_features": {str(n): count for n, count in zip(reached, of_reached, strict=True)},
+        "never_fired": never,
     }
 
 

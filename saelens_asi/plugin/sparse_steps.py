@@ -35,8 +35,8 @@ class SparseStep(NamedTuple):
     """A step that was taken.
 
     Attributes:
-        output: as SAELens's own step gives it.
-        firings: (d_sae,) int64, on how many tokens of the batch each feature fired.
+        output: as SAELens's own step gives it, see ``SparsePass``.
+        firings: (n_features,) int64, on how many tokens of the batch each feature of this process fired.
         gradient_norm: of all parameters, before clipping; a tensor without dimensions.
     """
 
@@ -120,7 +120,7 @@ class SparseSteps:
     ) -> Tensor:
         """Clip the gradients, move the rows that have one, and bring their norms up to date; returns their norm."""
         by_row = {sae.W_enc: done.gradients.W_enc, sae.b_enc: done.gradients.b_enc, sae.W_dec: done.gradients.W_dec}
-        gradient_norm = done.gradients.norm()
+        gradient_norm = done.gradient_norm
         divisor = ((gradient_norm + 1e-6) / _MAX_GRAD_NORM).clamp(min=1.0)
         divisor = divisor.to(torch.promote_types(sae.W_dec.dtype, torch.float32))
         sae.b_dec.grad = done.gradients.b_dec / divisor

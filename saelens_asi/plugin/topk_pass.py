@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -15,19 +15,14 @@ from torch import Tensor
 
 from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, has_hooks, replaced_methods, stock_methods
 from saelens_asi.plugin.fields import AnyTrainingSAE
-from saelens_asi.sparse.gradients import TopKGradients, squared_error_, stack_levels, topk_gradients
+from saelens_asi.plugin.sharded_sae import shard_of, sharded_class
+from saelens_asi.sparse.gradients import TopKGradients, merge_rows, squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace
 from saelens_asi.sparse.screens import AdaptiveScreen
-from saelens_asi.sparse.topk import (
-    Encoder,
-    Query,
-    batch_top_k,
-    batch_width,
-    encode_top_k,
-    encode_top_k_among,
-    entries_of,
-)
+from saelens_asi.sparse.selection import BatchSelection, batch_top_k, batch_width, select_top_k
+from saelens_asi.sparse.shards import Shard
+from saelens_asi.sparse.topk import Encoder, Query, TopK, encode_top_k, encode_top_k_among
 
 # With more dead features than this, whose scores an auxiliary loss needs, the whole product is cheaper than a screen.
 _MAX_DEAD_SHARE = 0.1
@@ -43,12 +38,13 @@ _METHODS = (
     "calculate_topk_aux_loss",
     "update_topk_threshold",
 )
-_STOCK = stock_methods(_FAMILY, _METHODS)
+_STOCK = stock_methods([*_FAMILY, *map(sharded_class, _FAMILY)], _METHODS)
 
 
 @dataclass(frozen=True)
 class AuxiliaryLevel:
-    """Dead features that are to predict a residual: which, how many a token, and the weight of their loss.
+    """Dead features that are to predict a residual: which of those here, how many a token over all processes, and the
+    weight of their loss.
 
     ``residual_level`` is the reconstruction whose residual it is.
     """
@@ -58,13 +54,34 @@ class AuxiliaryLevel:
     weight: float
     residual_level: int
 
+    @property
+    def k_here(self) -> int:
+        """How many of them a token can have here."""
+        return min(self.k, self.features.numel())
+
 
 class SparsePass(NamedTuple):
-    """What a forward and backward pass over a batch gives: all gradients, and how often each feature fired (d_sae,)."""
+    """What a forward and backward pass over a batch gives, to each process of the features that it holds.
+
+    Attributes:
+        output: losses are of the whole batch; ``sae_in``, ``sae_out`` and the activations of the tokens seen here.
+        gradients: over all tokens.
+        gradient_norm: of all parameters in all processes; a tensor without dimensions.
+        firings: (n_features,) int64, on how many tokens of the batch each feature fired.
+    """
 
     output: TrainStepOutput
     gradients: TopKGradients
+    gradient_norm: Tensor
     firings: Tensor
+
+
+class _Encoded(NamedTuple):
+    """The active features, of a BatchTopK the lowest score of all, and the dead features of every auxiliary level."""
+
+    active: Entries
+    lowest: Tensor | None
+    auxiliary: list[Entries]
 
 
 def is_topk(sae: AnyTrainingSAE) -> TypeGuard[TopKTrainingSAE]:
@@ -110,58 +127,80 @@ def sparse_pass(
         workspace: of the run.
         screen: of the run; without one, scores come from the whole product.
     """
+    shard, n_tokens = shard_of(sae), len(step_input.sae_in)
+    step_input = replace(step_input, sae_in=step_input.sae_in[shard.part(n_tokens)])
     with torch.no_grad():
         x = sae.process_sae_in(step_input.sae_in)
         auxiliary = auxiliary_levels(sae, step_input)
-        active, answers = _encode(sae, x, encoder, auxiliary, workspace, screen)
-        hidden_pre, *auxiliary_entries = [_unscaled(entries, encoder.scale) for entries in (active, *answers)]
-        activations = stack_levels([*_by_level(sae, hidden_pre), *auxiliary_entries], x.shape[0])
-        decoded = activations.decode(sae.W_dec)
+        encoded = _encode(sae, x, encoder, auxiliary, workspace, screen, n_tokens)
+        hidden_pre, *dead = [_unscaled(entries, encoder.scale) for entries in (encoded.active, *encoded.auxiliary)]
+        activations = stack_levels([*_by_level(sae, hidden_pre), *dead], x.shape[0])
+        decoded = shard.features.sum_(activations.decode(sae.W_dec))
     loss, losses, sae_out, d_decoded, d_b_dec = _losses_and_gradients(sae, step_input, decoded, auxiliary, workspace)
     with torch.no_grad():
-        gradients = topk_gradients(activations, d_decoded, x, sae.W_enc, sae.W_dec, workspace)
+        losses = _of_batch({"": loss, **losses}, d_decoded, d_b_dec, shard, n_tokens)
+        loss = losses.pop("")
+        gradients = merge_rows(topk_gradients(activations, d_decoded, x, sae.W_enc, sae.W_dec, workspace), shard.tokens)
         if sae.cfg.apply_b_dec_to_input:
-            d_b_dec = d_b_dec + gradients.b_dec
-        shape = (x.shape[0], sae.cfg.d_sae)
+            d_b_dec = d_b_dec + shard.world.sum_(gradients.b_dec)
         output = TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out.detach(),
-            feature_acts=as_coo(active, shape),
-            hidden_pre=as_coo(hidden_pre, shape),
-            loss=loss.detach(),
-            losses={name: value.detach() for name, value in losses.items()},
+            feature_acts=as_coo(encoded.active, (x.shape[0], sae.cfg.d_sae)),
+            hidden_pre=as_coo(hidden_pre, (x.shape[0], sae.cfg.d_sae)),
+            loss=loss,
+            losses=losses,
         )
         if isinstance(sae, BatchTopKTrainingSAE):
-            sae.update_topk_threshold(active.scores)
+            sae.update_topk_threshold(x.new_empty(0) if encoded.lowest is None else encoded.lowest.view(1))
             output.metrics["topk_threshold"] = sae.topk_threshold
-        firings = torch.bincount(active.features, minlength=sae.cfg.d_sae)
-    return SparsePass(output, gradients._replace(b_dec=d_b_dec), firings)
+        firings = shard.tokens.sum_(torch.bincount(encoded.active.features, minlength=sae.cfg.d_sae))
+        gradient_norm = (shard.features.sum_(gradients.row_square()) + d_b_dec.double().square().sum()).sqrt()
+    return SparsePass(output, gradients._replace(b_dec=d_b_dec), gradient_norm, firings)
+
+
+def _of_batch(
+    losses: dict[str, Tensor], d_decoded: Tensor, d_b_dec: Tensor, shard: Shard, n_tokens: int
+) -> dict[str, Tensor]:
+    """Losses of the whole batch from those of the tokens seen here; their gradients, in place, likewise.
+
+    All are means over tokens. Of the gradients, that by decoded rows stays one of the tokens here.
+    """
+    if shard.tokens.size == 1:
+        return {name: loss.detach() for name, loss in losses.items()}
+    here = shard.part(n_tokens)
+    share = (here.stop - here.start) / n_tokens
+    d_decoded.mul_(share)
+    shard.tokens.sum_(d_b_dec.mul_(share))
+    values = shard.tokens.sum_(torch.stack([loss.detach() for loss in losses.values()]).mul_(share))
+    return dict(zip(losses, values, strict=True))
 
 
 def auxiliary_levels(sae: TopKTrainingSAE, step_input: TrainStepInput) -> list[AuxiliaryLevel]:
     """The dead features that take part in SAELens's auxiliary loss, level by level."""
-    mask = step_input.dead_neuron_mask
+    mask, shard = step_input.dead_neuron_mask, shard_of(sae)
     if mask is None or sae.cfg.aux_loss_coefficient == 0:
         return []
     dead = mask.nonzero().squeeze(1)
     widths = _widths(sae)
-    if not getattr(sae.cfg, "use_matryoshka_aux_loss", False):
-        groups = [(len(widths) - 1, dead)]
-    else:
-        bounds = torch.searchsorted(dead, torch.tensor(widths[:-1], device=dead.device))
+    groups = [(len(widths) - 1, dead)]
+    if getattr(sae.cfg, "use_matryoshka_aux_loss", False):
+        bounds = torch.searchsorted(dead + shard.first, torch.tensor(widths[:-1], device=dead.device))
         groups = list(enumerate(dead.tensor_split(bounds.tolist())))
+    n_dead = shard.features.sum_(torch.tensor([features.numel() for _, features in groups], device=dead.device))
     k_aux = step_input.sae_in.shape[-1] // 2
     return [
         AuxiliaryLevel(
             features, min(k_aux, n), sae.cfg.aux_loss_coefficient * min(n / k_aux, 1.0), residual_level=level
         )
-        for level, features in groups
-        if (n := features.numel()) > 0
+        for (level, features), n in zip(groups, n_dead.tolist(), strict=True)
+        if n > 0
     ]
 
 
 def _widths(sae: TopKTrainingSAE) -> list[int]:
-    return getattr(sae.cfg, "matryoshka_widths", None) or [sae.cfg.d_sae]
+    """Of all processes' features together."""
+    return getattr(sae.cfg, "matryoshka_widths", None) or [shard_of(sae).d_sae]
 
 
 def encoder_of(sae: TopKTrainingSAE, decoder_norms: Tensor | None) -> Encoder:
@@ -190,35 +229,42 @@ def _encode(
     auxiliary: list[AuxiliaryLevel],
     workspace: Workspace,
     screen: AdaptiveScreen | None,
-) -> tuple[Entries, list[Entries]]:
-    """The active features, and the dead ones of every auxiliary level."""
-    n_dead = sum(level.features.numel() for level in auxiliary)
-    n_entries, d_sae, k = int(sae.activation_fn.k * x.shape[0]), sae.cfg.d_sae, sae.activation_fn.k
+    n_tokens: int,
+) -> _Encoded:
+    """Which features are active on the tokens here, of a batch of ``n_tokens``, and which dead ones take part."""
+    shard, k = shard_of(sae), sae.activation_fn.k
+    n_entries, k_here = int(k * n_tokens), min(int(k), shard.n_features)
     is_batch = isinstance(sae, BatchTopKTrainingSAE)
-    if screen is not None and n_dead <= d_sae * _MAX_DEAD_SHARE:
-        answers = [encode_top_k_among(x, encoder, level.features, level.k, workspace) for level in auxiliary]
+    best: TopK | BatchSelection
+    if screen is not None and sum(level.features.numel() for level in auxiliary) <= shard.n_features * _MAX_DEAD_SHARE:
+        answers = [encode_top_k_among(x, encoder, level.features, level.k_here, workspace) for level in auxiliary]
         if is_batch:
-            return screen.batch_top_k(x, encoder, n_entries, workspace), [entries_of(answer) for answer in answers]
-        best = screen.top_k(x, encoder, k, workspace)
+            best = screen.batch_top_k(x, encoder, n_entries, workspace, shard, n_tokens)
+        else:
+            best = screen.top_k(x, encoder, k_here, workspace)
     else:
-        width = batch_width(n_entries, x.shape[0], d_sae) if is_batch else k
-        queries = [Query(width), *(Query(level.k, level.features) for level in auxiliary)]
+        width = batch_width(n_entries, n_tokens, shard.n_features) if is_batch else k_here
+        queries = [Query(width), *(Query(level.k_here, level.features) for level in auxiliary)]
         best, *answers = encode_top_k(x, encoder, queries, workspace)
         if is_batch:
-            active = batch_top_k(
-                best, n_entries, d_sae, lambda some, k: encode_top_k(x[some], encoder, [Query(k)], workspace)[0]
-            )
-            return active, [entries_of(answer) for answer in answers]
-    active = entries_of(best)
+
+            def look_up(some: Tensor, k: int) -> TopK:
+                return encode_top_k(x[some], encoder, [Query(k)], workspace)[0]
+
+            best = batch_top_k(best, n_entries, shard, n_tokens, look_up)
+    group, magnitude = shard.features, encoder.magnitude
+    dead = [select_top_k(answer, level.k, group, magnitude) for level, answer in zip(auxiliary, answers, strict=True)]
+    if isinstance(best, BatchSelection):
+        return _Encoded(best.entries, best.lowest, dead)
+    active = select_top_k(best, int(k), group, magnitude)
     # Not "> 0": a score that is not a number stays, and the loss is none either, as with SAELens's own step.
-    active = active.where(active.scores != 0 if encoder.magnitude else ~(active.scores <= 0))
-    return active, [entries_of(answer) for answer in answers]
+    return _Encoded(active.where(active.scores != 0 if magnitude else ~(active.scores <= 0)), None, dead)
 
 
 def _by_level(sae: TopKTrainingSAE, entries: Entries) -> list[Entries]:
     """The entries that each level of reconstruction adds to the one before."""
     widths = torch.tensor(_widths(sae), device=entries.features.device)
-    level = torch.bucketize(entries.features, widths, right=True)
+    level = torch.bucketize(entries.features + shard_of(sae).first, widths, right=True)
     return [entries.where(level == i) for i in range(len(widths))] if len(widths) > 1 else [entries]
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
@@ -27,12 +27,13 @@ from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.interrupts import Interrupts
 from saelens_asi.plugin.batches import make_saveable
-from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
+from saelens_asi.plugin.checkpoints import KeepSettings, how_to_resume, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
-from saelens_asi.plugin.fields import DEFAULTS, AnyTrainingSAE, initializer_settings
+from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin, initializer_settings
 from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
+from saelens_asi.plugin.launch import check_alike, losses_named
 from saelens_asi.plugin.pace import Pace, dense_step_fits
 from saelens_asi.plugin.preflight import check_device, check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
@@ -43,9 +44,19 @@ from saelens_asi.plugin.recorder import (
     count_firings,
     output_folder,
 )
+from saelens_asi.plugin.sharded_checkpoints import (
+    SHARDS,
+    ShardedTensors,
+    make_room_,
+    read_shards,
+    read_stock,
+    write_shards,
+)
+from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, shard_of, whole_config
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
-from saelens_asi.resume import write_json
+from saelens_asi.plugin.trainer_state import load_rest, save_rest, skip_reading_once
+from saelens_asi.resume import save_tensors, write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -74,6 +85,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     unsaved_spectrum: Spectrum | None = None
     history: list[Record]  # where a subclass has a history of its own, this one is in the file only
     _gradient_norm: Tensor | None = None  # of the step under way: SAELens's step() hands on the output alone
+    _l0: Tensor  # of the step that was recorded last
 
     def __init__(
         self,
@@ -86,11 +98,15 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     ) -> None:
         refuse_known_failures(cfg, sae)
         check_device(cfg.device)
+        shard_(sae)
+        self.shard = shard_of(sae)
+        cfg = self._alike(cfg, sae)
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         self._sparse_steps, self._recorder = SparseSteps(), Recorder()
         self.pace, self._dead_watch = Pace(), DeadWatch()
-        self._recorder.place(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
+        if self.shard.world.is_first:
+            self._recorder.place(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
         self.history = self._recorder.records
         super().__init__(
             with_lr_end(cfg),
@@ -100,7 +116,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             save_checkpoint_fn=save_checkpoint_fn,
             **later_arguments,
         )
-        self.guard, self.progress = Guard(sae.cfg.max_skipped_fraction), Progress(self)
+        self.guard, self.progress = Guard(sae.cfg.max_skipped_fraction, self.shard.world), Progress(self)
         settings = initializer_settings(sae.cfg)
         self.initialization_pending = settings is not None and METADATA_KEY not in sae.cfg.metadata
         if settings is not None and self.initialization_pending:
@@ -108,7 +124,15 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         if sae.cfg.optimizer == "sparse_adam":
             self._use_sparse_adam()
         self.progress.watch(self.optimizer)
-        self._keep(KeepSettings.of(sae.cfg), sae.cfg.resume, self.data_provider, self.evaluator)
+        self._keep(KeepSettings.of(sae.cfg), sae.cfg.resume, self.data_provider, self.evaluator, self.shard.world)
+
+    def _alike(self, cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SAETrainerConfig:
+        """The config that all processes share; SAELens has each add a name of its own to the folder of checkpoints."""
+        world = self.shard.world
+        cfg = dataclasses.replace(cfg, checkpoint_path=world.of_first(cfg.checkpoint_path))
+        of_trainer = {name: value for name, value in vars(cfg).items() if name != "logger"}
+        check_alike(world, {**of_trainer, **whole_config(sae).to_dict(), "batch_shards": sae.cfg.batch_shards})
+        return cfg
 
     def _use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -130,13 +154,16 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             self._resume_if_asked()
         check_run(self)
         try:
-            with self._kept() as self.data_provider:
+            with losses_named(self.shard.world, self._way_out), self._kept() as self.data_provider:
                 self._initialize_if_pending()
                 if self.keeper is not None:
                     self.keeper.clock.start()
                 return super().fit()
         finally:
             self._sparse_steps.finish()
+
+    def _way_out(self) -> str:
+        return how_to_resume(self._last_good())
 
     def _initialize_if_pending(self) -> None:
         if not self.initialization_pending:
@@ -177,8 +204,11 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         self._gradient_norm = None
         if not self._is_recorded(len(batch)):
             return super().step(batch)
+        check_same_everywhere(self.shard, batch)
+        features = self.shard.features
         lr, firings = self.optimizer.param_groups[0]["lr"], count_firings(self.act_freq_scores)
-        output = super().step(batch)
+        output = self._of_batch(super().step(batch))
+        self._l0 = features.sum_(count_firings(self.act_freq_scores) - firings) / len(batch)
         self.guard.check_run(self.sae, None, self.n_training_samples, self._last_good())
         facts = StepFacts(
             step=self.steps_done(),
@@ -186,7 +216,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             lr=lr,
             gradient_norm=self._gradient_norm,
             coefficients=self.get_coefficients(),
-            l0=(count_firings(self.act_freq_scores) - firings) / len(batch),
+            l0=self._l0,
             n_skipped=self.guard.n_skipped,
         )
         silence = Silence(
@@ -194,9 +224,33 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             self.dead_neurons,
             dead_window=self.cfg.dead_feature_window,
             batch=self.cfg.train_batch_size_samples,
+            features=features,
         )
         self._recorder.record(output, facts, silence)
         return output
+
+    def _of_batch(self, output: TrainStepOutput) -> TrainStepOutput:
+        """The output with activations and reconstructions of all tokens of the batch, where others see some of them."""
+        tokens = self.shard.tokens
+        sae_in, sae_out = (torch.cat(tokens.gather_rows(one)) for one in (output.sae_in, output.sae_out))
+        return dataclasses.replace(output, sae_in=sae_in, sae_out=sae_out)
+
+    @property
+    def feature_sparsity(self) -> Tensor:
+        """Of all features, also those of other processes, which have to ask for it too."""
+        here: Tensor = super().feature_sparsity
+        return torch.cat(self.shard.features.gather_rows(here))
+
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """SAELens's, of all features."""
+        logged = super().build_train_step_log_dict(output, n_training_samples)
+        if not self.shard.is_whole:
+            silent, dead = self.n_forward_passes_since_fired.sum(), self.dead_neurons.sum()
+            n_silent, n_dead = self.shard.features.sum_(torch.stack([silent, dead])).tolist()
+            logged["sparsity/mean_passes_since_fired"] = n_silent / self.shard.d_sae
+            logged["sparsity/dead_features"] = int(n_dead)
+            logged["metrics/l0"] = float(self._l0)
+        return logged
 
     def check_finite(self) -> None:
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
@@ -223,6 +277,8 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     def _train_step(self, sae: AnyTrainingSAE, sae_in: Tensor) -> TrainStepOutput:
         stock = super()._train_step
         is_stock = stock.__func__ is SAETrainer._train_step  # type: ignore[attr-defined]
+        if not self.shard.is_whole:
+            self.pace.settle()
         with self.pace.of_step(sae_in.device, lambda: dense_step_fits(sae, len(sae_in))) as is_sparse:
             if not is_sparse:
                 self._sparse_steps.invalidate()
@@ -235,6 +291,10 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
                 self.autocast_if_enabled,
                 replaced=None if is_stock else f"{type(self).__name__} has a _train_step of its own",
             )
+            if isinstance(step, str) and not self.shard.is_whole:
+                raise ValueError(
+                    f"features cannot be spread over processes here, which take sparse steps alone: {step}"
+                )
             if isinstance(step, str):
                 self.pace.settle()
                 return stock(sae, sae_in)
@@ -270,6 +330,8 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         # A mask on an accelerator has to be looked at, for which the host waits.
         if getattr(self.sae.cfg, "aux_loss_coefficient", None) == 0:
             return None
+        if not self.shard.is_whole:
+            return self.dead_neurons  # of other processes' features some may be dead
         window = self.cfg.dead_feature_window
         return None if self._dead_watch.none_is_dead(silent, window, self.steps_done()) else self.dead_neurons
 
@@ -294,8 +356,36 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         self._save_whole(checkpoint_name, "asked for", Path(base), wandb_aliases)
 
     def _write(self, folder: Path, wandb_aliases: list[str] | None) -> None:
-        super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
-        self._add_own_files(folder)
+        if self.shard.is_whole:
+            super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
+        else:
+            self._write_shards(folder)
+        if self.shard.world.is_first:
+            self._add_own_files(folder)
+
+    def _write_shards(self, folder: Path) -> None:
+        """What SAELens writes into a checkpoint: by feature from all processes at once, the rest from the first."""
+        log_feature_sparsity = self.log_feature_sparsity
+        write_shards(folder, self._sharded_tensors(), self.shard)
+        if self.shard.world.is_first:
+            write_json(folder / SAE_CFG_FILENAME, whole_config(self.sae).to_dict())
+            save_tensors(folder / SPARSITY_FILENAME, {"sparsity": log_feature_sparsity})
+            self.save_trainer_state(folder)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=folder)
+
+    def _read_shards(self, path: Path) -> None:
+        """All of a checkpoint of any number of processes, this process's features of it."""
+        make_room_(self.sae, self.optimizer, path)
+        read = read_shards if (path / SHARDS).is_dir() else read_stock
+        read(path, self._sharded_tensors(), self.shard)
+        load_rest(self, path)
+        self.invalidate_caches()
+        skip_reading_once(self.sae, path)
+
+    def _sharded_tensors(self) -> ShardedTensors:
+        counters = {name: getattr(self, name) for name in ("act_freq_scores", "n_forward_passes_since_fired")}
+        return ShardedTensors.of(self.sae, self.optimizer, counters)
 
     def _add_own_files(self, folder: Path) -> None:
         self._recorder.copy_to(folder)
@@ -307,7 +397,10 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         """SAELens counts a step after its checkpoint: what is saved has it, as weights and schedules have."""
         counted, self.n_training_steps = self.n_training_steps, self.steps_done()
         try:
-            super().save_trainer_state(checkpoint_path)
+            if self.shard.is_whole:
+                super().save_trainer_state(checkpoint_path)
+            else:
+                save_rest(self, checkpoint_path)
         finally:
             self.n_training_steps = counted
         write_json(checkpoint_path / GUARD, {"n_skipped": self.guard.n_skipped})
@@ -328,9 +421,12 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         with said_of(path):
             if self.coordinator is None:
                 self.data_state.load(path)
-            super().load_trainer_state(path)
-            # Read here too: SAELens's runners do it next, and a trainer made by hand resumes in one call.
-            self.sae.load_weights_from_checkpoint(path)
+            if not self.shard.is_whole or (path / SHARDS).is_dir():
+                self._read_shards(path)
+            else:
+                super().load_trainer_state(path)
+                # Read here too: SAELens's runners do it next, and a trainer made by hand resumes in one call.
+                self.sae.load_weights_from_checkpoint(path)
         self.n_training_steps = self.steps_done()  # SAELens's own checkpoints hold one too few
         self._recorder.resume(path, self.steps_done())
         if (path / GUARD).exists():
@@ -345,6 +441,8 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
+        if not self.shard.is_whole and self.n_frac_active_samples > 0:
+            self.sae.cfg.metadata.num_dead_features = int(self.shard.features.sum_(self.dead_neurons.sum()))
         self.sae.cfg.metadata["n_skipped_tokens"] = self.guard.n_skipped
         self._sparse_steps.finish()
         self._recorder.finish()
@@ -363,11 +461,12 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         return {**schedule_settings(self.cfg), **self.data_state.settings}
 
     def misfit(self, path: Path) -> str:
-        return "; ".join(filter(None, (sae_misfit(path, self.sae.cfg), run_misfit(path, self._settings()))))
+        return "; ".join(filter(None, (sae_misfit(path, whole_config(self.sae)), run_misfit(path, self._settings()))))
 
     def _go_on_in(self, folder: Path) -> None:
         super()._go_on_in(folder)
-        self._recorder.place(folder, output_folder(self.save_checkpoint_fn))
+        if self.shard.world.is_first:
+            self._recorder.place(folder, output_folder(self.save_checkpoint_fn))
 
     def _torn(self) -> str:
         return "" if self.progress.is_whole else "ended within the optimizer's step"
@@ -402,6 +501,7 @@ def extend_trainer() -> None:
         return object.__new__(cls) if stock_new is object.__new__ else stock_new(cls, *args, **kwargs)
 
     SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]
+    extend_saes()
     extend_store()
 
 
@@ -427,11 +527,6 @@ def given_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
         return dict(signature.bind_partial(None, *args, **kwargs).arguments)
     except TypeError:
         return kwargs
-
-
-def asks_for_plugin(cfg: TrainingSAEConfig) -> bool:
-    """Whether a training config sets one of the plugin's fields."""
-    return any(getattr(cfg, name, default) != default for name, default in DEFAULTS.items())
 
 
 @cache

@@ -21,6 +21,7 @@ from saelens_asi.sparse.rows import (
     total_norm,
     weighted_row_sum,
 )
+from saelens_asi.sparse.shards import Group
 
 
 class TopKGradients(NamedTuple):
@@ -35,11 +36,11 @@ class TopKGradients(NamedTuple):
     b_dec: Float[Tensor, " d_in"]
     squares: Float[Tensor, " n_active"] | None = None
 
-    def norm(self) -> Float64[Tensor, ""]:
-        """The Euclidean norm of all four together."""
+    def row_square(self) -> Float64[Tensor, ""]:
+        """The squared length of the first three together."""
         if self.squares is None:
-            return total_norm([self.W_enc.values, self.b_enc.values, self.W_dec.values, self.b_dec])
-        return (self.squares.sum(dtype=torch.float64) + self.b_dec.double().square().sum()).sqrt()
+            return total_norm([self.W_enc.values, self.b_enc.values, self.W_dec.values]).square()
+        return self.squares.sum(dtype=torch.float64)
 
 
 def stack_levels(levels: Sequence[Entries], n_tokens: int) -> Activations:
@@ -142,3 +143,27 @@ def _compiled_gradients(
         squares=squares,
     )
     return *(RowGradient(order.active, values) for values in (d_W_enc, d_b_enc, d_W_dec)), squares
+
+
+def merge_rows(gradients: TopKGradients, group: Group) -> TopKGradients:
+    """The sum of the gradients by row of processes that hold the same features and have seen other tokens.
+
+    Rows travel, not matrices: 2 d_in + 1 numbers and an index for each feature that fired in a process. Added up in the
+    order of the processes, so that all get the same bits. ``b_dec`` stays this process's.
+    """
+    if group.size == 1:
+        return gradients
+    W_enc, b_enc, W_dec = gradients.W_enc, gradients.b_enc, gradients.W_dec
+    d_in = W_enc.values.shape[1]
+    own = torch.cat([W_enc.values, W_dec.values, b_enc.values[:, None].to(W_enc.values.dtype)], dim=1)
+    rows_of, values_of = group.gather_rows(W_enc.rows), group.gather_rows(own)
+    rows, places = torch.unique(torch.cat(rows_of), sorted=True, return_inverse=True)
+    total = own.new_zeros(rows.numel(), own.shape[1])
+    for at, values in zip(places.split([len(one) for one in rows_of]), values_of, strict=True):
+        total.index_add_(0, at, values)  # a row once in each: the order of the sum is that of the processes
+    return gradients._replace(
+        W_enc=RowGradient(rows, total[:, :d_in]),
+        W_dec=RowGradient(rows, total[:, d_in:-1]),
+        b_enc=RowGradient(rows, total[:, -1]),
+        squares=None,
+    )

@@ -34,8 +34,10 @@ from torch import Tensor
 from saelens_asi.sparse import kernels
 from saelens_asi.sparse.finite import finite_rows
 from saelens_asi.sparse.kernels import Candidates, kernels_take
-from saelens_asi.sparse.rows import Entries, Workspace, row_norms
-from saelens_asi.sparse.topk import Encoder, Query, TopK, batch_top_k, batch_width, encode_top_k
+from saelens_asi.sparse.rows import Workspace, row_norms
+from saelens_asi.sparse.selection import BatchSelection, batch_top_k, batch_width
+from saelens_asi.sparse.shards import Shard
+from saelens_asi.sparse.topk import Encoder, Query, TopK, encode_top_k
 
 # Scores of a tile: 2,048 features and, for each thread, 1,024 tokens. What one pass writes the next finds in cache, and
 # threads meet so seldom that others on the same cores do little harm.
@@ -530,22 +532,37 @@ class AdaptiveScreen:
         return best
 
     def batch_top_k(
-        self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, n_entries: int, workspace: Workspace
-    ) -> Entries:
-        """The largest positive scores of a whole batch, see ``topk.batch_top_k``.
+        self,
+        x: Float[Tensor, "n_tokens d_in"],
+        encoder: Encoder,
+        n_entries: int,
+        workspace: Workspace,
+        shard: Shard,
+        n_tokens: int,
+    ) -> BatchSelection:
+        """The largest positive scores of a whole batch, see ``selection.batch_top_k``.
 
         Scores far below what the last batch kept are not looked for, unless that turns out to be too few.
+
+        Args:
+            x: the tokens that this process sees: ``shard.part(n_tokens)`` of the batch.
+            encoder: of the features that lie here.
+            n_entries: to be kept of the batch.
+            workspace: holds tiles between calls.
+            shard: which features lie here.
+            n_tokens: of the batch.
         """
-        d_sae = len(encoder.rows)
-        k = batch_width(n_entries, len(x), d_sae)
+        k = batch_width(n_entries, n_tokens, len(encoder.rows))
         above = _FIRST_CUT * self._last_threshold
         first = self.top_k(x, encoder, k, workspace, above)
-        if above > 0 and int((first.scores > 0).sum()) < n_entries:
+        if above > 0 and shard.world.sum_((first.scores > 0).sum()) < n_entries:
             first = self._look_up(x, encoder, k, workspace)
-        entries = batch_top_k(first, n_entries, d_sae, lambda some, k: self._look_up(x[some], encoder, k, workspace))
-        lowest = float(entries.scores.min()) if entries.scores.numel() else 0.0
+        best = batch_top_k(
+            first, n_entries, shard, n_tokens, lambda some, k: self._look_up(x[some], encoder, k, workspace)
+        )
+        lowest = 0.0 if best.lowest is None else float(best.lowest)
         self._last_threshold = lowest if 0 < lowest < float("inf") else 0.0
-        return entries
+        return best
 
     def _look_up(self, x: Float[Tensor, "n_tokens d_in"], encoder: Encoder, k: int, workspace: Workspace) -> TopK:
         """A further question about tokens of a step: nothing is timed by it."""

@@ -1,4 +1,4 @@
-"""How the features of an autoencoder and the tokens of a batch are spread over processes, and what these tell one another.
+"""How features and tokens are spread over processes, and what these tell one another.
 
 A process that is alone is a group of size one, for which nothing travels: there is one path for both.
 """
@@ -18,6 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # Dimensions of the mesh: processes along the first hold the same features and see other tokens, along the second the
 # same tokens and other features. Neighbours, which are on one machine, exchange what belongs to a token.
 MESH = ("tokens", "features")
+
+
+# Its name since torch 2.13, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Group:
         self._count(tensor.numel() * tensor.element_size() * (self.size - 1))
         gathered = tensor.new_empty(self.size * max(1, tensor.numel()))
         if tensor.numel() > 0:
-            dist.all_gather_into_tensor(gathered, tensor.view(-1), group=self.handle)
+            _all_gather(gathered, tensor.view(-1), group=self.handle)
         return gathered[: self.size * tensor.numel()].view(self.size, *tensor.shape)
 
     def gather_rows(self, tensor: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "m ..."]]:

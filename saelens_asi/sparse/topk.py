@@ -1,14 +1,13 @@
-"""The largest scores, exactly: of rows, of a product that is never held whole, and of a whole batch."""
+"""The largest scores of each row, exactly: of a matrix, and of a product that is never held whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saelens_asi.sparse.rows import Entries, Workspace
@@ -125,7 +124,7 @@ def encode_top_k(
         For each query a TopK with features as indices; scores in float32 or wider.
     """
     d_sae = encoder.rows.shape[0]
-    n_features = min(d_sae, TILE_FEATURES)
+    n_features = max(1, min(d_sae, TILE_FEATURES))
     tiles = torch.split(x, max(1, TILE_ENTRIES // n_features))
     results: list[list[TopK | None]] = [[None] * len(tiles) for _ in queries]
     for first in range(0, d_sae, n_features):
@@ -231,58 +230,6 @@ def entries_of(best: TopK) -> Entries:
     return Entries(tokens, best.indices.flatten(), best.scores.flatten())
 
 
-def batch_width(n_entries: int, n_tokens: int, d_sae: int) -> int:
-    """How many scores of each token to look at first for ``batch_top_k``: twice the average."""
-    return min(d_sae, 2 * math.ceil(n_entries / max(1, n_tokens)))
-
-
-def batch_top_k(
-    first: TopK, n_entries: int, d_sae: int, look_up: Callable[[Bool[Tensor, " n_tokens"], int], TopK]
-) -> Entries:
-    """The largest positive scores of a whole batch (BatchTopK, arXiv 2412.06410).
-
-    A token may have any number of them. Tokens that could have more than were looked up are looked up again for twice
-    as many, until none could.
-
-    Args:
-        first: the ``batch_width`` largest scores of each token.
-        n_entries: how many scores of the n_tokens x d_sae to keep; fewer are returned where fewer are positive. Of
-            equal scores those of the first tokens are kept, and of these those of the first features.
-        d_sae: number of features.
-        look_up: gives the k largest scores of some of the tokens.
-    """
-    k, entries = first.scores.shape[1], entries_of(first)
-    lowest = _ranked(first.scores).amin(dim=1) if k else first.scores.new_zeros(len(first.scores))
-    while True:
-        positive = entries.where(~(entries.scores <= 0))
-        n_surplus = positive.scores.numel() - n_entries
-        ranked = _ranked(positive.scores)
-        threshold = ranked.kthvalue(n_surplus).values if n_surplus > 0 else ranked.new_zeros(())
-        # Not ">": of a token's equal scores those that were not looked up may come first.
-        unsure = (lowest >= threshold) & (lowest > 0)
-        if k == d_sae or not unsure.any():
-            return _drop_smallest(positive, n_surplus, threshold)
-        k = min(d_sae, 2 * k)
-        more = look_up(unsure, k)
-        lowest[unsure] = _ranked(more.scores).amin(dim=1)
-        settled, wider = entries.where(~unsure[entries.tokens]), entries_of(more)
-        wider = wider._replace(tokens=unsure.nonzero().squeeze(1)[wider.tokens])
-        entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
-
-
-def _ranked(scores: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+def ranked(scores: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Scores to be compared by: what is not a number comes first, as in ``topk``, and is kept."""
     return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _drop_smallest(entries: Entries, n: int, threshold: Float[Tensor, ""]) -> Entries:
-    """All but the n smallest entries, of which ``threshold`` is the largest."""
-    if n <= 0:
-        return entries
-    ranked = _ranked(entries.scores)
-    dropped = ranked < threshold
-    ties = (ranked == threshold).nonzero().squeeze(1)
-    last_first = ties[entries.features[ties].argsort(descending=True)]
-    last_first = last_first[entries.tokens[last_first].argsort(descending=True, stable=True)]
-    dropped[last_first[: n - int(dropped.sum())]] = True
-    return entries.where(~dropped)

@@ -9,5 +9,5 @@ import torch
 
 torch.set_num_threads(1)
 
-import saelens_asi  # noqa: F401
-from tests.helpers import tiny  # noqa: F401
+import saelens_asi  # noqa: E402, F401
+from tests.helpers import tiny  # noqa: E402, F401

@@ -10,7 +10,9 @@ from hypothesis import settings
 from torch import Tensor
 
 from saelens_asi.sparse.rows import Entries, Workspace
-from saelens_asi.sparse.topk import Encoder, Query, TopK, batch_top_k, batch_width, encode_top_k
+from saelens_asi.sparse.selection import batch_top_k, batch_width
+from saelens_asi.sparse.shards import Shard
+from saelens_asi.sparse.topk import Encoder, Query, TopK, encode_top_k
 
 # Derandomized: the same examples on every machine, so that a failure is a change of the code.
 maths = settings(deadline=None, max_examples=25, derandomize=True)
@@ -86,4 +88,4 @@ def encode_batch_top_k(x: Tensor, encoder: Encoder, n_entries: int) -> Entries:
         return encode_top_k(x[some], encoder, [Query(k)], Workspace())[0]
 
     first = look_up(torch.ones(len(x), dtype=torch.bool), batch_width(n_entries, len(x), d_sae))
-    return batch_top_k(first, n_entries, d_sae, look_up)
+    return batch_top_k(first, n_entries, Shard.whole(d_sae), len(x), look_up).entries

@@ -28,6 +28,7 @@ from saelens_asi.sparse.screens import (
     leading_directions,
     screened_top_k,
 )
+from saelens_asi.sparse.shards import Shard
 from saelens_asi.sparse.topk import Encoder, Query, TopK, encode_top_k
 from tests.helpers import tiny
 
@@ -410,7 +411,7 @@ def test_a_whole_batch_starts_at_the_last_threshold(n_entries):
     adaptive.top_k = lambda *args: cuts.append(args[4] if len(args) > 4 else 0.0) or stock(*args)  # type: ignore
     for step, size in enumerate((1.0, 1.0, 0.3)):  # the last batch has fewer above the threshold of the one before
         x = size * torch.roll(_tokens(), step, dims=0)
-        found = adaptive.batch_top_k(x, encoder, n_entries, workspace)
+        found = adaptive.batch_top_k(x, encoder, n_entries, workspace, Shard.whole(D_SAE), len(x)).entries
         scores = ((x @ encoder.rows.t() + encoder.bias) * encoder.scale).relu().flatten()
         expected = scores.topk(min(n_entries, int((scores > 0).sum()))).values.sort().values
         torch.testing.assert_close(found.scores.sort().values, expected, rtol=1e-5, atol=1e-6)

@@ -46,11 +46,12 @@ def test_every_process_gets_what_all_have(n: int) -> None:
 
 def test_a_process_that_is_alone_sends_nothing() -> None:
     own = torch.arange(3.0)
-    assert ALONE.sum_(own) is own and ALONE.max_(own) is own
-    assert torch.equal(ALONE.gather(own), own[None]) and ALONE.gather_rows(own)[0] is own
-    assert ALONE.gather_objects(7) == [7] and ALONE.of_first(7) == 7
+    assert all(one is own for one in (ALONE.sum_(own), ALONE.max_(own), *ALONE.gather_rows(own)))
+    assert torch.equal(ALONE.gather(own), own[None])
+    assert [*ALONE.gather_objects(7), ALONE.of_first(7)] == [7, 7]
     ALONE.wait()
-    assert ALONE.traffic.calls == 0 and Processes.spread(1, "cpu") == Processes()
+    assert ALONE.traffic.calls == 0
+    assert Processes.spread(1, "cpu") == Processes()
 
 
 def _mesh() -> tuple[tuple[int, int], tuple[int, int], int, int, slice]:
@@ -84,4 +85,5 @@ def test_no_process_is_without_features(d_sae: int, n: int) -> None:
 def test_own_part_of_a_whole_tensor() -> None:
     shard = Shard(6, 2, 4)
     whole = torch.arange(12).view(6, 2)
-    assert torch.equal(shard.own(whole), whole[2:4]) and torch.equal(shard.own(whole.t(), dim=1), whole[2:4].t())
+    assert torch.equal(shard.own(whole), whole[2:4])
+    assert torch.equal(shard.own(whole.t(), dim=1), whole[2:4].t())

@@ -1,0 +1,177 @@
+"""The processes that ``torchrun`` has launched: how they meet, who speaks, and what is said when one is lost."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sae_lens
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from saelens_asi.initialization import package_version
+from saelens_asi.sparse.shards import Group, Processes
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What torchrun gives to each process, and torch's ``init_process_group`` reads.
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# What gloo and NCCL raise where another process is gone: their own error, or its base.
+_LOST = (dist.DistError, RuntimeError)
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several of torchrun's, or of a group that the user has made."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def processes(batch_shards: int, device: str) -> Processes:
+    """All processes of this run, which meet here for the first time; alone where there is one.
+
+    Args:
+        batch_shards: parts that a batch is split into.
+        device: of the SAE.
+
+    Raises:
+        ValueError: for ``batch_shards`` that does not divide their number, or one GPU for several of them.
+    """
+    if not is_launched():
+        return Processes()
+    return _met(batch_shards, torch.device(device).type, device)
+
+
+@cache
+def _met(batch_shards: int, device_type: str, device: str) -> Processes:
+    if device_type == "cuda":
+        if torch.device(device).index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"device={device!r} is one GPU for all processes: give 'cuda', and each takes its own")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        # Small decisions are made on the CPU, so that a GPU need not be waited for.
+        dist.init_process_group("gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl")
+    met = Processes.spread(batch_shards, device_type)
+    if not met.world.is_first:
+        _be_quiet()
+    else:
+        logger.info("%d processes: %d share the features", met.world.size, met.features.size)
+    return met
+
+
+def _be_quiet() -> None:
+    """One process speaks, shows the bars and writes to W&B; the others follow it, and warn of nothing."""
+    os.environ["WANDB_MODE"] = "disabled"
+    for name in ("saelens_asi", sae_lens.logger.name):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
+
+
+def only_first(world: Group, act: Callable[[], Result]) -> Result:
+    """What ``act`` returns or raises in the first process, in all: for what is looked up or written once."""
+    result: Any = None
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            result = act()
+        except Exception as raised:
+            error = raised
+    if world.size > 1:
+        result, error = world.of_first((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+def check_alike(world: Group, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, in all processes, where one has other settings or versions than the first; names them."""
+    of_all = world.gather_objects({name: str(value) for name, value in {**settings, **_versions()}.items()})
+    unlike = [
+        f"{name} is {of_all[0].get(name)} in process 0 and {other.get(name)} in process {rank}"
+        for rank, other in enumerate(of_all)
+        for name in sorted(of_all[0].keys() | other.keys())
+        if of_all[0].get(name) != other.get(name)
+    ]
+    if unlike:
+        raise ValueError(f"the processes of a run need the same settings and versions: {'; '.join(unlike)}")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("sae-lens", "torch", "transformers")
+    own = {"saelens_asi": package_version(), "python": platform.python_version()}
+    return {**own, **{name: version(name) for name in packages}}
+
+
+def launched_at() -> float | None:
+    """When torchrun started the processes of this run for the first time, where it has started them again since.
+
+    In seconds since 1970: the start of the agent, which outlives them. None for a first start.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    return Path(f"/proc/{os.getppid()}").stat().st_ctime if Path("/proc").exists() else 0.0
+
+
+@contextmanager
+def losses_named(world: Group, way_out: Callable[[], str]) -> Iterator[None]:
+    """Say which process is gone where others wait for it in vain, and how to go on.
+
+    Args:
+        world: all processes.
+        way_out: what to do next, in words.
+
+    Raises:
+        ChildProcessError: in place of what the engine of torch.distributed raises then.
+    """
+    if world.size == 1:
+        yield
+        return
+    places = world.gather_objects((socket.gethostname(), os.getpid()))
+    try:
+        yield
+    except _LOST as error:
+        if not _speaks_of_loss(error):
+            raise
+        lost = _lost(places)
+        raise ChildProcessError(f"{lost} ended, and all others with it. {way_out()}") from error
+
+
+def _speaks_of_loss(error: BaseException) -> bool:
+    """gloo has no class of its own for it."""
+    said = str(error).lower()
+    words = ("closed by peer", "connection reset", "connection refused", "timed out", "timeout", "nccl", "broken pipe")
+    return isinstance(error, dist.DistError) or any(word in said for word in words)
+
+
+def _lost(places: list[tuple[str, int]]) -> str:
+    time.sleep(0.5)  # a process that is being killed closes its connections before it is gone
+    here = socket.gethostname()
+    gone = [rank for rank, (host, pid) in enumerate(places) if host == here and _is_gone(pid)]
+    if gone:
+        return f"process {', '.join(map(str, gone))} of {len(places)} (on {here})"
+    return f"a process of {len(places)}, not on {here},"
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat")
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False

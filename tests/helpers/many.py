@@ -1,0 +1,78 @@
+"""A training run of any number of processes, and all that it did, put together: to be compared with that of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelens_asi.plugin.sharded_sae import FEATURE_DIMS, shard_of
+from tests.helpers import tiny
+
+
+@dataclass
+class Done:
+    """Weights, moments and counters of the whole; of each step loss, gradient norm and the (token, feature) selected."""
+
+    tensors: dict[str, Tensor]
+    losses: list[dict[str, float]] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    selected: list[Tensor] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    n_bytes: float = 0.0
+
+
+def train(architecture: str, n_steps: int, **settings: Any) -> Done:
+    """In every process of the group that it is called in, all of which it gives the same."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    provider = (batch.to(dtype) for batch in tiny.batches())
+    trainer = tiny.trainer(architecture, provider, n_steps=n_steps, **settings)
+    return watched(trainer)
+
+
+def watched(trainer: Any) -> Done:
+    """Let a trainer train, and put together what it did."""
+    done, stock_step = Done({}), trainer.step
+    shard = shard_of(trainer.sae)
+
+    def step(batch: Tensor) -> Any:
+        output = stock_step(batch)
+        done.losses.append({"loss": float(output.loss), **{name: float(x) for name, x in output.losses.items()}})
+        done.gradient_norms.append(float(trainer._gradient_norm))
+        tokens, features = output.feature_acts.to_sparse().coalesce().indices()
+        places = torch.stack([tokens + shard.part(len(batch)).start, features + shard.first], dim=1)
+        found = torch.cat(shard.world.gather_rows(places))
+        done.selected.append(found[(found[:, 0] * shard.d_sae + found[:, 1]).argsort()])
+        return output
+
+    trainer.step = step
+    trainer.fit()
+    done.tensors = whole_state(trainer)
+    done.history = trainer.history
+    done.n_bytes = shard.world.traffic.n_bytes
+    return done
+
+
+def whole_state(trainer: Any) -> dict[str, Tensor]:
+    """Weights, moments and counters of all features."""
+    shard, found = shard_of(trainer.sae), {}
+    for name, param in trainer.sae.named_parameters():
+        dim = FEATURE_DIMS.get(name)
+        found[name] = _whole(param.detach(), dim, shard)
+        for key, value in trainer.optimizer.state[param].items():
+            found[f"{name}.{key}"] = _whole(value, dim if value.shape == param.shape else None, shard)
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        found[name] = _whole(getattr(trainer, name), 0, shard)
+    if hasattr(trainer.sae, "topk_threshold"):
+        found["topk_threshold"] = trainer.sae.topk_threshold.clone()
+    return found
+
+
+def _whole(tensor: Tensor, dim: int | None, shard: Any) -> Tensor:
+    if dim is None:
+        return tensor.clone()
+    rows = torch.cat(shard.features.gather_rows(tensor.movedim(dim, 0).contiguous()))
+    return rows.movedim(0, dim).contiguous()
