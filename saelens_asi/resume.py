@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from saelens_asi.sparse.shards import ALONE, Group
 
 MANIFEST = "manifest.json"
 LOCK, WRITER = ".writer.lock", ".writer.json"
@@ -32,6 +35,52 @@ DISK_ERRORS = (OSError, RuntimeError, SafetensorError)
 _SHARE_OF_TIME = 0.01
 
 _CHUNK = 1 << 24  # bytes read at a time for a checksum
+
+# How torch.distributed.checkpoint names the files of a process.
+_OF_A_PROCESS = re.compile(r"__(\d+)_")
+
+
+class ElsewhereError(OSError):
+    """What another process of a group failed with.
+
+    Attributes:
+        of_disk: whether that was one of ``DISK_ERRORS``, after which a run can go on.
+    """
+
+    def __init__(self, message: str, of_disk: bool) -> None:
+        super().__init__(message)
+        self.of_disk = of_disk
+
+
+@contextmanager
+def failing_together(group: Group, undo: Callable[[], None] | None = None) -> Iterator[None]:
+    """A block that ends with an error in all processes of a group where it does in one.
+
+    None leaves the block before all are at its end. What stands in it is each process's own: between two calls to the
+    group an error of one would leave the others waiting.
+
+    Args:
+        group: of the processes that come here.
+        undo: called after an error, and done in all processes when it is raised.
+
+    Raises:
+        ElsewhereError: for an error of others, with the rank and the error of the first of them. A process that has an
+            error of its own raises that.
+    """
+    own: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        own = error
+    told = None if own is None else (f"{type(own).__name__}: {own}", isinstance(own, DISK_ERRORS))
+    failures = {rank: failure for rank, failure in enumerate(group.gather_objects(told)) if failure is not None}
+    if failures and undo is not None:
+        undo()
+        group.gather_objects(None)
+    if own is not None:
+        raise own
+    for rank, (error_there, of_disk) in failures.items():
+        raise ElsewhereError(f"process {rank} of {group.size} failed: {error_there}", of_disk)
 
 
 @contextmanager
@@ -100,34 +149,67 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def folder_written_whole(path: str | Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+def folder_written_whole(path: str | Path, facts: Mapping[str, Any], group: Group = ALONE) -> Iterator[Path]:
     """A temporary folder beside ``path``, which takes its name when the block has ended well.
 
     All files are synced, and listed in a manifest with their sizes and checksums, before that: a folder whose manifest
     fits (see ``damage``) is whole, whatever it is called. After an error nothing of it is left.
 
+    Several processes write to one folder, which all of them reach. A file whose name begins with ``__RANK_`` is synced
+    and read again for its checksum by the process of that rank, all others by the first.
+
     Args:
         path: of the folder; what is there under that name is replaced.
-        facts: what the manifest tells beside its files, as JSON.
+        facts: what the manifest tells beside its files, as JSON; the first process's.
+        group: of the processes that write. None goes on before the folder is whole, or gone.
+
+    Raises:
+        ElsewhereError: for an error of another process.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}{_REPLACED}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    owner = group.of_first(os.getpid())
+    unfinished = path.with_name(f".{path.name}.{owner}{_UNFINISHED}")
+    replaced = path.with_name(f".{path.name}.{owner}{_REPLACED}")
+
+    def remove() -> None:
+        if group.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+
     try:
-        yield unfinished
-        files = {name: _synced(unfinished / name) for name in _file_names(unfinished)}
-        write_json(unfinished / MANIFEST, {**facts, "files": files}, indent=1)
-        for folder in (unfinished, *(one for one in unfinished.rglob("*") if one.is_dir())):
-            _sync_folder(folder)
-        if path.exists():
-            path.replace(replaced)
-        unfinished.replace(path)
-        _sync_folder(path.parent)
+        with failing_together(group, remove):
+            if group.is_first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+        with failing_together(group, remove):
+            yield unfinished
+        own: dict[str, Any] = {}
+        with failing_together(group, remove):
+            own = {name: _synced(unfinished / name) for name in _file_names(unfinished) if _is_own(name, group)}
+        files = {name: file for files in group.gather_objects(own) for name, file in files.items()}
+        with failing_together(group, remove):
+            if group.is_first:
+                write_json(unfinished / MANIFEST, {**facts, "files": dict(sorted(files.items()))}, indent=1)
+                _put_in_place(unfinished, path, replaced)
+            remove()
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove()
+
+
+def _is_own(name: str, group: Group) -> bool:
+    """Whether this process is the one that syncs a file."""
+    of_a_process = _OF_A_PROCESS.match(Path(name).name)
+    rank = int(of_a_process[1]) if of_a_process else 0
+    return group.rank == (rank if rank < group.size else 0)
+
+
+def _put_in_place(unfinished: Path, path: Path, replaced: Path) -> None:
+    for folder in (unfinished, *(one for one in unfinished.rglob("*") if one.is_dir())):
+        _sync_folder(folder)
+    if path.exists():
+        path.replace(replaced)
+    unfinished.replace(path)
+    _sync_folder(path.parent)
 
 
 def is_unfinished(name: str) -> bool:

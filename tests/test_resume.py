@@ -17,6 +17,7 @@ from saelens_asi.resume import (
     WRITER,
     damage,
     differences,
+    failing_together,
     folder_written_whole,
     load_tensors,
     one_writer,
@@ -26,6 +27,8 @@ from saelens_asi.resume import (
     write_json,
     written_whole,
 )
+from saelens_asi.sparse.shards import Processes
+from tests.helpers.processes import in_processes
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -91,6 +94,82 @@ def test_an_error_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), folder_written_whole(tmp_path / "one", {}):
         raise OSError("full")
     assert damage(tmp_path / "one") is None
+
+
+def _write_together(folder: Path, failing: tuple[int, str] | None = None) -> tuple[str, list[str], bool]:
+    """What each process raises, which folders it then sees, and whether they all were given one name."""
+    world = Processes.spread(1, "cpu").world
+    error, names = "", []
+    try:
+        with folder_written_whole(folder, {"by": world.rank}, world) as unfinished:
+            names = world.gather_objects(unfinished)
+            (unfinished / f"__{world.rank}_0.distcp").write_text(f"of {world.rank}")
+            (unfinished / f"__{world.rank + 7}_0.distcp").write_text("of nobody here")
+            (unfinished / "inner").mkdir(exist_ok=True)
+            (unfinished / "inner" / f"name of {world.rank}").write_text("")
+            if failing is not None and world.rank == failing[0]:
+                raise ValueError(failing[1])
+    except (ValueError, OSError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, sorted(path.name for path in folder.parent.iterdir()), len(set(names)) == 1
+
+
+def test_processes_write_one_folder(tmp_path: Path) -> None:
+    _write(tmp_path / "one", "older")
+    assert in_processes(3, _write_together, tmp_path / "one") == [("", ["one"], True)] * 3
+    assert damage(tmp_path / "one") is None
+    own = [f"__{rank}_0.distcp" for rank in (0, 1, 2, 7, 8, 9)]
+    assert list(read_manifest(tmp_path / "one")["files"]) == [*own, *(f"inner/name of {rank}" for rank in range(3))]
+    assert read_manifest(tmp_path / "one")["by"] == 0
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_of_one_process_is_one_of_all_and_leaves_nothing(tmp_path: Path, failing: int) -> None:
+    _write(tmp_path / "one")
+    told = in_processes(3, _write_together, tmp_path / "one", (failing, "half"))
+    for rank, (error, left, _) in enumerate(told):
+        elsewhere = f"ElsewhereError: process {failing} of 3 failed: ValueError: half"
+        assert error == ("ValueError: half" if rank == failing else elsewhere)
+        assert left == ["one"]
+    assert damage(tmp_path / "one") is None
+    assert list(read_manifest(tmp_path / "one")["files"]) == ["file", "inner/file"]
+
+
+def test_a_folder_that_cannot_be_made_is_said_by_all(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = in_processes(2, _write_below_a_file, tmp_path / "file" / "one")
+    assert first.startswith(("NotADirectoryError", "FileExistsError"))
+    assert second.startswith("ElsewhereError: process 0 of 2 failed: ")
+
+
+def _write_below_a_file(folder: Path) -> str:
+    try:
+        with folder_written_whole(folder, {}, Processes.spread(1, "cpu").world):
+            pass
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _fail_together(failing: list[int], folder: Path) -> tuple[str, int]:
+    world = Processes.spread(1, "cpu").world
+    try:
+        with failing_together(world, lambda: (folder / str(world.rank)).touch()):
+            if world.rank in failing:
+                raise KeyboardInterrupt(world.rank)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}", len(list(folder.iterdir()))
+    return "", len(list(folder.iterdir()))
+
+
+def test_what_is_undone_is_so_in_all_when_the_error_comes_out(tmp_path: Path) -> None:
+    told = in_processes(3, _fail_together, [1, 2], tmp_path)
+    elsewhere = "ElsewhereError: process 1 of 3 failed: KeyboardInterrupt: 1"
+    assert told == [(elsewhere, 3), ("KeyboardInterrupt: 1", 3), ("KeyboardInterrupt: 2", 3)]
+
+
+def test_without_an_error_nothing_is_undone(tmp_path: Path) -> None:
+    assert in_processes(2, _fail_together, [], tmp_path) == [("", 0)] * 2
 
 
 @given(

@@ -20,12 +20,14 @@ from saelens_asi.resume import (
     DISK_ERRORS,
     MANIFEST,
     CheckpointClock,
+    ElsewhereError,
     damage,
     differences,
     folder_written_whole,
     read_manifest,
     remove_unfinished,
 )
+from saelens_asi.sparse.shards import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ Reason = Literal["interval", "interrupt", "failure", "asked for"]
 _FREE = {
     *("metadata", "device", "initializer", "sae_lens_version", "sae_lens_training_version", "decoder_init_norm"),
     *("checkpoint_minutes", "keep_checkpoints", "checkpoint_buffer", "max_skipped_fraction", "resume"),
+    "batch_shards",
 }
 # Of its metadata: what the activations are.
 _DATA_METADATA = ("hook_name", "hook_head_index", "model_name", "dataset_path", "context_size", "prepend_bos")
@@ -66,10 +69,14 @@ class Keeper:
         settings: how often, how many.
         folder: of the run's checkpoints.
         facts: what a manifest tells of the run, the settings that a resume has to share among it.
+        group: of the processes that write a checkpoint together; the first of them removes others, and says what is
+            written.
     """
 
-    def __init__(self, settings: KeepSettings, folder: Path, facts: Callable[[], Mapping[str, Any]]) -> None:
-        self.folder, self.settings, self._facts = folder, settings, facts
+    def __init__(
+        self, settings: KeepSettings, folder: Path, facts: Callable[[], Mapping[str, Any]], group: Group = ALONE
+    ) -> None:
+        self.folder, self.settings, self._facts, self._group = folder, settings, facts, group
         self.clock = CheckpointClock(settings.checkpoint_minutes)
         self.last_good: Path | None = None
 
@@ -81,19 +88,25 @@ class Keeper:
     def writing(self, name: str, reason: Reason) -> Iterator[Path]:
         """A temporary folder that becomes the checkpoint ``name``; those that need not stay are removed after it."""
         path = self.folder / name
-        remove_unfinished(self.folder)
+        if self._group.is_first:
+            remove_unfinished(self.folder)
         facts = {**self._facts(), "reason": reason, "written": time.time()}
-        with self.clock.timed(), folder_written_whole(path, facts) as unfinished:
+        with self.clock.timed(), folder_written_whole(path, facts, self._group) as unfinished:
             yield unfinished
         self.last_good = path
-        logger.info("wrote checkpoint %s in %.1f s (%s)", path, self.clock.seconds_of_last, reason)
-        self._remove_old()
+        if self._group.is_first:
+            logger.info("wrote checkpoint %s in %.1f s (%s)", path, self.clock.seconds_of_last, reason)
+            self._remove_old()
 
     def save_or_warn(self, save: Callable[[], None]) -> None:
         """Save a checkpoint that the run can go on without: a disk that is full ends no training."""
         try:
             save()
         except DISK_ERRORS as error:
+            if isinstance(error, ElsewhereError) and not error.of_disk:
+                raise  # that process's run ends, and with it all
+            if not self._group.is_first:
+                return
             kept = f"the last good one is {self.last_good}" if self.last_good else "there is none yet"
             logger.warning("no checkpoint was written (%s): %s; the run goes on, and tries again later", error, kept)
 
@@ -115,17 +128,23 @@ def _checkpoints(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path.parent, manifest
 
 
-def find_latest(folders: list[Path], misfit: Callable[[Path], str]) -> Path | None:
+def find_latest(folders: list[Path], misfit: Callable[[Path], str], since: float = 0.0) -> Path | None:
     """The newest whole checkpoint in any of the folders that fits; None where there is no checkpoint at all.
 
     Args:
         folders: each may hold checkpoints.
         misfit: the difference between a checkpoint and this run, in words; empty where there is none.
+        since: what was written before is left out; in seconds since 1970.
 
     Raises:
         ValueError: when there are whole checkpoints, and none fits.
     """
-    found = {path: manifest for folder in dict.fromkeys(folders) for path, manifest in _checkpoints(folder)}
+    found = {
+        path: manifest
+        for folder in dict.fromkeys(folders)
+        for path, manifest in _checkpoints(folder)
+        if manifest["written"] >= since
+    }
     refused = []
     for path in sorted(found, key=lambda one: found[one]["written"], reverse=True):
         broken = damage(path)
