@@ -3,7 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.sparse.shards import Group, Processes
+from saelens_asi.spectra.moments import RunningMoments, _panels, _panels_of
+from tests.helpers.processes import in_processes
 from tests.helpers.reference import gaussian, maths, orthogonal, two_pass_moments
 
 seeds = st.integers(0, 2**31)
@@ -157,3 +159,85 @@ def test_a_sum_that_overflows_is_no_infinity():
     x = torch.full((600, 3), 3e38)
     x[::2] = -1e38
     assert moments_of(x).n_tokens == 600
+
+
+def shared_moments(d, dtype):
+    """Of the same batches in all processes; what is asked for in the middle, and at the end."""
+    world = Processes.spread(1, "cpu").world
+    x = (gaussian(0, 1500, d) + 3).to(dtype)
+    moments = RunningMoments.zeros(d, group=world)
+    for batch in x[:1000].split(300):
+        moments.update_(batch)
+    own_part = moments.scatter.clone()
+    first = moments.together_().scatter.clone()
+    moments.together_().update_(x[1000:])  # all of it in each, from here on
+    moments.together_()
+    return own_part, first, moments, world.traffic.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("d", [3, 200, 770])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_processes_that_share_the_work_have_the_bits_of_one(n, d, dtype):
+    _, first, whole, _ = shared_moments(d, dtype)
+    told = in_processes(n, shared_moments, d, dtype)
+    for _, own_first, own, n_calls in told:
+        assert torch.equal(own_first, first)
+        assert torch.equal(own.scatter, whole.scatter)
+        assert torch.equal(own.mean, whole.mean)
+        assert own.n_tokens == whole.n_tokens == 1500
+        assert n_calls == 1
+    parts = [part for part, *_ in told]
+    assert int(sum((part != 0).int() for part in parts).max()) == 1  # nothing was computed twice
+    assert torch.equal(sum(parts), first)
+
+
+@pytest.mark.parametrize("d", [1, 95, 200, 401, 770, 4096])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 20])
+def test_every_panel_has_one_process(n, d):
+    owned = [panel for rank in range(n) for panel in _panels_of(d, Group(rank, n))]
+    assert sorted(owned) == _panels(d)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_panels_of_wide_activations_are_shared_evenly(n):
+    work = [sum((b - a) * (4096 - a) for a, b in _panels_of(4096, Group(rank, n))) for rank in range(n)]
+    assert max(work) <= 1.1 * sum(work) / n
+
+
+def test_a_part_of_shared_moments_is_no_covariance():
+    moments = RunningMoments.zeros(3, group=Group(0, 2)).update_(gaussian(0, 9, 3))
+    for use in (moments.covariance, lambda: moments.merged(Group()), lambda: moments.merge_(RunningMoments.zeros(3))):
+        with pytest.raises(ValueError, match=r"2 processes share them.*together_\(\) first"):
+            use()
+    with pytest.raises(ValueError, match=r"together_\(\) first"):
+        RunningMoments.zeros(3).merge_(moments)
+
+
+def merged_moments(d, offset, sizes):
+    """Each process has seen a part of the vectors; the last may have seen none."""
+    world = Processes.spread(1, "cpu").world
+    parts = (gaussian(0, sum(sizes), d) + offset).split(sizes)
+    own = RunningMoments.zeros(d).update_(parts[world.rank])
+    before = (own.n_tokens, own.mean.clone(), own.scatter.clone())
+    merged = own.merged(world)
+    assert_same(own, *before, tolerance=0)
+    return merged
+
+
+@pytest.mark.parametrize("offset", [0.0, -1000.0])
+@pytest.mark.parametrize("sizes", [[40, 3], [7, 1, 0], [50, 9, 30, 2]])
+def test_merging_processes_equals_a_single_pass(sizes, offset):
+    x = gaussian(0, sum(sizes), 5) + offset
+    told = in_processes(len(sizes), merged_moments, 5, offset, sizes)
+    for merged in told:
+        assert_same(merged, len(x), *two_pass_moments(x))
+        assert torch.equal(merged.mean, told[0].mean)
+        assert torch.equal(merged.scatter, told[0].scatter)
+
+
+def test_a_process_that_is_alone_merges_to_what_it_has():
+    moments = moments_of(gaussian(0, 50, 5) + 7)
+    merged = moments.merged(Group())
+    assert_same(merged, moments.n_tokens, moments.mean, moments.scatter, tolerance=0)
+    assert RunningMoments.zeros(3).merged(Group()).n_tokens == 0
