@@ -74,7 +74,7 @@ def test_a_version_outside_the_bounds_is_named(package, installed, monkeypatch):
         (SAETrainer, "load_trainer_state"),
         (MultiSAETrainer, "_estimate_scaling_factors"),
         (ActivationsStore, "_iterate_tokenized_sequences"),
-        (PrefetchingIterator, "paused"),
+        (PrefetchingIterator, "close"),
     ],
 )
 def test_a_method_that_is_gone_is_named(owner, name, monkeypatch):
