@@ -8,9 +8,8 @@ from typing import Protocol
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
-from sae_lens.saes.topk_sae import TopK
 from sae_lens.training.activation_scaler import ActivationScaler
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saelens_asi.activations.sae_state import statistics_forgotten
@@ -25,6 +24,9 @@ from saelens_asi.initialization import (
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import WHITENING_EPS
 from saelens_asi.plugin.stream import ActivationStream
+from saelens_asi.sparse.selection import select_top_k
+from saelens_asi.sparse.shards import ALONE, Group, Shard
+from saelens_asi.sparse.topk import top_k
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -57,16 +59,20 @@ def check_settings(settings: ActiveSubspaceInit, sae: AnyTrainingSAE) -> None:
 def initialize_together(trainers: Mapping[str, Sequence[InitializedTrainer]], stream: ActivationStream) -> None:
     """Initialise the SAEs of ``trainers`` (by hook name) from one pass over ``stream``, and record how.
 
+    Processes that share SAEs all call this with the same activations, and share the work.
+
     Raises:
         ValueError: when the activations are not finite, are constant, or are too few.
     """
     estimates = {name: [_Estimate(trainer) for trainer in group] for name, group in trainers.items()}
     open_ones = [estimate for group in estimates.values() for estimate in group]
-    _warn_of_twins(estimates)
+    is_first = all(estimate.is_first for estimate in open_ones)
+    if is_first:
+        _warn_of_twins(estimates)
     total = max(estimate.n_wanted for estimate in open_ones)
-    if stream.is_training_stream:
+    if stream.is_training_stream and is_first:
         logger.warning("this data provider allows no second look: %d activations are used up for the estimate", total)
-    with tqdm(total=total, desc="Estimating active subspace", unit="token") as bar:
+    with tqdm(total=total, desc="Estimating active subspace", unit="token", disable=not is_first) as bar:
         for batch in stream.batches:
             for name, group in estimates.items():
                 for estimate in group:
@@ -106,7 +112,9 @@ class _Estimate:
         self.settings = settings
         n_tokens = settings.tokens_for(self.sae.cfg.d_in)
         self.n_wanted = n_tokens if settings.spectrum is None else min(n_tokens, _TOKENS_FOR_NORM)
-        self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device)
+        shard: Shard | None = getattr(self.sae, "shard", None)
+        self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device, shard.world if shard else ALONE)
+        self.is_first = self.moments.group.is_first
         self.sample: list[Tensor] = []
         self.n_drawn = 0
 
@@ -136,7 +144,9 @@ class _Estimate:
         if n_tokens < self.n_wanted:
             if n_tokens < 2:
                 raise ValueError(f"the data ended after {n_tokens} activations: the estimate needs at least 2")
-            logger.warning("the data ended after %d of n_tokens=%d activations", n_tokens, self.n_wanted)
+            if self.is_first:
+                logger.warning("the data ended after %d of n_tokens=%d activations", n_tokens, self.n_wanted)
+        self.moments.together_()
         spectrum = self._spectrum()
         if spectrum.total_variance <= 1e-12 * float(spectrum.mean.square().sum()) or spectrum.total_variance == 0:
             raise ValueError(
@@ -177,6 +187,8 @@ class _Estimate:
             "initial_nmse": result.initial_nmse,
         }
         write_provenance(self.sae.cfg.metadata, record)
+        if not self.is_first:
+            return
         tqdm.write(
             f"Active subspace: {result.d_init} of {spectrum.d} dimensions hold {result.variance_explained:.1%} of the "
             f"variance of {spectrum.n_tokens:,} activations (effective rank {spectrum.effective_rank:.0f}); decoder "
@@ -184,11 +196,28 @@ class _Estimate:
         )
 
 
-def _fit_activation_fn(sae: AnyTrainingSAE) -> TopK | None:
+def _fit_activation_fn(sae: AnyTrainingSAE) -> nn.Module | None:
     """Under what the norm is fitted, where that is not the SAE's own activation function.
 
     Untrained features fire by the length of a vector: of a batch, the longest take hundreds each, and many nothing. A
     norm that suits these is too short for features to last: 71 % of 8,192 died on attention output of SmolLM2-135M,
     11 % with the norm that suits k features at every token.
     """
-    return TopK(max(1, round(sae.cfg.k))) if isinstance(sae, BatchTopKTrainingSAE) else None
+    if not isinstance(sae, BatchTopKTrainingSAE):
+        return None
+    shard: Shard | None = getattr(sae, "shard", None)
+    return _TopKOfAll(max(1, round(sae.cfg.k)), shard.features if shard else ALONE)
+
+
+class _TopKOfAll(nn.Module):
+    """SAELens's TopK, where the other scores of a token may lie in other processes."""
+
+    def __init__(self, k: int, group: Group) -> None:
+        super().__init__()
+        self.k, self.group = k, group
+
+    def forward(self, scores: Tensor) -> Tensor:
+        tokens, features, best = select_top_k(top_k(scores, min(self.k, scores.shape[1])), self.k, self.group)
+        selected = torch.zeros_like(scores)
+        selected[tokens, features] = best.relu().to(scores.dtype)
+        return selected
