@@ -20,6 +20,7 @@ from saelens_asi.activations.hooks import (
     special_token_ids,
 )
 from saelens_asi.activations.tokens import TokenData, token_batches
+from saelens_asi.sparse.shards import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class TextPass:
 
     One hook's activations exist at a time, as far as the model allows: readers are called from inside the forward pass.
 
+    Processes that share a pass take batches in turn: the tokens that count are those of one process, and the readers of
+    each get its own.
+
     Args:
         model: a HookedTransformer or TransformerBridge.
         data: token ids or rows of a dataset, as ``token_batches`` reads them.
@@ -52,9 +56,10 @@ class TextPass:
         context_size: length of the windows that text is packed into; longer tokenized rows are cut.
         exclude_special_tokens: leave out BOS, EOS, padding and the like, as in SAELens: True, False or token ids.
         exclude_positions: positions of every window that are left out too; negative ones count from its end.
+        group: the processes that share the pass.
 
     Attributes:
-        n_read: activations that each reader has got.
+        n_read: activations that each reader has got, of all processes together.
         n_batches: batches of windows behind them.
         digest: of all tokens of these.
         special_ids: ids that are left out.
@@ -71,8 +76,9 @@ class TextPass:
         context_size: int,
         exclude_special_tokens: bool | Sequence[int] = True,
         exclude_positions: Sequence[int] = (),
+        group: Group = ALONE,
     ) -> None:
-        self.model, self.points, self.n_tokens = model, points, n_tokens
+        self.model, self.points, self.n_tokens, self.group = model, points, n_tokens, group
         self.special_ids = special_token_ids(model, exclude_special_tokens)
         self.exclude_positions = exclude_positions
         self.n_read = self.n_batches = 0
@@ -114,7 +120,11 @@ class TextPass:
             ValueError: for a hook that is not reached or holds no vectors.
         """
         with tqdm(
-            total=self.n_tokens, initial=self.n_read, desc=description, unit="token", disable=not progress
+            total=self.n_tokens,
+            initial=self.n_read,
+            desc=description,
+            unit="token",
+            disable=not (progress and self.group.is_first),
         ) as bar:
             while self.n_missing != 0 or not until():
                 tokens, is_text = next(self._batches, (None, None))
@@ -122,7 +132,7 @@ class TextPass:
                     return
                 keep = keep_mask(tokens, self.special_ids, self.exclude_positions) & is_text
                 rows = keep.flatten().nonzero().squeeze(1)[: self.n_missing]
-                if len(rows):
+                if len(rows) and self.n_batches % self.group.size == self.group.rank:
                     device = device_of(self.model)
                     inside = {name: _at_rows(name, tokens, rows, reader) for name, reader in readers.items()}
                     read_activations(self.model, tokens.to(device), self.points, inside, is_text.to(device))
@@ -140,7 +150,7 @@ class TextPass:
                 f"the data holds {what if at_least > 1 else 'no token that counts'}: check the data, "
                 "exclude_special_tokens and exclude_positions"
             )
-        if self.n_tokens is not None and self.n_read < self.n_tokens:
+        if self.n_tokens is not None and self.n_read < self.n_tokens and self.group.is_first:
             logger.warning("the data ended after %d of n_tokens=%d tokens", self.n_read, self.n_tokens)
 
 

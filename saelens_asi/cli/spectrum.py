@@ -1,6 +1,7 @@
 """Which hooks of a model are low-rank, why, and what it means for a sparse autoencoder on them.
 
 Writes a table (CSV, JSON), one spectrum file a hook, figures, and report.md. Interrupted, the same command continues.
+Under torchrun the processes share the pass over the text, which then begins anew after an interruption.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ from saelens_asi.cli.flags import (
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import AUTO_VARIANCE_SHARE
 from saelens_asi.plots import spectra as spectrum_plots
+from saelens_asi.plugin.launch import processes
 from saelens_asi.resume import differences, write_json
+from saelens_asi.sparse.shards import Group
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
 from saelens_asi.spectra.findings import SpectrumRow, findings, table_rows, write_table
@@ -120,7 +123,8 @@ class SpectrumFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, SpecialTokensFlag,
 
 
 def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[SpectrumRow]:
-    """Do what the flags ask for; returns the rows of the table."""
+    """Do what the flags ask for; returns the rows of the table, which of several processes the first alone writes."""
+    world = processes(1, flags.device).world
     model = open_model(flags.model, flags.device, DTYPES[flags.dtype])
     layers = layer_numbers(flags.layers, model.cfg.n_layers)
     names = resolve_hook_names(layer_hooks(flags.hooks, layers), model.hook_dict)
@@ -128,8 +132,10 @@ def run(flags: SpectrumFlags, command: str = "saelens-asi spectrum") -> list[Spe
     if not 0 <= detail < model.cfg.n_layers:
         raise ValueError(f"--detail-layer {detail}: this model has layers 0 to {model.cfg.n_layers - 1}")
     training, held_out = open_text(flags.dataset, flags.n_tokens)
-    spectra, files = _spectra(model, training, names, flags)
+    spectra, files = _spectra(model, training, names, flags, world)
     rows = table_rows(spectra)
+    if not world.is_first:
+        return rows
     written = write_table(rows, flags.out)
 
     at_layer = {kind: name for name in names for layer, kind in [split_name(name)] if layer == detail}
@@ -173,7 +179,7 @@ def _figures(
 
 
 def _spectra(
-    model: Any, data: Dataset, names: Sequence[str], flags: SpectrumFlags
+    model: Any, data: Dataset, names: Sequence[str], flags: SpectrumFlags, world: Group
 ) -> tuple[dict[str, Spectrum], dict[str, Path]]:
     """Spectra and their files: those of a finished pass with these settings where they are there, or a pass."""
     folder = flags.out / "spectra"
@@ -181,23 +187,32 @@ def _spectra(
     own = {"model": flags.model, "dataset": flags.dataset, "dtype": flags.dtype}
     settings = {**own, "hooks": list(names), "n_tokens": flags.n_tokens, **flags.reading}
     done, made_of = folder / "settings.json", fingerprints(model, data)
-    if _of_this(done, settings, made_of):
-        try:
-            spectra = {name: Spectrum.load(path) for name, path in files.items()}
-        except (ValueError, FileNotFoundError) as error:
-            logger.warning("the spectra are measured again: %s", error)
-        else:
+    spectra = _saved_spectra(files) if _of_this(done, settings, made_of) else None
+    if all(world.gather_objects(spectra is not None)) and spectra is not None:
+        if world.is_first:
             print(f"The spectra are in {folder} already: delete {done} to measure them again", flush=True)
-            return spectra, files
-    checkpoint = flags.out / "pass.safetensors"
+        return spectra, files
+    checkpoint = flags.out / "pass.safetensors" if world.size == 1 else None
     spectra = activation_spectra(model, data, names, flags.n_tokens, checkpoint=checkpoint, **flags.reading)
+    if not world.is_first:
+        return spectra, files
     # Or a kill between two of the files would leave some of this pass under the settings of the last one.
     done.unlink(missing_ok=True)
     for name, spectrum in spectra.items():
         spectrum.save(files[name])
     write_json(done, sealed({**settings, _MADE_OF: made_of}), indent=1)
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return spectra, files
+
+
+def _saved_spectra(files: Mapping[str, Path]) -> dict[str, Spectrum] | None:
+    """None, and why, where one of them cannot be read."""
+    try:
+        return {name: Spectrum.load(path) for name, path in files.items()}
+    except (ValueError, FileNotFoundError) as error:
+        logger.warning("the spectra are measured again: %s", error)
+        return None
 
 
 def _of_this(path: Path, settings: Mapping[str, Any], made_of: Fingerprints) -> bool:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -22,11 +24,12 @@ from saelens_asi.activations.fingerprint import (
     content_checksum,
     fingerprints,
 )
-from saelens_asi.activations.hooks import HookedModel, as_vectors, hook_points, resolve_hook_names
+from saelens_asi.activations.hooks import HookedModel, as_vectors, device_of, hook_points, resolve_hook_names
 from saelens_asi.activations.reader import TextPass
 from saelens_asi.activations.tokens import TokenData
 from saelens_asi.interrupts import signals_held_back
 from saelens_asi.resume import differences, load_tensors, save_tensors, tensor_metadata
+from saelens_asi.sparse.shards import Group
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -57,6 +60,9 @@ def activation_spectra(
     Time: the forward pass up to that layer, and 5/4 d^2 operations in float64 a token and hook. Memory: 8 d^2 bytes a
     hook, whatever the number of tokens. Neither the batch size nor the order of the data changes the result.
 
+    Where torch.distributed was initialised, all its processes have to call this, with the same arguments. They take
+    batches in turn, and what each has seen is merged at the end: all return the spectra of one process, up to rounding.
+
     Args:
         model: a HookedTransformer or TransformerBridge, in any dtype.
         data: (n_windows, n_positions) token ids; or rows of a dataset with a column ``tokens``, ``input_ids`` or
@@ -68,7 +74,7 @@ def activation_spectra(
         exclude_special_tokens: leave out BOS, EOS, padding and the like, as in SAELens: True, False or token ids.
         exclude_positions: positions of every window that are left out too; negative ones count from its end.
         checkpoint: file that keeps the state. Where it exists, the pass continues from it, to the same result. With
-            it, SIGINT and SIGTERM let the batch end, and save it first.
+            it, SIGINT and SIGTERM let the batch end, and save it first. Not where several processes share the pass.
         checkpoint_seconds: how often it is written.
         progress: show a progress bar.
 
@@ -77,11 +83,13 @@ def activation_spectra(
 
     Raises:
         ValueError: for a hook that does not exist, is not reached, or holds no vectors; for activations that are not
-            finite; for fewer than 2 tokens; for a checkpoint of another pass, model or data, or a damaged one.
+            finite; for fewer than 2 tokens; for a checkpoint of another pass, model or data, or a damaged one, and for
+            any where several processes share the pass.
         OSError: where the disk is full. The last checkpoint stays.
     """
     if n_tokens is not None and n_tokens < 2:
         raise ValueError(f"n_tokens={n_tokens} must be at least 2")
+    group = _all_processes(checkpoint)
     points = hook_points(model, hook_names)
     text = TextPass(
         model,
@@ -92,6 +100,7 @@ def activation_spectra(
         context_size=context_size,
         exclude_special_tokens=exclude_special_tokens,
         exclude_positions=exclude_positions,
+        group=group,
     )
     settings = {"batch_size": batch_size, "context_size": context_size, "exclude_positions": list(exclude_positions)}
     running = _RunningSpectra(points)
@@ -104,11 +113,24 @@ def activation_spectra(
         saved.restore(running)
         saved.read(running, progress)
     text.check_length(at_least=2)
+    running.merge_(group, device_of(model))
     spectra = running.spectra()
     warning = _small_sample_warning(spectra)
-    if warning is not None:
+    if warning is not None and group.is_first:
         warnings.warn(warning, stacklevel=2)
     return spectra
+
+
+def _all_processes(checkpoint: str | Path | None) -> Group:
+    """The processes that share the pass. Raises ValueError for a checkpoint of several."""
+    is_initialized = dist.is_available() and dist.is_initialized()
+    group = Group(dist.get_rank(), dist.get_world_size()) if is_initialized else Group()
+    if group.size > 1 and checkpoint is not None:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} keeps what one process has seen, but {group.size} share this pass: set "
+            "checkpoint=None, or start one process"
+        )
+    return group
 
 
 class _RunningSpectra:
@@ -133,6 +155,14 @@ class _RunningSpectra:
             _update_(self.moments[name], vectors, name)
 
         return read
+
+    def merge_(self, group: Group, device: torch.device | str) -> None:
+        """Give each process the moments of what all have seen; one that has seen nothing starts on ``device``."""
+        own = {name: moments.d for name, moments in self.moments.items()}
+        widths = {name: d for widths in group.gather_objects(own) for name, d in widths.items()}
+        for name in sorted(widths):
+            moments = self.moments.get(name) or RunningMoments.zeros(widths[name], device)
+            self.moments[name] = moments.merged(group)
 
     def spectra(self) -> dict[str, Spectrum]:
         return {name: Spectrum.from_moments(self.moments[own]).to("cpu") for name, own in self._first_names.items()}

@@ -274,3 +274,19 @@ def test_another_model_or_damaged_losses_are_measured_again(
     assert "the losses are measured again" in caplog.text
     assert settings.read_bytes() == (finished / "spectra" / "settings.json").read_bytes()
     assert losses.read_bytes() == (finished / "losses.json").read_bytes()
+
+
+def test_processes_of_torchrun_share_the_pass_and_the_first_writes(
+    finished: Path, llama_folder: Path, text_folder: Path, tmp_path: Path, python
+) -> None:
+    names = ["--model", str(llama_folder), "--dataset", str(text_folder), "--out", "out"]
+    sizes = ["--context-size", "16", "--n-tokens", "2000", "--loss-tokens", "0", "--batch-size", "4"]
+    sizes += ["--hooks", "mlp_out"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "saelens_asi", "spectrum"]
+    printed = python(*launch, *names, *sizes, cwd=tmp_path)
+    assert printed.count("Written:") == 1
+    for name in ("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"):
+        own, one = (Spectrum.load(out / "spectra" / f"{name}.safetensors") for out in (tmp_path / "out", finished))
+        assert own.n_tokens == one.n_tokens == 2000
+        torch.testing.assert_close(own.covariance, one.covariance, rtol=1e-5, atol=1e-9)
+    assert python(*launch, *names, *sizes, cwd=tmp_path).count("are in out/spectra already") == 1

@@ -21,6 +21,7 @@ from saelens_asi.spectra import hook_spectra as module
 from saelens_asi.spectra.hook_spectra import load_pass
 from tests.helpers import tiny
 from tests.helpers.damage import Hostile, assert_survives_kills, damages, hit_in_the_third_batch
+from tests.helpers.processes import in_processes
 from tests.helpers.reference import two_pass_moments
 
 TOKENS = torch.tensor(tiny.tokens(60)["tokens"])
@@ -428,3 +429,49 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(model, tmp_path):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     assert_survives_kills("spectrum", tmp_path)
+
+
+def _spectra_of_several(n_tokens, batch_size, hook_names):
+    spectra = activation_spectra(
+        tiny.hooked_transformer(), tiny.tokens(40), hook_names, n_tokens, batch_size=batch_size, progress=False
+    )
+    return {name: (one.n_tokens, one.mean, one.covariance) for name, one in spectra.items()}
+
+
+@pytest.mark.parametrize(
+    ("n", "n_tokens", "batch_size"),
+    [(2, None, 8), (3, 333, 4), (4, 500, 1), (3, 200, 40)],
+    ids=["all", "in_the_middle_of_a_batch", "windows", "one_batch_for_three"],
+)
+def test_processes_share_a_pass_and_return_its_spectra(n, n_tokens, batch_size):
+    names = ["blocks.*.hook_attn_out", "blocks.0.attn.hook_z"]
+    expected = _spectra_of_several(n_tokens, batch_size, names)
+    told = in_processes(n, _spectra_of_several, n_tokens, batch_size, names)
+    for spectra in told:
+        assert spectra.keys() == expected.keys()
+        for name, (n_seen, mean, covariance) in expected.items():
+            assert spectra[name][0] == n_seen
+            torch.testing.assert_close(spectra[name][1], mean, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(spectra[name][2], covariance, rtol=1e-6, atol=1e-9)
+            assert all(torch.equal(a, b) for a, b in zip(spectra[name][1:], told[0][name][1:], strict=True))
+
+
+def _windows_read():
+    model, seen = tiny.hooked_transformer(), []
+    model.add_hook("hook_embed", lambda x, hook: seen.append(len(x)), is_permanent=True)
+    activation_spectra(model, tiny.tokens(40), tiny.ATTN_OUT, batch_size=8, progress=False)
+    return seen
+
+
+def test_each_window_is_read_by_one_process():
+    assert in_processes(2, _windows_read) == [[8, 8, 8], [8, 8]]
+
+
+def _with_checkpoint(path):
+    with pytest.raises(ValueError, match=r"checkpoint=.*but 2 share this pass"):
+        activation_spectra(tiny.hooked_transformer(), tiny.tokens(40), tiny.ATTN_OUT, checkpoint=path, progress=False)
+
+
+def test_a_checkpoint_of_several_processes_is_refused(tmp_path):
+    in_processes(2, _with_checkpoint, str(tmp_path / "pass"))
+    assert not list(tmp_path.iterdir())
