@@ -255,7 +255,8 @@ class KeptRun:
         try:
             with keeper.writing(name, reason) as folder:
                 self._write(folder, wandb_aliases)
-                self.data_state.save(folder, keeper.settings.buffer_bytes)
+                if self._world.is_first:  # all are at the same place
+                    self.data_state.save(folder, keeper.settings.buffer_bytes)
         finally:
             if own_fn is not None:
                 self.save_checkpoint_fn = own_fn
@@ -269,7 +270,7 @@ class KeptRun:
         if keeper is None or isinstance(error, FloatingPointError):
             return
         if self._world.size > 1:  # the others are elsewhere, or gone: nothing can be written together
-            if self._world.is_first:
+            if self._world.is_first and not isinstance(error, ChildProcessError):
                 logger.warning("ended (%r): %s", error, how_to_resume(keeper.last_good))
             return
         if not self._has_begun():

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import sae_lens
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -64,7 +63,11 @@ def _met(batch_shards: int, device_type: str, device: str) -> Processes:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         # Small decisions are made on the CPU, so that a GPU need not be waited for.
-        dist.init_process_group("gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl")
+        backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        # Apart for each start: torchrun's own store keeps the addresses of processes that have ended (torch 2.13).
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     met = Processes.spread(batch_shards, device_type)
     if not met.world.is_first:
         _be_quiet()
@@ -76,7 +79,7 @@ def _met(batch_shards: int, device_type: str, device: str) -> Processes:
 def _be_quiet() -> None:
     """One process speaks, shows the bars and writes to W&B; the others follow it, and warn of nothing."""
     os.environ["WANDB_MODE"] = "disabled"
-    for name in ("saelens_asi", sae_lens.logger.name):
+    for name in ("saelens_asi", "sae_lens"):
         logging.getLogger(name).setLevel(logging.ERROR)
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
 
@@ -146,8 +149,9 @@ def losses_named(world: Group, way_out: Callable[[], str]) -> Iterator[None]:
     except _LOST as error:
         if not _speaks_of_loss(error):
             raise
-        lost = _lost(places)
-        raise ChildProcessError(f"{lost} ended, and all others with it. {way_out()}") from error
+        message = f"{_lost(places)} ended, and all others with it. {way_out()}"
+        logger.error(message)  # now: torchrun is about to end this process too
+        raise ChildProcessError(message) from error
 
 
 def _speaks_of_loss(error: BaseException) -> bool:
@@ -158,11 +162,12 @@ def _speaks_of_loss(error: BaseException) -> bool:
 
 
 def _lost(places: list[tuple[str, int]]) -> str:
-    time.sleep(0.5)  # a process that is being killed closes its connections before it is gone
     here = socket.gethostname()
-    gone = [rank for rank, (host, pid) in enumerate(places) if host == here and _is_gone(pid)]
-    if gone:
-        return f"process {', '.join(map(str, gone))} of {len(places)} (on {here})"
+    for _ in range(10):  # a process that is being killed closes its connections before it is gone
+        gone = [rank for rank, (host, pid) in enumerate(places) if host == here and _is_gone(pid)]
+        if gone:
+            return f"process {', '.join(map(str, gone))} of {len(places)} (on {here})"
+        time.sleep(0.02)
     return f"a process of {len(places)}, not on {here},"
 
 

@@ -36,10 +36,11 @@ FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
 
 def whole_kaiming_rows_(out, shard):
     for first in range(0, shard.d_sae, 4096):
-        n=min(4096, shard.d_sae-first)
+        n = min(4096, shard.d_sae - first)
         rows = torch.nn.init.kaiming_uniform_(torch.empty(n, out.shape[1], dtype=out.dtype))
-        lo, hi = max(first, shard.first), min(first+n, shard.stop)
-        if lo < hi: out[lo-shard.first:hi-shard.first] = rows[lo-first:hi-first]
+        lo, hi = max(first, shard.first), min(first + n, shard.stop)
+        if lo < hi:
+            out[lo - shard.first : hi - shard.first] = rows[lo - first : hi - first]
 
 
 def shard_of(sae: object) -> Shard:
@@ -190,7 +191,7 @@ def _become_sharded(sae: AnyTrainingSAE, shard: Shard) -> None:
             f"{type(sae).__name__} cannot be spread over {shard.world.size} processes: only the TopK family can "
             "(topk, abstopk, batchtopk, matryoshka_batchtopk). Start it without torchrun, or set another architecture"
         )
-    sae.__class__ = sharded_class(type(sae))
+    sae.__class__ = sharded_class(type(sae))  # type: ignore[arg-type]
     vars(sae)["shard"] = shard
 
 

@@ -56,7 +56,7 @@ from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, s
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
 from saelens_asi.plugin.trainer_state import load_rest, save_rest, skip_reading_once
-from saelens_asi.resume import save_tensors, write_json
+from saelens_asi.resume import failing_together, save_tensors, write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             self._resume_if_asked()
         check_run(self)
         try:
-            with losses_named(self.shard.world, self._way_out), self._kept() as self.data_provider:
+            with self._kept() as self.data_provider, losses_named(self.shard.world, self._way_out):
                 self._initialize_if_pending()
                 if self.keeper is not None:
                     self.keeper.clock.start()
@@ -376,10 +376,11 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
 
     def _read_shards(self, path: Path) -> None:
         """All of a checkpoint of any number of processes, this process's features of it."""
-        make_room_(self.sae, self.optimizer, path)
+        with failing_together(self.shard.world):
+            make_room_(self.sae, self.optimizer, path)
+            load_rest(self, path)
         read = read_shards if (path / SHARDS).is_dir() else read_stock
         read(path, self._sharded_tensors(), self.shard)
-        load_rest(self, path)
         self.invalidate_caches()
         skip_reading_once(self.sae, path)
 

@@ -7,8 +7,10 @@ FOLDER/checkpoints. ``n_steps``, ``seconds`` that a step takes, ``batch_shards``
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,11 +20,11 @@ import torch
 from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saelens_asi import ActiveSubspaceInit
 from tests.helpers import tiny
 
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rank = int(os.environ.get("RANK", "0"))
@@ -49,9 +51,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         folder,
         **{"checkpoint_path": str(folder / "checkpoints"), "training_tokens": n_steps * tiny.BATCH, **settings},
     )
-    LanguageModelSAETrainingRunner(
-        cfg, override_dataset=tiny.tokens(), override_model=tiny.hooked_transformer()
-    ).run()
+    LanguageModelSAETrainingRunner(cfg, override_dataset=tiny.tokens(), override_model=tiny.hooked_transformer()).run()
 
 
 if __name__ == "__main__":

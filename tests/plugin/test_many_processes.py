@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
 from tests.helpers import many
@@ -27,7 +26,9 @@ def _assert_same(found: Done, expected: Done, dtype: str, steps_of_selection: in
         assert one == pytest.approx(other, rel=10 * tolerance, abs=tolerance)
     assert found.gradient_norms == pytest.approx(expected.gradient_norms, rel=20 * tolerance)
     for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(found.tensors[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found.tensors[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def _compare(n: int, architecture: str, n_steps: int = 12, **settings: Any) -> tuple[list[Done], Done]:
