@@ -52,18 +52,19 @@ def processes(batch_shards: int, device: str) -> Processes:
     """
     if not is_launched():
         return Processes()
-    return _met(batch_shards, torch.device(device).type, device)
+    kind, index = torch.device(device).type, torch.device(device).index
+    if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"device={device!r} is one for all processes: give {kind!r}, and each takes its own")
+    return _met(batch_shards, kind)
 
 
 @cache
-def _met(batch_shards: int, device_type: str, device: str) -> Processes:
-    if device_type == "cuda":
-        if torch.device(device).index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"device={device!r} is one GPU for all processes: give 'cuda', and each takes its own")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+def _met(batch_shards: int, device_type: str) -> Processes:
     if not dist.is_initialized():
         # Small decisions are made on the CPU, so that a GPU need not be waited for.
-        backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         store, rank, size = next(iter(dist.rendezvous("env://")))
         # Apart for each start: torchrun's own store keeps the addresses of processes that have ended (torch 2.13).
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -21,6 +21,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, act_times_W_dec
 from torch import Tensor, nn
 
+from saelens_asi.initialization import whole_kaiming_rows_
 from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin
 from saelens_asi.plugin.launch import processes
 from saelens_asi.plugin.sharded_checkpoints import write_whole
@@ -32,15 +33,6 @@ from saelens_asi.sparse.topk import TopK, top_k
 
 # Along which dimension the features of a tensor lie; all others are the same in every process.
 FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
-
-
-def whole_kaiming_rows_(out, shard):
-    for first in range(0, shard.d_sae, 4096):
-        n = min(4096, shard.d_sae - first)
-        rows = torch.nn.init.kaiming_uniform_(torch.empty(n, out.shape[1], dtype=out.dtype))
-        lo, hi = max(first, shard.first), min(first + n, shard.stop)
-        if lo < hi:
-            out[lo - shard.first : hi - shard.first] = rows[lo - first : hi - first]
 
 
 def shard_of(sae: object) -> Shard:

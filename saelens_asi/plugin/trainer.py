@@ -33,7 +33,8 @@ from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin, initializ
 from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
-from saelens_asi.plugin.launch import check_alike, losses_named
+from saelens_asi.plugin.launch import check_alike, losses_named, processes
+from saelens_asi.plugin.parallel_store import share_model_
 from saelens_asi.plugin.pace import Pace, dense_step_fits
 from saelens_asi.plugin.preflight import check_device, check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
@@ -517,6 +518,7 @@ def extend_store() -> None:
         sae_cfg = getattr(cfg, "sae", None)
         if sae_cfg is not None and asks_for_plugin(sae_cfg):
             make_saveable(store)
+            share_model_(store, processes(sae_cfg.batch_shards, cfg.device).world)
         return store
 
     ActivationsStore.from_config = classmethod(from_config)  # type: ignore[assignment]
