@@ -32,6 +32,7 @@ from saelens_asi.lorsa.run_folder import (
     write_state,
 )
 from saelens_asi.lorsa.sequences import Sequences, finite_sequences
+from saelens_asi.plugin.launch import is_launched
 from saelens_asi.resume import DISK_ERRORS, one_writer, remove_unfinished
 from saelens_asi.sparse.finite import all_finite
 from saelens_asi.sparse_adam import SparseAdam
@@ -84,6 +85,8 @@ class _Rest(NamedTuple):
 class TrainingRun:
     """The state of a run: all that a checkpoint holds, and how a step changes it.
 
+    Raises ValueError in one of several processes that torchrun has launched.
+
     Attributes:
         lorsa: trained in place.
         settings: of the run.
@@ -98,6 +101,10 @@ class TrainingRun:
     """
 
     def __init__(self, lorsa: Lorsa, settings: LorsaTraining, data: Sequences, folder: Path | None = None) -> None:
+        if is_launched():
+            raise ValueError(
+                "a Lorsa is trained by one process: start train_lorsa without torchrun, which launched several here"
+            )
         self.lorsa, self.settings, self.data, self.folder = lorsa, settings, data, folder
         self.optimizer = make_optimizer(lorsa, settings)
         self.silent = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.int64, device=lorsa.W_V.device)

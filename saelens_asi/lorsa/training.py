@@ -51,8 +51,8 @@ def train_lorsa(
 
     Raises:
         ValueError: before training, for sequences that do not fit the Lorsa, a folder that cannot be written, is too
-            small, is being written by another run or holds one (neither ``resume`` nor ``overwrite`` set), and for a
-            checkpoint of another Lorsa, other settings or other data.
+            small, is being written by another run or holds one (neither ``resume`` nor ``overwrite`` set), for a
+            checkpoint of another Lorsa, other settings or other data, and in one of several processes of torchrun.
         FloatingPointError: for a loss, gradient or weights that are not finite, or too many such activations; names the
             last good checkpoint.
     """

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
+from saelens_asi.plugin.launch import is_loss
 from saelens_asi.resume import (
     DISK_ERRORS,
     MANIFEST,
@@ -103,7 +104,7 @@ class Keeper:
         try:
             save()
         except DISK_ERRORS as error:
-            if isinstance(error, ElsewhereError) and not error.of_disk:
+            if is_loss(error) or (isinstance(error, ElsewhereError) and not error.of_disk):
                 raise  # that process's run ends, and with it all
             if not self._group.is_first:
                 return

@@ -25,6 +25,7 @@ from saelens_asi.plugin.batches import (
     save_place,
     set_generators,
 )
+from saelens_asi.plugin.parallel_store import processes_of, stop_together
 from saelens_asi.plugin.stream import Provider, find_store
 from saelens_asi.resume import load_tensors, save_tensors
 
@@ -157,10 +158,15 @@ class DataState:
         """A runner winds its store forward next, which must not happen while a prefetcher reads from it."""
         if not isinstance(self.provider, PrefetchingIterator) or self._store is None:
             return
-        if isinstance(self._store, SaveableStore) and self._store.batches is not None:
-            self._store.batches.stop()
+        stop_together(self.provider, self._store)
         self._prefetch = self.provider._queue.maxsize
         self.provider.close()
+
+    def stop_together(self) -> None:
+        """Have a prefetcher of several processes read no more, so that each can close its own. Collective."""
+        provider, store = self.provider, self._store
+        if isinstance(provider, PrefetchingIterator) and store is not None and processes_of(store).size > 1:
+            stop_together(provider, store)
 
     def start(self) -> Provider:
         """Set the generators as they were; returns what the trainer draws from."""

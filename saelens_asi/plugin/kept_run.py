@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from saelens_asi.plugin.checkpoints import (
     refuse_misfit,
 )
 from saelens_asi.plugin.data_state import DataState
-from saelens_asi.plugin.launch import launched_at, only_first
+from saelens_asi.plugin.launch import of_first_start, only_first
 from saelens_asi.plugin.recorder import RUNNER_CONFIGS
 from saelens_asi.plugin.stream import Provider
 from saelens_asi.resume import failing_together, one_writer, read_manifest
@@ -123,42 +124,53 @@ class KeptRun:
     def _resolve_latest(self) -> None:
         """Have the runner resume from the newest checkpoint where its config says 'latest', in that run's folder; and
         from the newest of this run where torchrun has started its processes again."""
-        cfg = getattr(self._runner, "cfg", None)
-        asked = self._resume if cfg is None else getattr(cfg, "resume_from_checkpoint", None)
-        launched = self._world.of_first(launched_at())
-        if launched is not None:
-            found = self._find_latest(launched)
-            if found is None and asked != LATEST:
-                return  # as the first time
-        elif cfg is not None and asked == LATEST:
-            found = self._find_latest()
+        cfg: Any = getattr(self._runner, "cfg", None)
+        is_runners = hasattr(cfg, "resume_from_checkpoint")
+        asked = cfg.resume_from_checkpoint if is_runners else self._resume
+        first = only_first(self._world, self._first_start)
+        if asked == LATEST and is_runners:
+            found: str | Path | None = self._find_latest()
+        elif asked != LATEST and first is not None:
+            folder = Path(first["folder"])
+            self._go_on_in(folder)
+            found = self._find_latest([folder], first["time"]) or asked
         else:
-            return
-        if cfg is None or not hasattr(cfg, "resume_from_checkpoint"):
+            return  # LATEST of an SAE's config is looked for by ``fit``
+        if not is_runners:
             self._resume = None if found is None else str(found)
             return
         self._runner.cfg = cfg = copy.copy(cfg)  # the user's stays as it was
         cfg.resume_from_checkpoint = None if found is None else str(found)
-        if found is not None:
-            cfg.checkpoint_path = str(found.parent)
+        cfg.checkpoint_path = self.cfg.checkpoint_path
 
-    def _find_latest(self, since: float = 0.0) -> Path | None:
-        found = only_first(self._world, lambda: self._newest(since))
+    def _first_start(self) -> dict[str, Any] | None:
+        """Where this run began to write, and when, if torchrun has started its processes again since."""
+        if self.keeper is None:
+            return None
+        here = {"folder": str(self.keeper.folder.absolute()), "time": time.time()}
+        first: dict[str, Any] | None = of_first_start(here)
+        return first
+
+    def _find_latest(self, folders: list[Path] | None = None, since: float = 0.0) -> Path | None:
+        """The newest checkpoint that fits, in these folders or else in all that runs of this path write to."""
+        found = only_first(self._world, lambda: self._newest(folders, since))
         if found is None:
             if self._world.is_first:
-                logger.warning("no checkpoint to resume from: the run starts at its beginning")
+                as_then = "at its beginning" if folders is None else "as it did the first time"
+                logger.warning("no checkpoint to resume from: the run starts %s", as_then)
         else:
             self._checked = found
             self._go_on_in(found.parent)
         return found
 
-    def _newest(self, since: float) -> Path | None:
+    def _newest(self, folders: list[Path] | None, since: float) -> Path | None:
         if self.keeper is None:
             return None
-        base = self.keeper.folder
-        adds = isinstance(getattr(self._runner, "cfg", None), _ADD_A_FOLDER)
-        around = [base.parent, *base.parent.glob("*/")] if adds else []
-        return find_latest([base, *around], self.misfit, since)
+        if folders is None:
+            base = self.keeper.folder
+            adds = isinstance(getattr(self._runner, "cfg", None), _ADD_A_FOLDER)
+            folders = [base, *([base.parent, *base.parent.glob("*/")] if adds else [])]
+        return find_latest(folders, self.misfit, since)
 
     def _go_on_in(self, folder: Path) -> None:
         self.cfg = replace(self.cfg, checkpoint_path=str(folder))
@@ -212,23 +224,29 @@ class KeptRun:
     def _between_steps(self) -> None:
         """Where a run is saved, by time or for a signal, which then does what it would have done."""
         name = str(self.n_training_samples)
-        is_due = self._agreed(self.keeper is not None and self.n_training_samples > 0 and self.keeper.is_due(name))
-        if self.interrupts.received is not None:
+        is_due = self.keeper is not None and self.n_training_samples > 0 and self.keeper.is_due(name)
+        is_due, is_interrupted = self.agreed(is_due)
+        if is_interrupted:
             if self.keeper is not None and self._has_begun() and self.keeper.last_good != self.keeper.folder / name:
                 self.keeper.save_or_warn(lambda: self._save_whole(name, "interrupt"))
+            self.data_state.stop_together()
             self.interrupts.deliver()
         if self.keeper is not None and is_due:
             self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
 
-    def _agreed(self, is_due: bool) -> bool:
-        """Whether a checkpoint is due, as the first process has it; a signal that one has received is noted by all."""
+    def agreed(self, is_due: bool = False) -> tuple[bool, bool]:
+        """Whether a checkpoint is due, as the first process has it, and whether a signal has come to any.
+
+        A signal that one has received is noted by all, and one that comes after this call waits for the next.
+        """
+        received = self.interrupts.received
         if self._world.size == 1:
-            return is_due
-        received = self.interrupts.received or 0
-        number, due = self._world.max_(torch.tensor([received, is_due and self._world.is_first])).tolist()
+            return is_due, received is not None
+        of_first = is_due and self._world.is_first
+        number, due = self._world.max_(torch.tensor([received or 0, of_first])).tolist()
         if number and self.interrupts.received is None:
             self.interrupts.note(number)
-        return bool(due)
+        return bool(due), bool(number)
 
     def _checkpoint_if_needed(self) -> None:
         if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
@@ -245,7 +263,7 @@ class KeptRun:
         self.check_finite()
         keeper = self.keeper
         if base is not None and (keeper is None or base != keeper.folder):
-            keeper = Keeper(self._keep_settings, base, self._facts)
+            keeper = Keeper(self._keep_settings, base, self._facts, self._world)
         if keeper is None:
             return
         # A function of the user's is told the folder's name, which it has only once it is whole.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import logging
 import os
 import platform
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +35,13 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 # What gloo and NCCL raise where another process is gone: their own error, or its base.
 _LOST = (dist.DistError, RuntimeError)
+
+# How long a process looks for an answer of the first before it looks whether that is still the first, in seconds; and
+# how long in all, as torch waits for processes.
+_LOOK, _PATIENCE = 1.0, 1800.0
+
+_OWN = uuid.uuid4().hex  # tells this process from those that had its rank in an earlier start
+_runs = itertools.count()
 
 
 def is_launched() -> bool:
@@ -65,16 +76,69 @@ def _met(batch_shards: int, device_type: str) -> Processes:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = _rendezvous()
         # Apart for each start: torchrun's own store keeps the addresses of processes that have ended (torch 2.13).
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"start {_name_of_start(store, rank, size)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    _check_split(batch_shards, device_type)
     met = Processes.spread(batch_shards, device_type)
     if not met.world.is_first:
         _be_quiet()
     else:
         logger.info("%d processes: %d share the features", met.world.size, met.features.size)
     return met
+
+
+@cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """The store that torchrun keeps for all starts of its processes, and this one's rank among how many."""
+    found: tuple[dist.Store, int, int] = next(iter(dist.rendezvous("env://")))
+    return found
+
+
+def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
+    """What the processes that live now, and no earlier ones, agree on; raises TimeoutError where some do not come.
+
+    Counts of restarts do not tell it: after a failure on one machine those of the others start theirs again uncounted.
+    """
+    if rank == 0:
+        store.set("start", _OWN)
+        here = [store.get(f"{_OWN} {other}").decode() for other in range(1, size)]
+        store.set(f"{_OWN} begins", json.dumps(here))
+        return _OWN
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        start = store.get("start").decode()  # may be that of a first process that has ended
+        store.set(f"{start} {rank}", _OWN)
+        try:
+            store.wait([f"{start} begins"], timedelta(seconds=_LOOK))
+        except dist.DistError:
+            continue
+        if _OWN in json.loads(store.get(f"{start} begins")):
+            return start
+        time.sleep(_LOOK / 10)
+    raise TimeoutError(f"process {rank} of {size} waited {_PATIENCE:g} s for the others: was one never started?")
+
+
+def _check_split(batch_shards: int, device_type: str) -> None:
+    """Raise ValueError where processes would make other groups: they would wait for one another."""
+    world = Group(dist.get_rank(), dist.get_world_size())
+    check_alike(world, {"batch_shards": batch_shards, "the type of device": device_type})
+
+
+def of_first_start(value: Any) -> Any:
+    """What a run of a program was given here when torchrun started it first; None if that is now, or without torchrun.
+
+    To be called once a run, by the first process: a run is told from others of the program by their order.
+
+    Args:
+        value: as JSON.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return None
+    key = f"run {next(_runs)}"
+    owner, first = json.loads(_rendezvous()[0].compare_set(key, "", json.dumps([_OWN, value])))
+    return None if owner == _OWN else first
 
 
 def _be_quiet() -> None:
@@ -120,16 +184,6 @@ def _versions() -> dict[str, str]:
     return {**own, **{name: version(name) for name in packages}}
 
 
-def launched_at() -> float | None:
-    """When torchrun started the processes of this run for the first time, where it has started them again since.
-
-    In seconds since 1970: the start of the agent, which outlives them. None for a first start.
-    """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return None
-    return Path(f"/proc/{os.getppid()}").stat().st_ctime if Path("/proc").exists() else 0.0
-
-
 @contextmanager
 def losses_named(world: Group, way_out: Callable[[], str]) -> Iterator[None]:
     """Say which process is gone where others wait for it in vain, and how to go on.
@@ -148,18 +202,19 @@ def losses_named(world: Group, way_out: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except _LOST as error:
-        if not _speaks_of_loss(error):
+        if not is_loss(error):
             raise
         message = f"{_lost(places)} ended, and all others with it. {way_out()}"
         logger.error(message)  # now: torchrun is about to end this process too
         raise ChildProcessError(message) from error
 
 
-def _speaks_of_loss(error: BaseException) -> bool:
-    """gloo has no class of its own for it."""
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is that of a process which waits for one that is gone. gloo has no class of its own for it."""
     said = str(error).lower()
     words = ("closed by peer", "connection reset", "connection refused", "timed out", "timeout", "nccl", "broken pipe")
-    return isinstance(error, dist.DistError) or any(word in said for word in words)
+    is_plain = isinstance(error, RuntimeError) and any(word in said for word in words)
+    return isinstance(error, dist.DistError) or is_plain
 
 
 def _lost(places: list[tuple[str, int]]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from saelens_asi.plugin.batches import SaveableStore
-from saelens_asi.sparse.shards import ALONE, Group
+from saelens_asi.sparse.shards import ALONE, Group, Shard
 
 # How long a process waits for its own prefetcher, and then before it tries again, in seconds.
 _PATIENCE, _PAUSE = 0.5, 0.01
@@ -119,6 +119,39 @@ def paused_together(prefetcher: PrefetchingIterator[Any], group: Group) -> Itera
         yield
     finally:
         lock.release()
+
+
+@dataclass(frozen=True)
+class _Together:
+    """An evaluator in several processes, which hold their prefetchers still and count the features of all."""
+
+    evaluator: Any
+    prefetcher: PrefetchingIterator[Any] | None
+    shard: Shard
+
+    @property
+    def activations_store(self) -> ActivationsStore | None:
+        return getattr(self.evaluator, "activations_store", None)
+
+    def __call__(self, sae: Any, data_provider: object, activation_scaler: Any) -> dict[str, Any]:
+        with ExitStack() as stack:
+            if self.prefetcher is not None:
+                stack.enter_context(paused_together(self.prefetcher, self.shard.world))
+                data_provider = self.activations_store  # or SAELens would pause the prefetcher once more
+            metrics: dict[str, Any] = self.evaluator(sae, data_provider, activation_scaler)
+        counted = metrics.get("sparsity")
+        if isinstance(counted, dict):  # l0 and l1 of this process's features
+            of_all = self.shard.features.sum_(torch.tensor(list(counted.values()), dtype=torch.float64))
+            metrics["sparsity"] = dict(zip(counted, of_all.tolist(), strict=True))
+        return metrics
+
+
+def evaluated_together(evaluator: Any, data_provider: object, shard: Shard) -> Any:
+    """SAELens's evaluator for an SAE that is spread over processes, all of which call it; as it is for a whole one."""
+    if evaluator is None or shard.is_whole:
+        return evaluator
+    prefetcher = data_provider if isinstance(data_provider, PrefetchingIterator) else None
+    return _Together(evaluator, prefetcher, shard)
 
 
 def stop_together(prefetcher: PrefetchingIterator[Any], store: ActivationsStore) -> None:

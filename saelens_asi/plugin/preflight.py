@@ -11,6 +11,7 @@ from sae_lens.config import SAETrainerConfig
 
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.recorder import output_folder
+from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.plugin.stream import Provider, check_hooks, find_store
 from saelens_asi.resume import check_writable
 
@@ -52,9 +53,9 @@ def check_device(device: str) -> None:
 
 
 def check_sae(sae: AnyTrainingSAE) -> None:
-    k = getattr(sae.cfg, "k", None)
-    if k is not None and k > sae.cfg.d_sae:
-        raise ValueError(f"k={k} is more than the d_sae={sae.cfg.d_sae} features: set k to at most d_sae")
+    k, d_sae = getattr(sae.cfg, "k", None), shard_of(sae).d_sae
+    if k is not None and k > d_sae:
+        raise ValueError(f"k={k} is more than the d_sae={d_sae} features: set k to at most d_sae")
 
 
 def check_folders(folders: dict[str, str | Path | None], saes: list[AnyTrainingSAE]) -> None:
@@ -66,10 +67,16 @@ def check_folders(folders: dict[str, str | Path | None], saes: list[AnyTrainingS
     if checkpoints is None:
         return
     # Two checkpoints lie there while the second is written: weights, and two moments of each.
-    weights = sum(one.numel() * one.element_size() for sae in saes for one in sae.parameters())
+    weights = sum(_whole_bytes(sae) for sae in saes)
     needed, free = 2 * 3 * weights, shutil.disk_usage(checkpoints).free
     if free < needed:
         raise ValueError(
             f"checkpoint_path={str(checkpoints)!r} has {free / 2**30:.1f} GiB free, and two checkpoints take "
             f"{needed / 2**30:.1f} GiB: free the space, or set checkpoint_path to another disk"
         )
+
+
+def _whole_bytes(sae: AnyTrainingSAE) -> float:
+    """Of the weights of an SAE, those of other processes' features among them."""
+    here = sum(one.numel() * one.element_size() for one in sae.parameters())
+    return here * shard_of(sae).d_sae / sae.cfg.d_sae

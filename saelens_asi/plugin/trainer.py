@@ -34,8 +34,8 @@ from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
 from saelens_asi.plugin.launch import check_alike, losses_named, processes
-from saelens_asi.plugin.parallel_store import share_model_
 from saelens_asi.plugin.pace import Pace, dense_step_fits
+from saelens_asi.plugin.parallel_store import evaluated_together, share_model_
 from saelens_asi.plugin.preflight import check_device, check_run
 from saelens_asi.plugin.quirks import refuse_known_failures, with_lr_end
 from saelens_asi.plugin.recorder import (
@@ -113,7 +113,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             with_lr_end(cfg),
             sae,
             data_provider,
-            evaluator=evaluator,
+            evaluator=evaluated_together(evaluator, data_provider, self.shard),
             save_checkpoint_fn=save_checkpoint_fn,
             **later_arguments,
         )
@@ -159,7 +159,9 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
                 self._initialize_if_pending()
                 if self.keeper is not None:
                     self.keeper.clock.start()
-                return super().fit()
+                sae = super().fit()
+                self.data_state.stop_together()
+                return sae
         finally:
             self._sparse_steps.finish()
 

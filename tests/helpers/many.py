@@ -14,9 +14,10 @@ from tests.helpers import tiny
 
 @dataclass
 class Done:
-    """Weights, moments and counters of the whole; of each step loss, gradient norm and the (token, feature) selected."""
+    """Weights, moments and counters of the whole, at the start and at the end, and what each step did."""
 
     tensors: dict[str, Tensor]
+    initial: dict[str, Tensor] = field(default_factory=dict)
     losses: list[dict[str, float]] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
@@ -29,8 +30,20 @@ def train(architecture: str, n_steps: int, **settings: Any) -> Done:
     torch.manual_seed(0)
     dtype = getattr(torch, settings.get("dtype", "float32"))
     provider = (batch.to(dtype) for batch in tiny.batches())
+    period = settings.pop("equal_every", None)
     trainer = tiny.trainer(architecture, provider, n_steps=n_steps, **settings)
+    if period is not None:
+        make_equal_(trainer.sae, period)
     return watched(trainer)
+
+
+@torch.no_grad()
+def make_equal_(sae: Any, period: int) -> None:
+    """Give features the same weights as those ``period`` before: their scores tie on every token."""
+    first = shard_of(sae).first
+    rows = torch.randn(period, sae.cfg.d_in, generator=torch.Generator().manual_seed(5), dtype=sae.W_dec.dtype)
+    sae.W_dec.copy_(rows[(torch.arange(len(sae.W_dec)) + first) % period] * 0.1)
+    sae.W_enc.copy_(sae.W_dec.T)
 
 
 def watched(trainer: Any) -> Done:
@@ -39,6 +52,7 @@ def watched(trainer: Any) -> Done:
     shard = shard_of(trainer.sae)
 
     def step(batch: Tensor) -> Any:
+        done.initial = done.initial or whole_state(trainer)
         output = stock_step(batch)
         done.losses.append({"loss": float(output.loss), **{name: float(x) for name, x in output.losses.items()}})
         done.gradient_norms.append(float(trainer._gradient_norm))
