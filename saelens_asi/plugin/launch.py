@@ -40,6 +40,9 @@ _LOST = (dist.DistError, RuntimeError)
 # how long in all, as torch waits for processes.
 _LOOK, _PATIENCE = 1.0, 1800.0
 
+# How long a process that fails may take to end, in seconds.
+_LAST_WORDS = 5.0
+
 _OWN = uuid.uuid4().hex  # tells this process from those that had its rank in an earlier start
 _runs = itertools.count()
 
@@ -218,13 +221,16 @@ def is_loss(error: BaseException) -> bool:
 
 
 def _lost(places: list[tuple[str, int]]) -> str:
+    """Which process is gone, in words. One that fails closes its connections, and ends some time after that."""
     here = socket.gethostname()
-    for _ in range(10):  # a process that is being killed closes its connections before it is gone
+    others = sorted({host for host, _ in places} - {here})
+    end = time.monotonic() + _LAST_WORDS
+    while time.monotonic() < end:
         gone = [rank for rank, (host, pid) in enumerate(places) if host == here and _is_gone(pid)]
         if gone:
             return f"process {', '.join(map(str, gone))} of {len(places)} (on {here})"
         time.sleep(0.02)
-    return f"a process of {len(places)}, not on {here},"
+    return f"a process of {len(places)} (on {', '.join(others or [here])})"
 
 
 def _is_gone(pid: int) -> bool:
