@@ -2,7 +2,8 @@
 
 ``torchrun ... -m tests.helpers.many_run FOLDER [SETTINGS as JSON, or a list of them]``; SAE in FOLDER/output,
 checkpoints in FOLDER/checkpoints, all that a run ended with in FOLDER/final.pt. Settings of a list have a ``name``, of
-the folder of that run below FOLDER. A run that is refused (ValueError) leaves FOLDER/refused.RANK, the next begins then.
+the folder of that run below FOLDER. A run that is refused (ValueError) leaves FOLDER/refused.RANK, and the next one
+begins.
 
 ``n_steps``, ``seconds`` that a step takes, ``batch_shards``, ``fail``: a rank that raises in step 3, ``odd``: a rank
 with ``odd_settings``, ``go_on_from``: the path of a checkpoint below FOLDER without the runner's own part, ``kind``: of
@@ -27,7 +28,7 @@ import torch
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-import saelens_asi  # noqa: F401 - for its flags
+from saelens_asi.lorsa import CachedSequences, Lorsa, LorsaConfig, LorsaTraining, train_lorsa
 from tests.helpers import tiny
 from tests.helpers.many import whole_state
 
@@ -114,9 +115,10 @@ def _several(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _lorsa(folder: Path, settings: dict[str, Any]) -> None:
-    from tests.helpers import lorsa_run
-
-    lorsa_run.run(folder)
+    lorsa = Lorsa(LorsaConfig(d_model=8, n_qk_heads=2, n_ov_heads=12, d_qk=4, k=2, n_ctx=8))
+    x = torch.zeros(8, 8, 8)
+    settings = LorsaTraining(steps=2, batch_size=2, lr_warm_up_steps=0)
+    train_lorsa(lorsa, CachedSequences(x, x, x[..., 0].long()), settings)
 
 
 KINDS: dict[str, Callable[[Path, dict[str, Any]], None]] = {"runner": _runner, "several": _several, "lorsa": _lorsa}

@@ -60,7 +60,7 @@ class Torchrun:
         self._seen |= set(pids)
         return pids if len(pids) == self.n else []
 
-    def until(self, come: Callable[[], Any], seconds: float = 120) -> Any:
+    def until(self, come: Callable[[], Any], seconds: float = 120, pause: float = 0.02) -> Any:
         """What ``come`` gives once it is true; raises TimeoutError with what was said."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -68,7 +68,7 @@ class Torchrun:
                 return result
             if self.agent.poll() is not None and not (result := come()):
                 break
-            time.sleep(0.02)
+            time.sleep(pause)
         raise TimeoutError(f"torchrun ({self.agent.poll()}) said: {self.said[-6000:]}")
 
     def end(self, seconds: float = 120) -> int:
@@ -80,12 +80,20 @@ class Torchrun:
 
     def seconds_until_gone(self, seconds: float = 120) -> float:
         """Until torchrun and all processes of its last start are gone."""
-        began, pids = time.monotonic(), [*self.pids(), self.agent.pid]
-        while not all(self.agent.poll() is not None if pid == self.agent.pid else is_gone(pid) for pid in pids):
-            if time.monotonic() - began > seconds:
-                raise TimeoutError(f"there are processes left after {seconds} s: {self.said[-6000:]}")
-            time.sleep(0.02)
+        began = time.monotonic()
+        self.end(seconds)
+        seconds_until_gone(self.pids(), seconds)
         return time.monotonic() - began
+
+
+def seconds_until_gone(pids: list[int], seconds: float = 120) -> float:
+    """Until all processes have ended; raises TimeoutError where some do not."""
+    began = time.monotonic()
+    while left := [pid for pid in pids if not is_gone(pid)]:
+        if time.monotonic() - began > seconds:
+            raise TimeoutError(f"processes {left} are left after {seconds:g} s")
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 def is_gone(pid: int) -> bool:
