@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.optim import get_lr_scheduler
@@ -33,7 +34,7 @@ from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin, initializ
 from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
-from saelens_asi.plugin.launch import check_alike, losses_named, processes
+from saelens_asi.plugin.launch import losses_named, processes
 from saelens_asi.plugin.pace import Pace, dense_step_fits
 from saelens_asi.plugin.parallel_store import evaluated_together, share_model_
 from saelens_asi.plugin.preflight import check_device, check_run
@@ -45,19 +46,11 @@ from saelens_asi.plugin.recorder import (
     count_firings,
     output_folder,
 )
-from saelens_asi.plugin.sharded_checkpoints import (
-    SHARDS,
-    ShardedTensors,
-    make_room_,
-    read_shards,
-    read_stock,
-    write_shards,
-)
+from saelens_asi.plugin.sharded_run import ShardedRun
 from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, shard_of, whole_config
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
-from saelens_asi.plugin.trainer_state import load_rest, save_rest, skip_reading_once
-from saelens_asi.resume import failing_together, save_tensors, write_json
+from saelens_asi.resume import write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -66,7 +59,7 @@ SPECTRUM_FILENAME = "active_subspace_spectrum.safetensors"
 GUARD = "guard.json"
 
 
-class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
+class PluginTrainer(KeptRun, ShardedRun):
     """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
 
     Beside the two flags, for these runs only: checkpoints are whole and hold all that the rest of the run follows from,
@@ -86,7 +79,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     unsaved_spectrum: Spectrum | None = None
     history: list[Record]  # where a subclass has a history of its own, this one is in the file only
     _gradient_norm: Tensor | None = None  # of the step under way: SAELens's step() hands on the output alone
-    _l0: Tensor  # of the step that was recorded last
 
     def __init__(
         self,
@@ -126,14 +118,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
             self._use_sparse_adam()
         self.progress.watch(self.optimizer)
         self._keep(KeepSettings.of(sae.cfg), sae.cfg.resume, self.data_provider, self.evaluator, self.shard.world)
-
-    def _alike(self, cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SAETrainerConfig:
-        """The config that all processes share; SAELens has each add a name of its own to the folder of checkpoints."""
-        world = self.shard.world
-        cfg = dataclasses.replace(cfg, checkpoint_path=world.of_first(cfg.checkpoint_path))
-        of_trainer = {name: value for name, value in vars(cfg).items() if name != "logger"}
-        check_alike(world, {**of_trainer, **whole_config(sae).to_dict(), "batch_shards": sae.cfg.batch_shards})
-        return cfg
 
     def _use_sparse_adam(self) -> None:
         """Replace the optimizer that SAELens built, and the schedule that moves its learning rate."""
@@ -232,29 +216,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         self._recorder.record(output, facts, silence)
         return output
 
-    def _of_batch(self, output: TrainStepOutput) -> TrainStepOutput:
-        """The output with activations and reconstructions of all tokens of the batch, where others see some of them."""
-        tokens = self.shard.tokens
-        sae_in, sae_out = (torch.cat(tokens.gather_rows(one)) for one in (output.sae_in, output.sae_out))
-        return dataclasses.replace(output, sae_in=sae_in, sae_out=sae_out)
-
-    @property
-    def feature_sparsity(self) -> Tensor:
-        """Of all features, also those of other processes, which have to ask for it too."""
-        here: Tensor = super().feature_sparsity
-        return torch.cat(self.shard.features.gather_rows(here))
-
-    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
-        """SAELens's, of all features."""
-        logged = super().build_train_step_log_dict(output, n_training_samples)
-        if not self.shard.is_whole:
-            silent, dead = self.n_forward_passes_since_fired.sum(), self.dead_neurons.sum()
-            n_silent, n_dead = self.shard.features.sum_(torch.stack([silent, dead])).tolist()
-            logged["sparsity/mean_passes_since_fired"] = n_silent / self.shard.d_sae
-            logged["sparsity/dead_features"] = int(n_dead)
-            logged["metrics/l0"] = float(self._l0)
-        return logged
-
     def check_finite(self) -> None:
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
 
@@ -351,6 +312,8 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
     ) -> None:
         """SAELens's checkpoint, whole or not there, with all that the rest of the run follows from."""
         base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None and not self.shard.is_whole:
+            return  # SAELens would have each process upload a checkpoint of its own
         if base is None or self.coordinator is not None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             if base is not None:
@@ -366,31 +329,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         if self.shard.world.is_first:
             self._add_own_files(folder)
 
-    def _write_shards(self, folder: Path) -> None:
-        """What SAELens writes into a checkpoint: by feature from all processes at once, the rest from the first."""
-        log_feature_sparsity = self.log_feature_sparsity
-        write_shards(folder, self._sharded_tensors(), self.shard)
-        if self.shard.world.is_first:
-            write_json(folder / SAE_CFG_FILENAME, whole_config(self.sae).to_dict())
-            save_tensors(folder / SPARSITY_FILENAME, {"sparsity": log_feature_sparsity})
-            self.save_trainer_state(folder)
-            if self.save_checkpoint_fn is not None:
-                self.save_checkpoint_fn(checkpoint_path=folder)
-
-    def _read_shards(self, path: Path) -> None:
-        """All of a checkpoint of any number of processes, this process's features of it."""
-        with failing_together(self.shard.world):
-            make_room_(self.sae, self.optimizer, path)
-            load_rest(self, path)
-        read = read_shards if (path / SHARDS).is_dir() else read_stock
-        read(path, self._sharded_tensors(), self.shard)
-        self.invalidate_caches()
-        skip_reading_once(self.sae, path)
-
-    def _sharded_tensors(self) -> ShardedTensors:
-        counters = {name: getattr(self, name) for name in ("act_freq_scores", "n_forward_passes_since_fired")}
-        return ShardedTensors.of(self.sae, self.optimizer, counters)
-
     def _add_own_files(self, folder: Path) -> None:
         self._recorder.copy_to(folder)
         if self.unsaved_spectrum is not None:
@@ -401,10 +339,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         """SAELens counts a step after its checkpoint: what is saved has it, as weights and schedules have."""
         counted, self.n_training_steps = self.n_training_steps, self.steps_done()
         try:
-            if self.shard.is_whole:
-                super().save_trainer_state(checkpoint_path)
-            else:
-                save_rest(self, checkpoint_path)
+            super().save_trainer_state(checkpoint_path)
         finally:
             self.n_training_steps = counted
         write_json(checkpoint_path / GUARD, {"n_skipped": self.guard.n_skipped})
@@ -425,12 +360,7 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
         with said_of(path):
             if self.coordinator is None:
                 self.data_state.load(path)
-            if not self.shard.is_whole or (path / SHARDS).is_dir():
-                self._read_shards(path)
-            else:
-                super().load_trainer_state(path)
-                # Read here too: SAELens's runners do it next, and a trainer made by hand resumes in one call.
-                self.sae.load_weights_from_checkpoint(path)
+            super().load_trainer_state(path)
         self.n_training_steps = self.steps_done()  # SAELens's own checkpoints hold one too few
         self._recorder.resume(path, self.steps_done())
         if (path / GUARD).exists():
@@ -445,8 +375,6 @@ class PluginTrainer(KeptRun, SAETrainer[Any, Any]):
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
-        if not self.shard.is_whole and self.n_frac_active_samples > 0:
-            self.sae.cfg.metadata.num_dead_features = int(self.shard.features.sum_(self.dead_neurons.sum()))
         self.sae.cfg.metadata["n_skipped_tokens"] = self.guard.n_skipped
         self._sparse_steps.finish()
         self._recorder.finish()
@@ -507,6 +435,20 @@ def extend_trainer() -> None:
     SAETrainer.__new__ = staticmethod(__new__)  # type: ignore[assignment]
     extend_saes()
     extend_store()
+    extend_runner()
+
+
+def extend_runner() -> None:
+    """Processes meet before SAELens's runner loads a language model, which goes to each one's own GPU then."""
+    stock = LanguageModelSAETrainingRunner.__init__
+
+    @functools.wraps(stock)
+    def __init__(self: LanguageModelSAETrainingRunner, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if asks_for_plugin(cfg.sae):
+            processes(cfg.sae.batch_shards, cfg.device)
+        stock(self, cfg, *args, **kwargs)
+
+    LanguageModelSAETrainingRunner.__init__ = __init__  # type: ignore[method-assign]
 
 
 def extend_store() -> None:
