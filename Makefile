@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills format clean
+.PHONY: install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills sharding format clean
 
 install: $(VENV)/installed
 
@@ -71,6 +71,12 @@ lorsa: install
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.keep_cost
+
+# Real processes that share the features of an SAE: what they send, then time and memory; nothing else should run.
+sharding: install
+	$(BIN)/python -m benchmarks.sharding check
+	$(BIN)/python -m benchmarks.sharding speed
+	$(BIN)/python -m benchmarks.sharding table
 
 # The grid goes on where it stopped (benchmarks/claims/grid.py: its cells, and how to measure anew).
 claims: install
