@@ -21,6 +21,8 @@ from simple_parsing.helpers.custom_actions import BooleanOptionalAction
 from simple_parsing.wrappers.dataclass_wrapper import DataclassWrapper
 from simple_parsing.wrappers.field_wrapper import DashVariant
 
+from saelens_asi.plugin.launch import is_launched
+
 # What a wrong model, dataset, folder, flag or value raises, here and below; anything else is a bug, with its traceback.
 # The hub's errors are OSErrors. FloatingPointError: activations or weights that are not finite ended a run.
 BAD_INPUT = (ValueError, OSError, ImportError, argparse.ArgumentError, DatasetsError, FloatingPointError)
@@ -106,6 +108,7 @@ class Command:
         settings: dataclasses. Every field is a flag; its help is what the class says of it under ``Attributes:``.
         resume: what to do after an interruption, from the objects that ``run`` is called with.
         prefixes: in front of the flags of a settings class.
+        takes_processes: whether processes of torchrun share its work.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Command:
     settings: tuple[type, ...]
     resume: Callable[..., str]
     prefixes: Mapping[type, str] = field(default_factory=dict)
+    takes_processes: bool = False
 
     def parser(self) -> Parser:
         parser = Parser(
@@ -142,6 +146,8 @@ class Command:
 
         with ends_in_one_line(self.name, resume):
             settings += self.parse(args)
+            if is_launched() and not self.takes_processes:
+                raise ValueError(f"saelens-asi {self.name} is the work of one process: start it without torchrun")
             self.run(*settings)
 
 

@@ -373,6 +373,7 @@ COMMAND = Command(
     run=run,
     settings=(SpectrumFlags,),
     resume=lambda flags: f"the same command continues from {flags.out}",
+    takes_processes=True,
 )
 
 

@@ -158,6 +158,14 @@ def test_a_wrong_model_dataset_or_folder_ends_in_one_line(ended: Run, name: str,
     assert said in ended(name, flags)
 
 
+@pytest.mark.parametrize("name", [name for name in OURS if name != "spectrum"])
+def test_a_command_of_one_process_refuses_to_be_many(ended: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for variable, value in of_torchrun.items():
+        monkeypatch.setenv(variable, value)
+    assert ended(name, "") == f"saelens-asi {name} is the work of one process: start it without torchrun"
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "said"),
     [(name, "--no-such-flag 3", "unrecognized arguments: --no-such-flag 3") for name in (*OURS, "train")]
