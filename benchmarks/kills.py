@@ -4,6 +4,8 @@
 everything, so that moments within the run are hit and not the imports). It goes on from what its folder holds. Some
 are killed by SIGKILL, which nothing can catch, some by SIGTERM or SIGINT, once or twice. A run that ends is compared
 with one that was left alone: weights, moments, statistics, history, random state, bit for bit.
+
+With ``--processes N`` runs of several processes, of which one is killed: see ``kills_of_processes``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks import kills_of_processes
 from benchmarks.train_step import machine
 from saelens_asi.resume import write_json
 from tests.helpers import kept_run, lorsa_run, resumable
@@ -149,8 +152,29 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=260, help="of all kinds together")
     parser.add_argument("--kinds", nargs="+", help="of runs; all by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=1, help="of a run; with several, 12 kills are many")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.processes > 1:
+        kill_processes(args)
+    else:
+        kill_runs(args)
+
+
+def kill_processes(args: argparse.Namespace) -> None:
+    """Runs of several processes; what is known so far is written after each."""
+    out = args.out or RESULTS.with_name("kills_processes.json")
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=args.kills, desc="Kills") as bar:
+        chance = random.Random(args.seed)
+        for outcomes in kills_of_processes.measure(args.processes, args.kills, chance, Path(folder), bar):
+            report = {"machine": machine(), **kills_of_processes.report(args.processes, outcomes)}
+            write_json(out, report, indent=1)
+    tqdm.write(f"wrote {out}")
+
+
+def kill_runs(args: argparse.Namespace) -> None:
+    """Runs of one process, of all kinds."""
+    out = args.out or RESULTS
     all_kinds = workloads()
     kinds = args.kinds or list(all_kinds)
     each = -(-args.kills // len(kinds))
@@ -159,9 +183,9 @@ def main() -> None:
         for kind in kinds:
             start, compare = all_kinds[kind]
             tallies[kind] = measure(start, compare, each, chance, bar, Path(folder) / kind)
-            write_json(args.out, _report(tallies), indent=1)
+            write_json(out, _report(tallies), indent=1)
             tqdm.write(f"{kind}: {json.dumps(asdict(tallies[kind]))}")
-    tqdm.write(f"wrote {args.out}: {json.dumps(_report(tallies)['all'])}")
+    tqdm.write(f"wrote {out}: {json.dumps(_report(tallies)['all'])}")
 
 
 def _report(tallies: dict[str, Tally]) -> dict[str, object]:

@@ -100,7 +100,7 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended; its parent may not have looked yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before the file was opened, and after
         return True
 
 
