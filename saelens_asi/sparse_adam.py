@@ -20,6 +20,9 @@ from saelens_asi.sparse.rows import RowGradient, update_row_norms_
 # Numbers of one tensor that are updated at once: with those of parameter, moments and gradient they stay in cache.
 _CHUNK_ENTRIES = 2**20
 
+# On an accelerator, where each part costs launches, and temporary memory of its size.
+_LAUNCH_ENTRIES = 2**25
+
 # From this share of active rows on, a stretch of rows is updated where it lies and its silent rows are put back.
 _IN_PLACE_SHARE = 0.75
 
@@ -146,7 +149,8 @@ def _update_by_torch_(
     shares: MomentShares | None,
 ) -> None:
     n, row_size = tensors[0].shape[0], max(1, grad[:1].numel())
-    chunk = max(1, _CHUNK_ENTRIES // row_size)
+    n_entries = _CHUNK_ENTRIES if rows.device.type == "cpu" else _LAUNCH_ENTRIES
+    chunk = max(1, n_entries // row_size)
     is_alike = shares is None and not isinstance(step, Tensor) and not isinstance(settings.eps, Tensor)
     if is_alike and rows.numel() >= _IN_PLACE_SHARE * n and rows.device.type == "cpu":
         firsts = range(0, n, chunk)

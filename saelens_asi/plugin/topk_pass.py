@@ -43,13 +43,18 @@ _STOCK = stock_methods([*_FAMILY, *map(sharded_class, _FAMILY)], _METHODS)
 
 @dataclass(frozen=True)
 class AuxiliaryLevel:
-    """Dead features that are to predict a residual: which of those here, how many a token over all processes, and the
-    weight of their loss.
+    """Dead features that are to predict a residual.
 
-    ``residual_level`` is the reconstruction whose residual it is.
+    Attributes:
+        features: those that lie here.
+        n: how many there are in all processes.
+        k: how many of these a token has.
+        weight: of their loss.
+        residual_level: the reconstruction whose residual it is.
     """
 
     features: Tensor
+    n: int
     k: int
     weight: float
     residual_level: int
@@ -191,7 +196,7 @@ def auxiliary_levels(sae: TopKTrainingSAE, step_input: TrainStepInput) -> list[A
     k_aux = step_input.sae_in.shape[-1] // 2
     return [
         AuxiliaryLevel(
-            features, min(k_aux, n), sae.cfg.aux_loss_coefficient * min(n / k_aux, 1.0), residual_level=level
+            features, n, min(k_aux, n), sae.cfg.aux_loss_coefficient * min(n / k_aux, 1.0), residual_level=level
         )
         for (level, features), n in zip(groups, n_dead.tolist(), strict=True)
         if n > 0
@@ -236,7 +241,8 @@ def _encode(
     n_entries, k_here = int(k * n_tokens), min(int(k), shard.n_features)
     is_batch = isinstance(sae, BatchTopKTrainingSAE)
     best: TopK | BatchSelection
-    if screen is not None and sum(level.features.numel() for level in auxiliary) <= shard.n_features * _MAX_DEAD_SHARE:
+    # By the dead of all processes: in a BatchTopK all have to go the same way, or one would wait for another.
+    if screen is not None and sum(level.n for level in auxiliary) <= shard.d_sae * _MAX_DEAD_SHARE:
         answers = [encode_top_k_among(x, encoder, level.features, level.k_here, workspace) for level in auxiliary]
         if is_batch:
             best = screen.batch_top_k(x, encoder, n_entries, workspace, shard, n_tokens)

@@ -30,11 +30,25 @@ def train(architecture: str, n_steps: int, **settings: Any) -> Done:
     torch.manual_seed(0)
     dtype = getattr(torch, settings.get("dtype", "float32"))
     provider = (batch.to(dtype) for batch in tiny.batches())
-    period = settings.pop("equal_every", None)
+    period, dead_from = settings.pop("equal_every", None), settings.pop("dead_from", None)
     trainer = tiny.trainer(architecture, provider, n_steps=n_steps, **settings)
     if period is not None:
         make_equal_(trainer.sae, period)
+    if dead_from is not None:
+        take_for_dead_(trainer, dead_from)
     return watched(trainer)
+
+
+def take_for_dead_(trainer: Any, first: int) -> None:
+    """Have all features from one on counted as dead from the third step on."""
+    stock_step, here = trainer.step, torch.arange(trainer.sae.cfg.d_sae) + shard_of(trainer.sae).first
+
+    def step(batch: Tensor) -> Any:
+        if trainer.steps_done() >= 2:
+            trainer.n_forward_passes_since_fired[here >= first] = 1e6
+        return stock_step(batch)
+
+    trainer.step = step
 
 
 @torch.no_grad()

@@ -77,6 +77,13 @@ def test_dead_features_of_all_processes_take_part_in_the_auxiliary_loss(architec
 
 
 @pytest.mark.parametrize("architecture", FAMILY)
+def test_one_process_has_all_dead_features(architecture: str) -> None:
+    """As many of its own as make the whole product cheaper than a screen, and of all features together too few."""
+    done = _compare(4, architecture, initializer="default", dead_from=550)
+    assert done.losses[-1]["auxiliary_reconstruction_loss"] > 0
+
+
+@pytest.mark.parametrize("architecture", FAMILY)
 def test_ties_across_processes_fall_as_in_one(architecture: str) -> None:
     """Each feature has thirteen equals, of which four processes hold three or four each."""
     done = _compare(4, architecture, n_steps=2, initializer="default", equal_every=43)
