@@ -99,25 +99,25 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     return found
 
 
-def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
+def _name_of_start(store: dist.Store, rank: int, size: int, own: str = _OWN) -> str:
     """What the processes that live now, and no earlier ones, agree on; raises TimeoutError where some do not come.
 
     Counts of restarts do not tell it: after a failure on one machine those of the others start theirs again uncounted.
     """
     if rank == 0:
-        store.set("start", _OWN)
-        here = [store.get(f"{_OWN} {other}").decode() for other in range(1, size)]
-        store.set(f"{_OWN} begins", json.dumps(here))
-        return _OWN
+        store.set("start", own)
+        here = [store.get(f"{own} {other}").decode() for other in range(1, size)]
+        store.set(f"{own} begins", json.dumps(here))
+        return own
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         start = store.get("start").decode()  # may be that of a first process that has ended
-        store.set(f"{start} {rank}", _OWN)
+        store.set(f"{start} {rank}", own)
         try:
             store.wait([f"{start} begins"], timedelta(seconds=_LOOK))
         except dist.DistError:
             continue
-        if _OWN in json.loads(store.get(f"{start} begins")):
+        if own in json.loads(store.get(f"{start} begins")):
             return start
         time.sleep(_LOOK / 10)
     raise TimeoutError(f"process {rank} of {size} waited {_PATIENCE:g} s for the others: was one never started?")
