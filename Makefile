@@ -70,6 +70,7 @@ lorsa: install
 # Real processes killed at random moments, and what became of them; then what it costs that they can be.
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills --processes 2 --kills 12
 	$(BIN)/python -m benchmarks.keep_cost
 
 # Real processes that share the features of an SAE: what they send, then time and memory; nothing else should run.
