@@ -74,10 +74,10 @@ _ROWS_AN_ENTRY = 1 + 6 + 2
 # read for b_dec; of two tables the rows of parameter and moments are copied out, updated (four read, three written) and
 # copied back.
 _ROWS_A_FEATURE = 2 + 2 + 4 + 1 + 2 * (6 + 7 + 6)
-# Operations of a tile's product and its two passes of top-k, of a chunk of 2^20 numbers in SparseAdam, of 2,048 entries
+# Operations of a tile's product and its two passes of top-k, of a chunk of 2^25 numbers in SparseAdam, of 2,048 entries
 # in products, of 2,048 features in a sum of gradients.
 _LAUNCHES = {"tile": 80, "adam": 20, "products": 8, "sums": 6}
-_ADAM_NUMBERS, _CHUNK_ROWS = 2**20, 2048
+_ADAM_NUMBERS, _CHUNK_ROWS = 2**25, 2048
 
 
 def summed(n_bytes: float, n: int) -> float:
@@ -88,6 +88,11 @@ def summed(n_bytes: float, n: int) -> float:
 def gathered(n_bytes: float, n: int) -> float:
     """What a process sends so that all n have what each of them had."""
     return n_bytes * (n - 1)
+
+
+def exchanged(n_bytes: float, n: int) -> float:
+    """What a process sends that gives each of n a part of what it has."""
+    return n_bytes * (n - 1) / n
 
 
 def features_here(sizes: Sizes, mesh: Mesh) -> int:
@@ -116,8 +121,10 @@ def step_bytes(sizes: Sizes, mesh: Mesh, active: int) -> dict[str, float]:
     """
     d_in, n_tokens = sizes.d_in, tokens_here(sizes, mesh)
     merged = FLOAT * (2 * d_in + 1) + INDEX
+    padded = -(-n_tokens // mesh.features) * mesh.features
     return {
-        "scores": gathered(FLOAT * n_tokens * sizes.k, mesh.features),
+        # To the process that looks after a token, and back what it found: a score and a count.
+        "scores": exchanged(FLOAT * padded * (sizes.k + 2), mesh.features),
         "partial decodes": summed(FLOAT * n_tokens * d_in, mesh.features),
         "gradient of b_dec": summed(FLOAT * d_in, mesh.n) + summed(FLOAT * d_in, mesh.tokens),
         "rows of gradients": gathered(merged * active + 2 * INDEX, mesh.tokens),
@@ -145,7 +152,7 @@ def all_bytes(sizes: Sizes, mesh: Mesh, active: int) -> dict[str, float]:
     return {"activations": activation_bytes(sizes, mesh), **step_bytes(sizes, mesh, active), "records": records}
 
 
-def batch_step_bytes(sizes: Sizes, mesh: Mesh, calls: int = 8) -> tuple[float, float]:
+def batch_step_bytes(sizes: Sizes, mesh: Mesh, calls: int = 9) -> tuple[float, float]:
     """The least and the most that a process sends in a step of a BatchTopK, of features alone.
 
     Scores that processes offer travel, padded to the most that one of them does: no less than its part of those that
@@ -155,14 +162,14 @@ def batch_step_bytes(sizes: Sizes, mesh: Mesh, calls: int = 8) -> tuple[float, f
     Args:
         sizes: of the SAE and its batch.
         mesh: of the processes.
-        calls: how often processes spoke in the step: five times beside the looks, three times in each of these.
+        calls: how often processes spoke in the step: five times beside the looks, four times in each of these.
     """
     rest = sum(n_bytes for part, n_bytes in step_bytes(sizes, mesh, active=0).items() if part != "scores")
-    a_look = gathered(8, mesh.n) + summed(8, mesh.n)
+    a_look = gathered(8, mesh.n) + summed(8, mesh.n) + summed(FLOAT, mesh.n)
     least = rest + a_look + gathered(FLOAT * sizes.batch * sizes.k / mesh.n, mesh.n)
     # Whether scores above the last threshold are enough; which of equals come first.
     most = rest + summed(8, mesh.n) + gathered(8 + INDEX * sizes.batch, mesh.n)
-    for look in range((calls - 5) // 3):
+    for look in range((calls - 5) // 4):
         width = min(features_here(sizes, mesh), 2 * sizes.k * 2**look)
         most += a_look + gathered(FLOAT * tokens_here(sizes, mesh) * width, mesh.n)
     return least, most
@@ -190,8 +197,8 @@ def step_memory(sizes: Sizes, mesh: Mesh, active: int) -> dict[str, float]:
     return {
         # The whole batch; of the tokens seen here what the encoder reads, reconstruction, error, and their gradients.
         "batch": width * (sizes.batch + 6 * n_tokens),
-        # Scores of all processes, twice, and which are equal to the last; own scores with features.
-        "selection": n_tokens * sizes.k * (9 * mesh.features + 20),
+        # Own scores with features, padded and exchanged; those of all processes twice, and which equal the last.
+        "selection": n_tokens * sizes.k * (20 + 8 + 9),
         "tile of scores": 6 * tile + 2 * features * sizes.d_in,
         "rows of gradients": 2 * width * active * (1 + copies),
         "firing counts": INDEX * n,
@@ -222,7 +229,7 @@ def device_seconds(sizes: Sizes, mesh: Mesh, gpu: Hardware) -> dict[str, float]:
         "weights to bfloat16": 6.0 * n * sizes.d_in / moved,
         "passes over scores": _BYTES_A_SCORE * float(n_tokens) * n / moved,
         "rows": FLOAT * sizes.d_in * rows / moved,
-        "selection": 9 * FLOAT * n_tokens * sizes.k * mesh.features / moved,
+        "selection": 9 * FLOAT * n_tokens * sizes.k / moved,
     }
 
 
@@ -253,13 +260,11 @@ def link_seconds(sizes: Sizes, mesh: Mesh, gpu: Hardware) -> dict[str, float]:
         return sum(of_part[part] for part in parts) / bandwidth(size, a_node, gpu) + hops * LATENCY
 
     return {
-        "features": seconds(["scores", "partial decodes"], mesh.features, features_a_node, n_sums=3, n_gathers=1),
+        "features": seconds(["scores", "partial decodes"], mesh.features, features_a_node, n_sums=3, n_gathers=2),
         "tokens": seconds(
             ["rows of gradients", "firing counts", "records"], mesh.tokens, tokens_a_node, n_sums=3, n_gathers=4
         ),
         "all": seconds(["activations", "gradient of b_dec"], mesh.n, min(mesh.n, GPUS_A_NODE), n_sums=1, n_gathers=1),
-        # Over gloo, in a ring, before each step.
-        "agreement": 2 * (mesh.n - 1) * CPU_LATENCY,
     }
 
 
@@ -273,9 +278,11 @@ def bandwidth(size: int, a_node: int, gpu: Hardware) -> float:
 
 
 def step_seconds(sizes: Sizes, mesh: Mesh, gpu: Hardware) -> float:
-    """A step on GPUs, without the language model; nothing overlaps but launching and what was launched."""
+    """A step on GPUs, without the language model; nothing overlaps but launching and what was launched, and beside
+    the whole step processes tell one another, in a ring over the CPU, whether to save and which signal came."""
     device = sum(device_seconds(sizes, mesh, gpu).values())
-    return max(device, host_seconds(sizes, mesh)) + sum(link_seconds(sizes, mesh, gpu).values())
+    step = max(device, host_seconds(sizes, mesh)) + sum(link_seconds(sizes, mesh, gpu).values())
+    return max(step, 2 * (mesh.n - 1) * CPU_LATENCY)
 
 
 def efficiency(sizes: Sizes, mesh: Mesh, gpu: Hardware) -> float:

@@ -189,7 +189,7 @@ def parts_of_a_step(args: argparse.Namespace, data: list[Tensor]) -> dict[str, f
         (Activations, "decode", "decoding"),
         (sparse_topk, "topk_gradients", "gradients of the rows"),
         (sparse_topk, "_losses_and_gradients", "losses and their gradients"),
-        (TopKGradients, "norm", "norm for clipping"),
+        (TopKGradients, "row_square", "norm for clipping"),
         (trainer.optimizer, "step", "SparseAdam"),
         (trainer, "_train_step", "whole step"),
     )

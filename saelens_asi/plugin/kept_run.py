@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,7 @@ class KeptRun:
     checkpoint_thresholds: list[int]
     n_training_samples: int
     keeper: Keeper | None = None
+    _told: Callable[[], torch.Tensor] | None = None  # what processes have asked one another in the last step
     _checked: Path | None = None  # the checkpoint that was looked for, and found whole and fitting
 
     @abstractmethod
@@ -225,7 +226,7 @@ class KeptRun:
         """Where a run is saved, by time or for a signal, which then does what it would have done."""
         name = str(self.n_training_samples)
         is_due = self.keeper is not None and self.n_training_samples > 0 and self.keeper.is_due(name)
-        is_due, is_interrupted = self.agreed(is_due)
+        is_due, is_interrupted = self._agreed(is_due)
         if is_interrupted:
             if self.keeper is not None and self._has_begun() and self.keeper.last_good != self.keeper.folder / name:
                 self.keeper.save_or_warn(lambda: self._save_whole(name, "interrupt"))
@@ -234,19 +235,34 @@ class KeptRun:
         if self.keeper is not None and is_due:
             self.keeper.save_or_warn(lambda: self._save_whole(name, "interval"))
 
-    def agreed(self, is_due: bool = False) -> tuple[bool, bool]:
+    def _agreed(self, is_due: bool) -> tuple[bool, bool]:
         """Whether a checkpoint is due, as the first process has it, and whether a signal has come to any.
 
-        A signal that one has received is noted by all, and one that comes after this call waits for the next.
+        Of several processes, as it was a step ago: they tell one another while the step goes on. A signal that one has
+        received is noted by all.
         """
         received = self.interrupts.received
         if self._world.size == 1:
             return is_due, received is not None
         of_first = is_due and self._world.is_first
-        number, due = self._world.max_(torch.tensor([received or 0, of_first])).tolist()
+        before, now = self._told, torch.tensor([received or 0, of_first])
+        self._told = self._world.max_later(now)
+        if before is None:
+            return False, False
+        number, due = before().tolist()
         if number and self.interrupts.received is None:
             self.interrupts.note(number)
         return bool(due), bool(number)
+
+    def _agree_at_the_end(self) -> None:
+        """After the last step: a signal that has come to one process has come to all, and all do what it would do."""
+        if self._world.size == 1:
+            return
+        if self._told is not None:
+            self._told()
+        number = int(self._world.max_(torch.tensor([self.interrupts.received or 0])))
+        if number and self.interrupts.received is None:
+            self.interrupts.note(number)
 
     def _checkpoint_if_needed(self) -> None:
         if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:

@@ -145,6 +145,7 @@ class PluginTrainer(KeptRun, ShardedRun):
                     self.keeper.clock.start()
                 sae = super().fit()
                 self.data_state.stop_together()
+                self._agree_at_the_end()
                 return sae
         finally:
             self._sparse_steps.finish()

@@ -23,7 +23,9 @@ from saelens_asi.sparse.topk import TopK, entries_of, ranked
 def select_top_k(best: TopK, k: int, group: Group, magnitude: bool = False) -> Entries:
     """Those of this process's best scores of each token that are among the k best of all processes.
 
-    k numbers travel for each token and process.
+    Of n processes each looks after one n-th of the tokens: it is sent their scores, k from each process, and answers
+    with the lowest score that is kept, and how many of those that equal it. So k + 2 numbers a token travel from each,
+    and each compares as many, however many processes there are.
 
     Args:
         best: the min(k, features here) best of each token; of equal scores those of the lower features.
@@ -35,30 +37,41 @@ def select_top_k(best: TopK, k: int, group: Group, magnitude: bool = False) -> E
         return entries_of(best)
     n_tokens, n_own = best.scores.shape
     own = ranked(best.scores.abs() if magnitude else best.scores)
-    scores = group.gather(functional.pad(own, (0, k - n_own), value=-torch.inf))
-    of_token = scores.transpose(0, 1).reshape(n_tokens, group.size * k)
-    threshold = of_token.topk(k, dim=1, sorted=True).values[:, -1:]
-    # Of those that equal the last, the ones of the processes before this one come first.
-    n_equal = (scores == threshold).sum(dim=2)
-    left = k - (of_token > threshold).sum(dim=1) - n_equal[: group.rank].sum(dim=0)
+    n_each = -(-n_tokens // group.size)
+    sent = functional.pad(own, (0, k - n_own, 0, n_each * group.size - n_tokens), value=-torch.inf)
+    scores = group.exchange(sent.view(group.size, n_each, k))
+    threshold, n_equal = group.exchange(_cut(scores, k)).view(-1, 2)[:n_tokens].unsqueeze(2).unbind(1)
     kept = own >= threshold
-    short = left < n_equal[group.rank]
+    short = (n_equal < (own == threshold).sum(dim=1, keepdim=True)).squeeze(1)
     if short.any():
-        kept[short] = _with_first_equals(best.indices[short], own[short], threshold[short], left[short])
+        kept[short] = _with_first_equals(best.indices[short], own[short], threshold[short], n_equal[short])
     tokens, places = kept.nonzero(as_tuple=True)
     return Entries(tokens, best.indices[tokens, places], best.scores[tokens, places])
+
+
+def _cut(scores: Float[Tensor, "n_processes n k"], k: int) -> Float[Tensor, "n_processes n 2"]:
+    """For each process and token the lowest score that is kept, and how many of the process's equals of it.
+
+    Of all equals, those of the first processes are kept.
+    """
+    of_token = scores.transpose(0, 1).flatten(1)
+    threshold = of_token.topk(k, dim=1, sorted=True).values[:, -1]
+    n_equal = (scores == threshold[:, None]).sum(dim=2)
+    left = k - (of_token > threshold[:, None]).sum(dim=1) - n_equal.cumsum(dim=0) + n_equal
+    kept = torch.minimum(left.clamp(min=0), n_equal)
+    return torch.stack([threshold.expand(kept.shape), kept.to(scores.dtype)], dim=2)
 
 
 def _with_first_equals(
     features: Int64[Tensor, "n k"],
     scores: Float[Tensor, "n k"],
     threshold: Float[Tensor, "n 1"],
-    left: Int64[Tensor, " n"],
+    left: Float[Tensor, "n 1"],
 ) -> Bool[Tensor, "n k"]:
     """Scores above the threshold, and of those equal to it as many as are left, by feature."""
     order = features.argsort(dim=1)
     equal = (scores == threshold).gather(1, order)
-    first = equal & (equal.cumsum(dim=1) <= left[:, None])
+    first = equal & (equal.cumsum(dim=1) <= left)
     return (scores > threshold) | torch.zeros_like(equal).scatter_(1, order, first)
 
 
@@ -84,7 +97,8 @@ def batch_top_k(
     """The largest positive scores of a whole batch (BatchTopK, arXiv 2412.06410).
 
     A token may have any number of them. Tokens that could have more than were looked up are looked up again for twice
-    as many, until none could. One number travels for each entry that a process offers.
+    as many, until none could. One number travels for each entry that a process offers: none that cannot be among the
+    best, as far as it can be told from what each process has.
 
     Args:
         first: the ``batch_width`` largest scores of each token that this process sees, among the features it holds.
@@ -98,7 +112,7 @@ def batch_top_k(
     lowest = ranked(first.scores).amin(dim=1) if k else first.scores.new_zeros(len(first.scores))
     while True:
         positive = entries.where(~(entries.scores <= 0))
-        scores = torch.cat(shard.world.gather_rows(ranked(positive.scores)))
+        scores = torch.cat(shard.world.gather_rows(_offer(ranked(positive.scores), n_entries, shard.world)))
         n_surplus = scores.numel() - n_entries
         threshold = scores.kthvalue(n_surplus).values if n_surplus > 0 else scores.new_zeros(())
         # Not ">": of a token's equal scores those that were not looked up may come first.
@@ -112,6 +126,18 @@ def batch_top_k(
             settled, wider = entries.where(~unsure[entries.tokens]), entries_of(more)
             wider = wider._replace(tokens=unsure.nonzero().squeeze(1)[wider.tokens])
             entries = Entries(*(torch.cat(parts) for parts in zip(settled, wider, strict=True)))
+
+
+def _offer(scores: Float[Tensor, " n_own"], n_entries: int, group: Group) -> Float[Tensor, " n"]:
+    """This process's scores without those that cannot be among the best of all.
+
+    Each process has its share of ``n_entries`` that reach the last of its own share, and all reach the lowest of these.
+    """
+    if group.size == 1:
+        return scores
+    share = -(-n_entries // group.size)
+    last = scores.new_zeros(()) if scores.numel() < share else scores.kthvalue(scores.numel() - share + 1).values
+    return scores[scores >= -group.max_(-last)]
 
 
 def _above(

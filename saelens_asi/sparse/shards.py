@@ -5,7 +5,7 @@ A process that is alone is a group of size one, for which nothing travels: there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Group:
     """Processes that speak with one another, all in the same order.
 
     What a process sends, of a tensor of b bytes among n processes: 2 b (n - 1) / n for a sum or a maximum, b (n - 1)
-    for what is gathered. Neither depends on how many features there are, unless the tensor does.
+    for what is gathered, b (n - 1) / n for what is exchanged.
 
     Attributes:
         rank: of this process among them.
@@ -64,6 +64,19 @@ class Group:
         """Replace a tensor by the elementwise maximum over all processes."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
+    def max_later(self, tensor: Shaped[Tensor, " ..."]) -> Callable[[], Shaped[Tensor, " ..."]]:
+        """``max_`` while this process goes on: what is returned waits for the others and gives their maximum."""
+        if self.size == 1 or tensor.numel() == 0:
+            return lambda: tensor
+        self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return tensor
+
+        return wait
+
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         if self.size > 1 and tensor.numel() > 0:
             self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
@@ -80,6 +93,16 @@ class Group:
         if tensor.numel() > 0:
             _all_gather(gathered, tensor.view(-1), group=self.handle)
         return gathered[: self.size * tensor.numel()].view(self.size, *tensor.shape)
+
+    def exchange(self, tensor: Shaped[Tensor, "n_processes ..."]) -> Shaped[Tensor, "n_processes ..."]:
+        """Give each process its part of a tensor; returns the parts that all have for this one, in their order."""
+        if self.size > 1 and tensor.numel() > 0:
+            tensor = tensor.contiguous()
+            self._count(tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            received = torch.empty_like(tensor)
+            dist.all_to_all_single(received, tensor, group=self.handle)
+            return received
+        return tensor
 
     def gather_rows(self, tensor: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "m ..."]]:
         """The tensors of all processes, whose numbers of rows may differ. Two calls, padded to the most rows."""

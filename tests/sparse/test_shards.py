@@ -21,6 +21,8 @@ def _all_collectives() -> dict[str, Any]:
     return {
         "sum": world.sum_(own.clone()),
         "max": world.max_(own.clone()),
+        "later": world.max_later(own.clone())(),
+        "exchange": world.exchange(torch.arange(2.0 * world.size).view(world.size, 2) + 10 * world.rank),
         "gather": world.gather(own),
         "rows": world.gather_rows(own[: world.rank + 1]),
         "objects": world.gather_objects({"rank": world.rank}),
@@ -33,20 +35,26 @@ def _all_collectives() -> dict[str, Any]:
 @pytest.mark.parametrize("n", [2, 3])
 def test_every_process_gets_what_all_have(n: int) -> None:
     owns = [torch.arange(3.0) + 10 * rank for rank in range(n)]
-    for told in in_processes(n, _all_collectives):
+    for rank, told in enumerate(in_processes(n, _all_collectives)):
+        mine = torch.tensor([[2.0 * rank, 2.0 * rank + 1]]) + 10 * torch.arange(n)[:, None]
+        assert torch.equal(told["exchange"], mine)
         assert torch.equal(told["sum"], torch.stack(owns).sum(0))
         assert torch.equal(told["max"], owns[-1])
+        assert torch.equal(told["later"], owns[-1])
         assert torch.equal(told["gather"], torch.stack(owns))
         assert [rows.tolist() for rows in told["rows"]] == [own[: i + 1].tolist() for i, own in enumerate(owns)]
         assert told["objects"] == [{"rank": rank} for rank in range(n)]
         assert told["of_first"] == 0
         ring = (n - 1) / n
-        assert told["n_bytes"] == pytest.approx(2 * (2 * 12 * ring) + 12 * (n - 1) + 8 * (n - 1) + 4 * n * (n - 1))
+        assert told["n_bytes"] == pytest.approx(
+            3 * (2 * 12 * ring) + 8 * (n - 1) + 12 * (n - 1) + 8 * (n - 1) + 4 * n * (n - 1)
+        )
 
 
 def test_a_process_that_is_alone_sends_nothing() -> None:
     own = torch.arange(3.0)
-    assert all(one is own for one in (ALONE.sum_(own), ALONE.max_(own), *ALONE.gather_rows(own)))
+    assert all(one is own for one in (ALONE.sum_(own), ALONE.max_(own), ALONE.max_later(own)(), ALONE.exchange(own)))
+    assert ALONE.gather_rows(own)[0] is own
     assert torch.equal(ALONE.gather(own), own[None])
     assert [*ALONE.gather_objects(7), ALONE.of_first(7)] == [7, 7]
     ALONE.wait()
