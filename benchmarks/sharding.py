@@ -12,6 +12,7 @@ speak there meanwhile. ``speed`` lets its sides take turns of a few steps; nothi
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -43,6 +44,9 @@ ROOT = Path(__file__).parent.parent
 
 # Steps that come first: memory is new, and approximations of the encoder are timed.
 _WARM_UP = 3
+
+# Features of an SAE that costs next to nothing.
+_SMALL = 2048
 
 # Activations of the real model, for training and set aside, and how often a side that waits for its turn looks.
 _TOKENS, _PAUSE = (65_536, 1024), 0.005
@@ -304,8 +308,13 @@ def side_by_side(runs: Mapping[str, Run], steps_a_turn: int) -> dict[str, list[f
 
 
 def peak_memory(run: Run) -> dict[str, float]:
-    """Bytes of each process: its peak above what it held before the SAE was made, and its weights and moments."""
+    """Bytes of each process: its peak above what it held before the SAE was made, and its weights and moments.
+
+    A small SAE comes first: libraries are loaded and compiled for it, which has nothing to do with how large one is.
+    """
     data = run.batches()
+    run._replace(sizes=run.sizes._replace(d_sae=_SMALL)).trainer(data, lambda trainer, step: None).fit()
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     trainer = run.trainer(data, lambda trainer, step: None)

@@ -195,7 +195,7 @@ def random_directions_(
 
 
 @torch.no_grad()
-def whole_kaiming_rows_(out: Float[Tensor, "n_features d_in"], shard: Shard, chunk: int = _CHUNK) -> None:
+def whole_kaiming_rows_(out: Float[Tensor, "n_features d_in"], shard: Shard, chunk: int = 4096) -> None:
     """Fill ``out`` (n_features, d_in) with this process's rows of what ``torch.nn.init.kaiming_uniform_`` gives all
     features on the CPU, in the dtype of ``out``.
 

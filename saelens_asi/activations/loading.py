@@ -7,10 +7,12 @@ import logging
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, load_dataset
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SAELENS_ASI_CACHE", Path.home() / ".cache" / "saelens_asi"))
 
 
+# How often a process looks whether another has made a folder, in seconds.
+_PAUSE = 0.5
+
+
 def smollm2_folder(cache: Path | None = None) -> Path:
     """Folder of SmolLM2-135M-Instruct in float32, as Hugging Face's ``from_pretrained`` reads it (540 MB).
 
-    Made from the GGUF file on first use (about 40 s), then reused.
+    Made from the GGUF file on first use (about 40 s), then reused; of several processes by the first.
 
     Raises:
         ImportError: when the package that carries the model is not installed.
     """
     folder = (cache or cache_dir()) / MODEL_NAME
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        # transformers saves in the first alone. One that waits in vain is ended with it.
+        while not (folder / "config.json").exists():
+            time.sleep(_PAUSE)
     if (folder / "config.json").exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
