@@ -20,6 +20,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
+from saelens_asi.sparse.shards import ALONE, Group
 
 _PLACE = "_saelens_asi_place"
 
@@ -217,7 +218,9 @@ class MixedBatches(Iterator[Any]):
             return
         mix_fraction = self._store.activations_mixing_fraction
         if mix_fraction > 0:
-            mixing = mixing[torch.randperm(len(mixing))]
+            # Of several processes all mix as the first does, whatever else has drawn from their generators.
+            readers: Group = getattr(self._store, "readers", ALONE)
+            mixing = mixing[readers.as_first_(torch.randperm(len(mixing)))]
         n_batches = max(1, (len(mixing) - int(self._buffer_size * mix_fraction)) // self._batch)
         self._serving, self._n_served = mixing[: n_batches * self._batch], 0
         self._mixing = mixing[n_batches * self._batch :]

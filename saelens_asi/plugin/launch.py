@@ -83,8 +83,15 @@ def _met(batch_shards: int, device_type: str) -> Processes:
         # Apart for each start: torchrun's own store keeps the addresses of processes that have ended (torch 2.13).
         store = dist.PrefixStore(f"start {_name_of_start(store, rank, size)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if "cpu" not in (of_devices := dist.get_backend_config()):
+        raise ValueError(
+            f"init_process_group was called for {of_devices!r}, which serves no CPU: give it 'cpu:gloo,cuda:nccl', or "
+            "leave the call to this package"
+        )
     _check_split(batch_shards, device_type)
     met = Processes.spread(batch_shards, device_type)
+    # What is drawn from here on, initial weights first, is drawn alike; torch seeds each process by itself.
+    torch.set_rng_state(met.world.as_first_(torch.get_rng_state()))
     if not met.world.is_first:
         _be_quiet()
     else:

@@ -37,7 +37,7 @@ class Group:
     """Processes that speak with one another, all in the same order.
 
     What a process sends, of a tensor of b bytes among n processes: 2 b (n - 1) / n for a sum or a maximum, b (n - 1)
-    for what is gathered, b (n - 1) / n for what is exchanged.
+    for what is gathered, b (n - 1) / n for what is exchanged or the first one's.
 
     Attributes:
         rank: of this process among them.
@@ -81,6 +81,14 @@ class Group:
         if self.size > 1 and tensor.numel() > 0:
             self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
             dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def as_first_(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " ..."]:
+        """Replace a tensor by the first process's."""
+        if self.size > 1 and tensor.numel() > 0:
+            self._count(tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            first = 0 if self.handle is None else dist.get_global_rank(self.handle, 0)
+            dist.broadcast(tensor, first, group=self.handle)
         return tensor
 
     def gather(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " n_processes ..."]:

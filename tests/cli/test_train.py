@@ -7,17 +7,20 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sae_lens import SAE
 from sae_lens.constants import TRAINER_STATE_FILENAME
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi
-from saelens_asi import cli
+from saelens_asi import cli, read_history
 from tests.helpers import tiny
 
 BASE = ["--model_name", "tiny", "--hook_name", tiny.ATTN_OUT, "--dataset_path", "tiny", "--d_in", "16"]
@@ -74,8 +77,8 @@ def test_help_shows_both_flags(capsys):
 
 
 @pytest.fixture
-def trained(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``saelens-asi train`` on a tiny model and text, with more flags; a signal may be sent at a step."""
+def flags(llama_folder: Path, tmp_path: Path) -> list[str]:
+    """Of a run on a tiny model and text."""
     (tmp_path / "text").mkdir(exist_ok=True)
     tiny.save_text(tmp_path / "text", 120, 100)
     flags = f"--model_name {llama_folder} --model_class_name AutoModelForCausalLM --dataset_path {tmp_path / 'text'}"
@@ -84,6 +87,12 @@ def trained(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     flags += " --store_batch_size_prompts 4 --streaming false --is_dataset_tokenized false --lr 0.001"
     flags += " --device cpu --log_to_wandb false --optimizer sparse_adam --initializer"
     flags += f' {{"d_init":4,"n_tokens":64}} --output_path {tmp_path / "output"}'
+    return flags.split()
+
+
+@pytest.fixture
+def trained(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``saelens-asi train`` with these flags, and more; a signal may be sent at a step."""
     stock = SAETrainer.step
 
     def run(*more: str, number: signal.Signals | None = None, at: int = 8) -> None:
@@ -93,9 +102,29 @@ def trained(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             return stock(self, batch)
 
         monkeypatch.setattr(SAETrainer, "step", step)
-        cli.main(["train", *flags.split(), *more])
+        cli.main(["train", *flags, *more])
 
     return run
+
+
+@pytest.mark.parametrize("more", [[], ["--prefetch_llm_batches", "true"]], ids=["read at once", "prefetched"])
+def test_torchrun_takes_the_same_command(
+    more: list[str], flags: list[str], trained: Callable[..., None], tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launch, "-m", "saelens_asi", "train", *flags, *more], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    of_two, files_of_two = read_history(tmp_path / "output")[-1], _files(tmp_path / "output")
+    assert SAE.load_from_disk(tmp_path / "output").cfg.d_sae == 48
+    trained()
+    of_one = read_history(tmp_path / "output")[-1]
+    assert files_of_two == _files(tmp_path / "output")
+    assert (of_two["step"], of_two["n_tokens"], of_two["l0"]) == (of_one["step"], of_one["n_tokens"], of_one["l0"])
+    assert of_two["nmse"] == pytest.approx(of_one["nmse"], rel=0.5)  # the seeds differ: nobody has set them
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -21,6 +21,7 @@ def _all_collectives() -> dict[str, Any]:
     return {
         "sum": world.sum_(own.clone()),
         "max": world.max_(own.clone()),
+        "first": world.as_first_(own.clone()),
         "later": world.max_later(own.clone())(),
         "exchange": world.exchange(torch.arange(2.0 * world.size).view(world.size, 2) + 10 * world.rank),
         "gather": world.gather(own),
@@ -41,13 +42,14 @@ def test_every_process_gets_what_all_have(n: int) -> None:
         assert torch.equal(told["sum"], torch.stack(owns).sum(0))
         assert torch.equal(told["max"], owns[-1])
         assert torch.equal(told["later"], owns[-1])
+        assert torch.equal(told["first"], owns[0])
         assert torch.equal(told["gather"], torch.stack(owns))
         assert [rows.tolist() for rows in told["rows"]] == [own[: i + 1].tolist() for i, own in enumerate(owns)]
         assert told["objects"] == [{"rank": rank} for rank in range(n)]
         assert told["of_first"] == 0
         ring = (n - 1) / n
         assert told["n_bytes"] == pytest.approx(
-            3 * (2 * 12 * ring) + 8 * (n - 1) + 12 * (n - 1) + 8 * (n - 1) + 4 * n * (n - 1)
+            3 * (2 * 12 * ring) + 12 * ring + 8 * (n - 1) + 12 * (n - 1) + 8 * (n - 1) + 4 * n * (n - 1)
         )
 
 
