@@ -10,6 +10,7 @@ import wandb
 from sae_lens import LoggingConfig
 
 from saelens_asi import ActiveSubspaceInit
+from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.sparse import kernels
 from tests.helpers import many, tiny
 from tests.helpers.many import Done
@@ -110,6 +111,24 @@ def test_the_initial_weights_are_those_of_one_process_to_the_bit(architecture: s
     for n in (2, 3):
         for found in in_processes(n, _train, architecture, 1, settings):
             assert all(torch.equal(found.initial[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_group_of_one_process_has_the_bits_of_one() -> None:
+    (found,) = in_processes(1, _train, "topk", 4, FLAGS)
+    expected = many.train("topk", 4, **FLAGS)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def _first_weights(seed_of_first: int) -> torch.Tensor:
+    torch.manual_seed(seed_of_first + torch.distributed.get_rank())
+    sae = tiny.training_sae("topk", optimizer="sparse_adam")
+    return torch.cat(shard_of(sae).features.gather_rows(sae.W_dec.detach()))
+
+
+def test_processes_with_other_seeds_draw_as_the_first_does() -> None:
+    torch.manual_seed(7)
+    expected = tiny.training_sae("topk", optimizer="sparse_adam").W_dec
+    assert all(torch.equal(found, expected) for found in in_processes(3, _first_weights, 7))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
