@@ -50,12 +50,16 @@ BITS = (
 )
 
 
+_OF_NO_PROCESSOR = {"test_triton_kernels.py", "test_shards.py", "test_selection.py"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest file first: of two processes one would otherwise wait for it at the end.
     items.sort(key=lambda item: item.path.name != "test_real_model.py")
     for item in items:
-        # Killed processes take half a minute each, and end as any resume does; Triton looks at no processor.
-        left_out = "kill" in item.name or item.path.name == "test_triton_kernels.py"
+        # Killed processes take half a minute each, and end as any resume does; Triton looks at no processor, and what
+        # processes tell one another is compared and copied, whatever they have computed.
+        left_out = "kill" in item.name or item.path.name in _OF_NO_PROCESSOR
         if item.path.relative_to(TESTS).as_posix().startswith(BITS) and not left_out:
             item.add_marker(pytest.mark.bits)
 
