@@ -53,17 +53,16 @@ def _train(architecture: str, n_steps: int, settings: dict[str, Any]) -> Done:
         return many.train(architecture, n_steps, **settings)
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(2, "float32"), (2, "float64"), (4, "float32"), (4, "float64")])
+@pytest.mark.parametrize(("n", "dtype"), [(2, "float32"), (4, "float64")])
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_features_spread_over_processes_train_as_in_one(architecture: str, n: int, dtype: str) -> None:
     done = _compare(n, architecture, dtype=dtype)
     assert max(done.gradient_norms) > 1  # all of them clipped by the norm of the whole
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(2, "float64"), (4, "float32")])
 @pytest.mark.parametrize("architecture", FAMILY)
-def test_a_batch_is_split_too(architecture: str, n: int, dtype: str) -> None:
-    _compare(n, architecture, dtype=dtype, batch_shards=2, apply_b_dec_to_input=False)
+def test_a_batch_is_split_too(architecture: str) -> None:
+    _compare(4, architecture, batch_shards=2, apply_b_dec_to_input=False)
 
 
 @pytest.mark.parametrize("batch_shards", [1, 2])
@@ -108,9 +107,8 @@ def test_plain_adam_and_scaled_activations() -> None:
 def test_the_initial_weights_are_those_of_one_process_to_the_bit(architecture: str, initializer: Any) -> None:
     settings = {**FLAGS, "initializer": initializer}
     expected = many.train(architecture, 1, **settings).initial
-    for n in (2, 3):
-        for found in in_processes(n, _train, architecture, 1, settings):
-            assert all(torch.equal(found.initial[name], tensor) for name, tensor in expected.items())
+    for found in in_processes(3, _train, architecture, 1, settings):
+        assert all(torch.equal(found.initial[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_group_of_one_process_has_the_bits_of_one() -> None:
