@@ -77,7 +77,7 @@ def test_help_shows_both_flags(capsys):
 
 
 @pytest.fixture
-def flags(llama_folder: Path, tmp_path: Path) -> list[str]:
+def command(llama_folder: Path, tmp_path: Path) -> list[str]:
     """Of a run on a tiny model and text."""
     (tmp_path / "text").mkdir(exist_ok=True)
     tiny.save_text(tmp_path / "text", 120, 100)
@@ -91,7 +91,7 @@ def flags(llama_folder: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def trained(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def trained(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``saelens-asi train`` with these flags, and more; a signal may be sent at a step."""
     stock = SAETrainer.step
 
@@ -102,17 +102,17 @@ def trained(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             return stock(self, batch)
 
         monkeypatch.setattr(SAETrainer, "step", step)
-        cli.main(["train", *flags, *more])
+        cli.main(["train", *command, *more])
 
     return run
 
 
 @pytest.mark.parametrize("more", [[], ["--prefetch_llm_batches", "true"]], ids=["read at once", "prefetched"])
 def test_torchrun_takes_the_same_command(
-    more: list[str], flags: list[str], trained: Callable[..., None], tmp_path: Path
+    more: list[str], command: list[str], trained: Callable[..., None], tmp_path: Path
 ) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*launch, "-m", "saelens_asi", "train", *flags, *more], capture_output=True, text=True)
+    ended = subprocess.run([*launch, "-m", "saelens_asi", "train", *command, *more], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     of_two, files_of_two = read_history(tmp_path / "output")[-1], _files(tmp_path / "output")
     assert SAE.load_from_disk(tmp_path / "output").cfg.d_sae == 48
