@@ -18,8 +18,22 @@ _STATISTICS = ("ln_mu", "ln_std", "x_norm_coeff")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# Dimensions along which features lie; of other tensors it is the one that has their size.
+_FEATURE_DIMS = {"W_enc": 1, "W_dec": 0, "b_dec": None}
+
 # From classes to their own methods by name; None for one that a class does not have.
 StockMethods = Mapping[type, Mapping[str, object]]
+
+
+def feature_dim(name: str, tensor: Tensor, n_features: int) -> int | None:
+    """Along which dimension the features lie of an SAE's tensor with SAELens's name; None for one without, or with two.
+
+    SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,).
+    """
+    if name in _FEATURE_DIMS:
+        return _FEATURE_DIMS[name]
+    dims = [dim for dim, size in enumerate(tensor.shape) if size == n_features]
+    return dims[0] if len(dims) == 1 else None
 
 
 def take_statistics(sae: object) -> dict[str, Tensor]:

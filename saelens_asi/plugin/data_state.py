@@ -25,7 +25,7 @@ from saelens_asi.plugin.batches import (
     save_place,
     set_generators,
 )
-from saelens_asi.plugin.parallel_store import processes_of, stop_together
+from saelens_asi.plugin.parallel_store import stop_together, world_of
 from saelens_asi.plugin.stream import Provider, find_store
 from saelens_asi.resume import load_tensors, save_tensors
 
@@ -165,7 +165,7 @@ class DataState:
     def stop_together(self) -> None:
         """Have a prefetcher of several processes read no more, so that each can close its own. Collective."""
         provider, store = self.provider, self._store
-        if isinstance(provider, PrefetchingIterator) and store is not None and processes_of(store).size > 1:
+        if isinstance(provider, PrefetchingIterator) and store is not None and world_of(store).size > 1:
             stop_together(provider, store)
 
     def start(self) -> Provider:

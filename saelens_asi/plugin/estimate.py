@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_asi.activations.sae_state import statistics_forgotten
@@ -23,10 +23,8 @@ from saelens_asi.initialization import (
 )
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import WHITENING_EPS
+from saelens_asi.plugin.sharded_sae import TopKOfAll, shard_of
 from saelens_asi.plugin.stream import ActivationStream
-from saelens_asi.sparse.selection import select_top_k
-from saelens_asi.sparse.shards import ALONE, Group, Shard
-from saelens_asi.sparse.topk import top_k
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -112,8 +110,7 @@ class _Estimate:
         self.settings = settings
         n_tokens = settings.tokens_for(self.sae.cfg.d_in)
         self.n_wanted = n_tokens if settings.spectrum is None else min(n_tokens, _TOKENS_FOR_NORM)
-        shard: Shard | None = getattr(self.sae, "shard", None)
-        self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device, shard.world if shard else ALONE)
+        self.moments = RunningMoments.zeros(self.sae.cfg.d_in, self.sae.device, shard_of(self.sae).world)
         self.is_first = self.moments.group.is_first
         self.sample: list[Tensor] = []
         self.n_drawn = 0
@@ -196,7 +193,7 @@ class _Estimate:
         )
 
 
-def _fit_activation_fn(sae: AnyTrainingSAE) -> nn.Module | None:
+def _fit_activation_fn(sae: AnyTrainingSAE) -> TopKOfAll | None:
     """Under what the norm is fitted, where that is not the SAE's own activation function.
 
     Untrained features fire by the length of a vector: of a batch, the longest take hundreds each, and many nothing. A
@@ -205,19 +202,4 @@ def _fit_activation_fn(sae: AnyTrainingSAE) -> nn.Module | None:
     """
     if not isinstance(sae, BatchTopKTrainingSAE):
         return None
-    shard: Shard | None = getattr(sae, "shard", None)
-    return _TopKOfAll(max(1, round(sae.cfg.k)), shard.features if shard else ALONE)
-
-
-class _TopKOfAll(nn.Module):
-    """SAELens's TopK, where the other scores of a token may lie in other processes."""
-
-    def __init__(self, k: int, group: Group) -> None:
-        super().__init__()
-        self.k, self.group = k, group
-
-    def forward(self, scores: Tensor) -> Tensor:
-        tokens, features, best = select_top_k(top_k(scores, min(self.k, scores.shape[1])), self.k, self.group)
-        selected = torch.zeros_like(scores)
-        selected[tokens, features] = best.relu().to(scores.dtype)
-        return selected
+    return TopKOfAll(max(1, round(sae.cfg.k)), shard_of(sae).features)

@@ -250,7 +250,7 @@ class KeptRun:
         if before is None:
             return False, False
         number, due = before().tolist()
-        if number and self.interrupts.received is None:
+        if number:
             self.interrupts.note(number)
         return bool(due), bool(number)
 
@@ -261,7 +261,7 @@ class KeptRun:
         if self._told is not None:
             self._told()
         number = int(self._world.max_(torch.tensor([self.interrupts.received or 0])))
-        if number and self.interrupts.received is None:
+        if number:
             self.interrupts.note(number)
 
     def _checkpoint_if_needed(self) -> None:
@@ -329,7 +329,7 @@ class KeptRun:
     def _leave_runner_nothing_to_save(self) -> None:
         """Keep SAELens's runner from writing a second time, past the manifest, when an interrupt reaches it."""
         if self._runner is not None and self.keeper is not None:
-            self._runner.save_checkpoint = lambda checkpoint_path: None
+            self._runner.save_checkpoint = _nothing
 
 
 def _nothing(checkpoint_path: Path | None) -> None:

@@ -168,8 +168,7 @@ def only_first(world: Group, act: Callable[[], Result]) -> Result:
             result = act()
         except Exception as raised:
             error = raised
-    if world.size > 1:
-        result, error = world.of_first((result, error))
+    result, error = world.of_first((result, error))
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]

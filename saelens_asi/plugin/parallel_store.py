@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,14 +51,13 @@ class ParallelStore(ActivationsStore):
     def _of_all(self, tokens: Tensor, read: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The activations of all sequences by hook, of which this process reads its share."""
         n, group = len(tokens), self.readers
-        edges = [i * n // group.size for i in range(group.size + 1)]
-        own = tokens[edges[group.rank] : edges[group.rank + 1]]
+        parts = group.parts(n)
+        own = tokens[parts[group.rank].start : parts[group.rank].stop]
         acts = {name: x.to(self.device) for name, x in read(own).items()} if len(own) else {}
         if n < group.size:
             described = group.gather_objects({name: (x.shape, x.dtype) for name, x in acts.items()})
             acts = acts or self._none_of(described)
-        counts = [stop - start for start, stop in pairwise(edges)]
-        return {name: _in_order(x, counts, group) for name, x in acts.items()}
+        return {name: torch.cat(group.gather_rows(x, list(map(len, parts)))) for name, x in acts.items()}
 
     def _none_of(self, described: list[dict[str, tuple[torch.Size, torch.dtype]]]) -> dict[str, Tensor]:
         """Activations of no sequence, as others have them of some."""
@@ -67,13 +65,6 @@ class ParallelStore(ActivationsStore):
         return {
             name: torch.empty(0, *shape[1:], dtype=dtype, device=self.device) for name, (shape, dtype) in shapes.items()
         }
-
-
-def _in_order(own: Tensor, counts: list[int], group: Group) -> Tensor:
-    """Rows of all processes, which have so many of them, one process after the other."""
-    most = max(counts)
-    padded = own if len(own) == most else torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-    return torch.cat([rows[:n] for rows, n in zip(group.gather(padded), counts, strict=True)])
 
 
 @cache
@@ -159,11 +150,11 @@ def stop_together(prefetcher: PrefetchingIterator[Any], store: ActivationsStore)
 
     One that is closed alone leaves the others waiting for its activations, and whoever closes those with them.
     """
-    with paused_together(prefetcher, processes_of(store)):
+    with paused_together(prefetcher, world_of(store)):
         if isinstance(store, SaveableStore) and store.batches is not None:
             store.batches.stop()
 
 
-def processes_of(store: ActivationsStore) -> Group:
+def world_of(store: ActivationsStore) -> Group:
     """The processes that share a store's forward passes, as their main threads speak with one another."""
     return store.world if isinstance(store, ParallelStore) else ALONE

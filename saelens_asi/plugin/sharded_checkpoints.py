@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Sharded
 from torch.optim import Optimizer
 
+from saelens_asi.activations.sae_state import feature_dim
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.resume import DISK_ERRORS, failing_together, written_whole
 from saelens_asi.sparse.shards import Shard, bounds
@@ -37,9 +38,6 @@ SHARDS = "shards"
 
 # Bytes of a tensor that are copied, sent or written at a time.
 _CHUNK = 1 << 24
-
-# Dimensions of features; of other tensors it is the one that has their size.
-_FEATURE_DIMS = {"W_enc": 1, "W_dec": 0, "b_dec": None}
 
 # What an optimizer has of a parameter only with some of its options.
 _OPTIONAL = ("row_step", "last_step")
@@ -85,14 +83,14 @@ class ShardedTensors:
             tensors[name], dims[name] = tensor.detach(), dim
 
         for name, tensor in sae.state_dict().items():
-            add(f"sae.{name}", tensor, _feature_dim(name, tensor, n_features))
+            add(f"sae.{name}", tensor, feature_dim(name, tensor, n_features))
         for param, state in optimizer.state.items():
-            of_param = _feature_dim(params[param], param, n_features)
+            of_param = feature_dim(params[param], param, n_features)
             for key, tensor in state.items():
                 of_row = 0 if tensor.ndim == 1 and of_param is not None else None
                 add(f"optimizer.{params[param]}.{key}", tensor, of_param if tensor.shape == param.shape else of_row)
         for name, tensor in counters.items():
-            add(f"counters.{name}", tensor, _feature_dim(name, tensor, n_features))
+            add(f"counters.{name}", tensor, feature_dim(name, tensor, n_features))
         groups = tuple(tuple(params[param] for param in group["params"]) for group in optimizer.param_groups)
         return cls(tensors, dims, groups)
 
@@ -103,11 +101,6 @@ class ShardedTensors:
             ValueError: for a tensor on another device than the mesh is of, or without this process's features.
         """
         return {name: _by_row(name, tensor, self.dims[name], shard) for name, tensor in self.tensors.items()}
-
-
-def _feature_dim(name: str, tensor: Tensor, n_features: int) -> int | None:
-    dims = [dim for dim, size in enumerate(tensor.shape) if size == n_features]
-    return _FEATURE_DIMS[name] if name in _FEATURE_DIMS else dims[0] if len(dims) == 1 else None
 
 
 def _by_row(name: str, tensor: Tensor, dim: int | None, shard: Shard) -> Tensor:

@@ -63,7 +63,7 @@ class ShardedRun(SAETrainer[Any, Any]):
     def feature_sparsity(self) -> Tensor:
         """Of all features, also those of other processes, which have to ask for it too."""
         here: Tensor = super().feature_sparsity
-        return torch.cat(self.shard.features.gather_rows(here))
+        return self.shard.of_all(here)
 
     def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
         """SAELens's, of all features."""

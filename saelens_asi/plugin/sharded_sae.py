@@ -21,6 +21,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, act_times_W_dec
 from torch import Tensor, nn
 
+from saelens_asi.activations.sae_state import feature_dim
 from saelens_asi.initialization import whole_kaiming_rows_
 from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin
 from saelens_asi.plugin.launch import processes
@@ -28,11 +29,8 @@ from saelens_asi.plugin.sharded_checkpoints import write_whole
 from saelens_asi.resume import write_json
 from saelens_asi.sparse.rows import Entries
 from saelens_asi.sparse.selection import batch_top_k, batch_width, select_top_k
-from saelens_asi.sparse.shards import ALONE, Processes, Shard
+from saelens_asi.sparse.shards import ALONE, Group, Processes, Shard
 from saelens_asi.sparse.topk import TopK, top_k
-
-# Along which dimension the features of a tensor lie; all others are the same in every process.
-FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
 
 
 def shard_of(sae: object) -> Shard:
@@ -68,7 +66,10 @@ class ShardedSAE(TopKTrainingSAE):
             self.W_enc.data = self.W_dec.data.T.clone().contiguous()
 
     def get_activation_fn(self) -> Any:
-        return _Selection(self)
+        """What one process would select, of this one's features."""
+        if isinstance(self, BatchTopKTrainingSAE):
+            return _BatchTopKOfAll(self.cfg.k, self.shard)
+        return TopKOfAll(self.cfg.k, self.shard.features, isinstance(self, AbsTopKTrainingSAE))
 
     @torch.no_grad()
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class ShardedSAE(TopKTrainingSAE):
         return self._write(Path(path), state, whole_config(self).get_inference_sae_cfg_dict())
 
     def _write(self, folder: Path, state: Mapping[str, Tensor], config: Any) -> tuple[Path, Path]:
-        dims = {name: FEATURE_DIMS.get(name) for name in state}
+        dims = {name: feature_dim(name, tensor, self.shard.n_features) for name, tensor in state.items()}
         write_whole(folder / SAE_WEIGHTS_FILENAME, state, dims, self.shard)
         if self.shard.world.is_first:
             write_json(folder / SAE_CFG_FILENAME, config)
@@ -99,49 +100,60 @@ class ShardedSAE(TopKTrainingSAE):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Keep the features that lie here, of weights of the whole SAE."""
         super().process_state_dict_for_loading(state_dict)
-        for name, dim in FEATURE_DIMS.items():
-            if name in state_dict and state_dict[name].shape[dim] == self.shard.d_sae:
-                state_dict[name] = self.shard.own(state_dict[name], dim).clone()
+        for name, tensor in state_dict.items():
+            dim = feature_dim(name, tensor, self.shard.d_sae)
+            if dim is not None and tensor.shape[dim] == self.shard.d_sae:
+                state_dict[name] = self.shard.own(tensor, dim).clone()
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, Any]:
         """Collective: of all features."""
-        return {name: self.of_all(torch.as_tensor(own)).numpy() for name, own in super().log_histograms().items()}
-
-    def of_all(self, own: Tensor) -> Tensor:
-        """Collective: numbers of the features that lie here, followed by those of the other processes."""
-        return torch.cat(self.shard.features.gather_rows(own))
+        here = super().log_histograms()
+        return {name: self.shard.of_all(torch.as_tensor(own)).numpy() for name, own in here.items()}
 
 
-class _Selection(nn.Module):
-    """The activation function of a sharded SAE: what one process would select, of this one's features.
+class TopKOfAll(nn.Module):
+    """SAELens's TopK or AbsTopK, given the scores of some features of which other processes hold the rest. Collective.
 
-    All processes see all tokens here, as in an evaluation; in training they may see parts.
+    Args:
+        k: features of a token, over all processes.
+        group: the processes that hold the other features, and see the same tokens.
+        magnitude: rank by absolute value, as AbsTopK does.
     """
 
-    def __init__(self, sae: ShardedSAE) -> None:
+    def __init__(self, k: int, group: Group, magnitude: bool = False) -> None:
         super().__init__()
-        self.k = sae.cfg.k
-        self._magnitude, self._is_batch = isinstance(sae, AbsTopKTrainingSAE), isinstance(sae, BatchTopKTrainingSAE)
-        self._shard = replace(sae.shard, world=sae.shard.features, tokens=ALONE)
+        self.k, self._group, self._magnitude = k, group, magnitude
 
     @torch.no_grad()
     def forward(self, scores: Tensor) -> Tensor:
         flat = scores.flatten(0, -2)
-        entries = self._of_batch(flat) if self._is_batch else self._of_tokens(flat)
-        selected = torch.zeros_like(flat)
-        selected[entries.tokens, entries.features] = entries.scores.to(flat.dtype)
+        best = top_k(flat.abs() if self._magnitude else flat, min(self.k, flat.shape[1]))
+        signed = TopK(flat.gather(1, best.indices), best.indices)
+        selected = _as_dense(select_top_k(signed, self.k, self._group, self._magnitude), flat)
         return (selected if self._magnitude else selected.relu_()).view(scores.shape)
 
-    def _of_tokens(self, scores: Tensor) -> Entries:
-        best = top_k(scores.abs() if self._magnitude else scores, min(self.k, scores.shape[1]))
-        own = TopK(scores.gather(1, best.indices), best.indices)
-        return select_top_k(own, self.k, self._shard.features, self._magnitude)
 
-    def _of_batch(self, scores: Tensor) -> Entries:
-        n_entries, n_tokens = int(self.k * len(scores)), len(scores)
-        first = top_k(scores, batch_width(n_entries, n_tokens, scores.shape[1]))
-        return batch_top_k(first, n_entries, self._shard, n_tokens, lambda some, k: top_k(scores[some], k)).entries
+class _BatchTopKOfAll(nn.Module):
+    """SAELens's BatchTopK likewise, over tokens that all processes see, as in an evaluation."""
+
+    def __init__(self, k: float, shard: Shard) -> None:
+        super().__init__()
+        self.k, self._shard = k, replace(shard, world=shard.features, tokens=ALONE)
+
+    @torch.no_grad()
+    def forward(self, scores: Tensor) -> Tensor:
+        flat = scores.flatten(0, -2)
+        n_entries, n_tokens = int(self.k * len(flat)), len(flat)
+        first = top_k(flat, batch_width(n_entries, n_tokens, flat.shape[1]))
+        best = batch_top_k(first, n_entries, self._shard, n_tokens, lambda some, k: top_k(flat[some], k))
+        return _as_dense(best.entries, flat).relu_().view(scores.shape)
+
+
+def _as_dense(entries: Entries, like: Tensor) -> Tensor:
+    dense = torch.zeros_like(like)
+    dense[entries.tokens, entries.features] = entries.scores.to(like.dtype)
+    return dense
 
 
 def whole_config(sae: AnyTrainingSAE) -> TrainingSAEConfig:
@@ -171,8 +183,9 @@ def shard_(sae: AnyTrainingSAE) -> None:
     _become_sharded(sae, shard)
     with torch.no_grad():
         for name, param in sae.named_parameters():
-            if name in FEATURE_DIMS:
-                param.data = shard.own(param.data, FEATURE_DIMS[name]).clone()
+            dim = feature_dim(name, param, shard.d_sae)
+            if dim is not None:
+                param.data = shard.own(param.data, dim).clone()
     sae.cfg = _own_config(sae.cfg, shard)
     sae.activation_fn = sae.get_activation_fn()
 

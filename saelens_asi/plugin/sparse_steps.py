@@ -14,6 +14,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from saelens_asi.activations.sae_state import feature_dim
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.fused_steps import FusedSteps, takes_fused
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
@@ -249,14 +250,9 @@ class RowGroup(TypedDict):
 def feature_row_groups(sae: AnyTrainingSAE) -> list[RowGroup]:
     """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
 
-    SAELens names the large ones: ``W_dec`` (d_sae, d_in), ``W_enc`` (d_in, d_sae), ``b_dec`` (d_in,). Any other
-    parameter is split along the one dimension that has the size d_sae; without one it is updated as a whole.
+    One without such a dimension (see ``feature_dim``) is updated as a whole.
     """
-    d_sae = sae.cfg.d_sae
-    known = {"W_dec": 0, "W_enc": 1, "b_dec": None}
     by_dim: dict[int | None, list[nn.Parameter]] = {}
     for name, param in sae.named_parameters():
-        dims = [dim for dim, size in enumerate(param.shape) if size == d_sae]
-        row_dim = known[name] if name in known else dims[0] if len(dims) == 1 else None
-        by_dim.setdefault(row_dim, []).append(param)
+        by_dim.setdefault(feature_dim(name, param, sae.cfg.d_sae), []).append(param)
     return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]

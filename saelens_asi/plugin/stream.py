@@ -17,7 +17,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
 from saelens_asi.plugin.batches import MixedBatches
-from saelens_asi.plugin.parallel_store import paused_together, processes_of
+from saelens_asi.plugin.parallel_store import paused_together, world_of
 
 Batch = Mapping[str, Tensor]
 
@@ -86,7 +86,7 @@ def _undisturbed(data_provider: Provider, store: ActivationsStore | None) -> Ite
     """Hold a prefetcher still, and put the random state back afterwards, where the data is looked at twice."""
     with ExitStack() as stack:
         if isinstance(data_provider, PrefetchingIterator) and store is not None:
-            stack.enter_context(paused_together(data_provider, processes_of(store)))
+            stack.enter_context(paused_together(data_provider, world_of(store)))
         if store is not None or isinstance(data_provider, SyntheticActivationIterator):
             stack.enter_context(torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))))
         yield

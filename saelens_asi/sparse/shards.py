@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Group:
         """``max_`` while this process goes on: what is returned waits for the others and gives their maximum."""
         if self.size == 1 or tensor.numel() == 0:
             return lambda: tensor
-        self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+        self._count(tensor, 2 / self.size)
         work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle, async_op=True)
 
         def wait() -> Tensor:
@@ -79,14 +80,14 @@ class Group:
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         if self.size > 1 and tensor.numel() > 0:
-            self._count(2 * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            self._count(tensor, 2 / self.size)
             dist.all_reduce(tensor, op=op, group=self.handle)
         return tensor
 
     def as_first_(self, tensor: Shaped[Tensor, " ..."]) -> Shaped[Tensor, " ..."]:
         """Replace a tensor by the first process's."""
         if self.size > 1 and tensor.numel() > 0:
-            self._count(tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            self._count(tensor, 1 / self.size)
             first = 0 if self.handle is None else dist.get_global_rank(self.handle, 0)
             dist.broadcast(tensor, first, group=self.handle)
         return tensor
@@ -96,7 +97,7 @@ class Group:
         if self.size == 1:
             return tensor[None]
         tensor = tensor.contiguous()
-        self._count(tensor.numel() * tensor.element_size() * (self.size - 1))
+        self._count(tensor, 1)
         gathered = tensor.new_empty(self.size * max(1, tensor.numel()))
         if tensor.numel() > 0:
             _all_gather(gathered, tensor.view(-1), group=self.handle)
@@ -106,19 +107,28 @@ class Group:
         """Give each process its part of a tensor; returns the parts that all have for this one, in their order."""
         if self.size > 1 and tensor.numel() > 0:
             tensor = tensor.contiguous()
-            self._count(tensor.numel() * tensor.element_size() * (self.size - 1) / self.size)
+            self._count(tensor, 1 / self.size)
             received = torch.empty_like(tensor)
             dist.all_to_all_single(received, tensor, group=self.handle)
             return received
         return tensor
 
-    def gather_rows(self, tensor: Shaped[Tensor, "n ..."]) -> list[Shaped[Tensor, "m ..."]]:
-        """The tensors of all processes, whose numbers of rows may differ. Two calls, padded to the most rows."""
+    def gather_rows(
+        self, tensor: Shaped[Tensor, "n ..."], counts: Sequence[int] | None = None
+    ) -> list[Shaped[Tensor, "m ..."]]:
+        """The tensors of all processes, whose numbers of rows may differ; padded to the most rows.
+
+        Args:
+            tensor: this process's.
+            counts: rows of each process's; None to ask for them in a call of its own.
+        """
         if self.size == 1:
             return [tensor]
-        counts = self.gather(torch.tensor([len(tensor)], device=tensor.device)).flatten().tolist()
-        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
+        counts = counts or self.gather(torch.tensor([len(tensor)], device=tensor.device)).flatten().tolist()
+        padded = tensor
+        if len(tensor) < max(counts):
+            padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+            padded[: len(tensor)] = tensor
         return [rows[:n] for rows, n in zip(self.gather(padded), counts, strict=True)]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -133,14 +143,15 @@ class Group:
         """The first process's value, in all."""
         return self.gather_objects(value if self.is_first else None)[0]
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            self.sum_(torch.zeros(1))
+    def parts(self, n: int) -> list[range]:
+        """What each process takes of n things, in the order of their ranks: parts as even as may be."""
+        edges = [i * n // self.size for i in range(self.size + 1)]
+        return [range(*part) for part in pairwise(edges)]
 
-    def _count(self, n_bytes: float) -> None:
+    def _count(self, tensor: Tensor, shares: float) -> None:
+        """A call in which this process sends each other one so many times a tensor's bytes, on average."""
         self.traffic.calls += 1
-        self.traffic.n_bytes += n_bytes
+        self.traffic.n_bytes += shares * tensor.numel() * tensor.element_size() * (self.size - 1)
 
 
 ALONE = Group()
@@ -185,12 +196,16 @@ class Shard:
 
     def part(self, n_tokens: int) -> slice:
         """Which tokens of a batch this process sees."""
-        edges = [i * n_tokens // self.tokens.size for i in range(self.tokens.size + 1)]
-        return slice(edges[self.tokens.rank], edges[self.tokens.rank + 1])
+        own = self.tokens.parts(n_tokens)[self.tokens.rank]
+        return slice(own.start, own.stop)
 
     def own(self, whole: Shaped[Tensor, "d_sae ..."], dim: int = 0) -> Shaped[Tensor, "n_features ..."]:
         """This process's part of a tensor with features along ``dim``."""
         return whole.narrow(dim, self.first, self.n_features)
+
+    def of_all(self, own: Shaped[Tensor, "n_features ..."]) -> Shaped[Tensor, "d_sae ..."]:
+        """The parts of all processes, put together in each."""
+        return torch.cat(self.features.gather_rows(own))
 
 
 @dataclass(frozen=True)

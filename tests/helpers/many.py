@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.plugin.sharded_sae import FEATURE_DIMS, shard_of
+from saelens_asi.activations.sae_state import feature_dim
+from saelens_asi.plugin.sharded_sae import shard_of
 from tests.helpers import tiny
 
 
@@ -88,7 +89,7 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
     """Weights, moments and counters of all features."""
     shard, found = shard_of(trainer.sae), {}
     for name, param in trainer.sae.named_parameters():
-        dim = FEATURE_DIMS.get(name)
+        dim = feature_dim(name, param, shard.n_features)
         found[name] = _whole(param.detach(), dim, shard)
         for key, value in trainer.optimizer.state[param].items():
             found[f"{name}.{key}"] = _whole(value, dim if value.shape == param.shape else None, shard)

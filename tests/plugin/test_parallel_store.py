@@ -19,9 +19,9 @@ from saelens_asi.plugin.batches import SaveableStore, make_saveable
 from saelens_asi.plugin.parallel_store import (
     ParallelStore,
     paused_together,
-    processes_of,
     share_model_,
     stop_together,
+    world_of,
 )
 from saelens_asi.plugin.stream import open_stream
 from saelens_asi.sparse.shards import ALONE, Processes
@@ -83,7 +83,7 @@ def _batches(changes: dict[str, Any], saveable: bool, saveable_first: bool) -> t
     store = _shared(_store(changes), saveable, saveable_first)
     torch.manual_seed(1)
     batches = [next(store).clone() for _ in range(40)]
-    world = processes_of(store)
+    world = world_of(store)
     return batches, torch.get_rng_state(), store.model.n_seen, world.traffic.calls
 
 
@@ -139,7 +139,7 @@ def test_batches_of_several_hooks_too(n: int, changes: dict[str, Any]) -> None:
 def _of_plain_model() -> tuple[Tensor, float, int]:
     store = _shared(_store({}, tiny.hooked_transformer()))
     acts = store.get_activations(store.get_batch_tokens(5))
-    world = processes_of(store)
+    world = world_of(store)
     return acts, world.traffic.n_bytes, world.traffic.calls
 
 
@@ -156,14 +156,14 @@ def test_a_process_that_is_alone_keeps_its_store() -> None:
     store = _store({})
     share_model_(store, ALONE)
     assert type(store) is ActivationsStore
-    assert processes_of(store) is ALONE
+    assert world_of(store) is ALONE
 
 
 def _cached(folder: str) -> tuple[list[Tensor], float]:
     changes = {"use_cached_activations": True, "cached_activations_path": folder}
     store = _shared(_store(changes))
     torch.manual_seed(1)
-    return [next(store).clone() for _ in range(10)], processes_of(store).traffic.n_bytes
+    return [next(store).clone() for _ in range(10)], world_of(store).traffic.n_bytes
 
 
 def test_of_activations_from_a_cache_their_order_alone_travels(tmp_path, model, dataset, monkeypatch) -> None:
@@ -178,7 +178,7 @@ def test_of_activations_from_a_cache_their_order_alone_travels(tmp_path, model, 
 
 def _second_look(is_prefetched: bool) -> tuple[list[Tensor], list[Tensor], int]:
     store = _shared(_store({}))
-    world = processes_of(store)
+    world = world_of(store)
     torch.manual_seed(1)
     provider: Any = PrefetchingIterator(iter(store), prefetch=2) if is_prefetched else store
     evaluator = type("Evaluator", (), {"activations_store": store})()
@@ -226,7 +226,7 @@ def test_a_copy_runs_its_share_and_no_more() -> None:
 def _pause_at_once(n_times: int) -> list[int]:
     """How many sequences each process's model has seen whenever all prefetchers are held."""
     store = _shared(_store({"activations_mixing_fraction": 0.0}))
-    world = processes_of(store)
+    world = world_of(store)
     prefetcher: PrefetchingIterator[Tensor] = PrefetchingIterator(iter(store), prefetch=4)
     seen = []
     for i in range(n_times):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
 from saelens_asi.initialization import METADATA_KEY
-from saelens_asi.plugin.estimate import _TopKOfAll, initialize_together
-from saelens_asi.plugin.sharded_sae import shard_of
+from saelens_asi.plugin.estimate import initialize_together
+from saelens_asi.plugin.sharded_sae import TopKOfAll, shard_of
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.sparse.shards import Processes, Shard
 from tests.helpers import tiny
@@ -58,7 +58,7 @@ def test_weights_are_those_of_one_process_and_the_first_alone_says_so(
 
 def _selected(scores: Tensor, k: int) -> Tensor:
     shard = Processes.spread(1, "cpu").shard(scores.shape[1])
-    return _TopKOfAll(k, shard.features)(shard.own(scores, dim=1))
+    return TopKOfAll(k, shard.features)(shard.own(scores, dim=1))
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 4), (2, 4), (3, 1), (4, 7)])

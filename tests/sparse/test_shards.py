@@ -59,7 +59,6 @@ def test_a_process_that_is_alone_sends_nothing() -> None:
     assert ALONE.gather_rows(own)[0] is own
     assert torch.equal(ALONE.gather(own), own[None])
     assert [*ALONE.gather_objects(7), ALONE.of_first(7)] == [7, 7]
-    ALONE.wait()
     assert ALONE.traffic.calls == 0
     assert Processes.spread(1, "cpu") == Processes()
 
