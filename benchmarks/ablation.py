@@ -25,7 +25,9 @@ from sae_lens.config import SAETrainerConfig
 from transformer_lens import HookedTransformer
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
+from saelens_asi.activations.models import embedded_folder
+from saelens_asi.activations.places import cache_dir
+from saelens_asi.activations.texts import world_english_bible
 from saelens_asi.evaluation.run import evaluate
 from tests.helpers.hooked import load_hooked_transformer
 
@@ -77,7 +79,7 @@ def activations(n_train: int, n_held_out: int) -> tuple[torch.Tensor, torch.Tens
     """Training and held-out activations of the hook, (n, 576) float32; BOS positions left out. Cached on disk."""
     path = cache_dir() / f"ablation_{HOOK_NAME}_{n_train}_{n_held_out}.pt"
     if not path.exists():
-        model = load_hooked_transformer(smollm2_folder())
+        model = load_hooked_transformer(embedded_folder("smollm2"))
         parts = [
             torch.cat(list(_activations(model, split["text"], n)))[:n]
             for split, n in zip(world_english_bible(), (n_train, n_held_out), strict=True)

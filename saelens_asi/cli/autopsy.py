@@ -21,7 +21,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saelens_asi.activations.models import embedded_name
 from saelens_asi.activations.reader import HookActivations
 from saelens_asi.cli.common import Command
 from saelens_asi.cli.flags import (
@@ -114,7 +115,7 @@ def run(flags: AutopsyFlags) -> Autopsy:
     own = sae.cfg.metadata
     if not flags.hooks and own.hook_name is None:
         raise ValueError("the SAE names no hook: give --hooks")
-    model_name = flags.model or _embedded(own.model_name) or EMBEDDED_MODEL
+    model_name = flags.model or embedded_name(own.model_name) or EMBEDDED_MODEL
     model = open_model(model_name, flags.device)
     hook = one_hook(flags.hooks, flags.layers, lambda: model.cfg.n_layers) if flags.hooks else own.hook_name
     print(f"{flags.source}: {sae.cfg.architecture()}, {sae.cfg.d_sae:,} features on {hook} of {model_name}", flush=True)
@@ -157,11 +158,6 @@ def _write(record: Autopsy, out: Path, source: str, place: str) -> None:
     figure = plots.save(autopsy_figure(record, place), out / "autopsy.png")
     print(f"\n{record}\n\nWritten:")
     print("\n".join(f"  {path}" for path in (out / "autopsy.json", out / "autopsy.md", figure)))
-
-
-def _embedded(name: str | None) -> str | None:
-    """The embedded model under the name that is written into SAEs trained on it."""
-    return EMBEDDED_MODEL if name == MODEL_NAME else name
 
 
 COMMAND = Command(

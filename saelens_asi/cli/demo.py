@@ -23,7 +23,7 @@ from sae_lens import (
 
 from saelens_asi import plots
 from saelens_asi.activations.hooks import hook_points
-from saelens_asi.activations.loading import EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.activations.models import MODELS
 from saelens_asi.cli.common import Command
 from saelens_asi.cli.flags import (
     DeviceFlag,
@@ -162,7 +162,7 @@ def runner_config(
     return LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=d_in, d_sae=settings.d_sae, k=settings.k, **flags),
         model_from_pretrained_kwargs={},
-        model_name=MODEL_NAME if settings.model == EMBEDDED_MODEL else settings.model,
+        model_name=MODELS[settings.model].name if settings.model in MODELS else settings.model,
         hook_name=hook_name,
         dataset_path=settings.dataset,
         is_dataset_tokenized=False,

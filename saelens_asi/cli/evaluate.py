@@ -22,7 +22,8 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.load_model import load_model as load_hooked_transformer
 
 from saelens_asi import plots
-from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL, MODEL_NAME
+from saelens_asi.activations.loading import EMBEDDED_DATASET, EMBEDDED_MODEL
+from saelens_asi.activations.models import embedded_name
 from saelens_asi.cli.common import Command
 from saelens_asi.cli.flags import (
     DTYPES,
@@ -202,7 +203,7 @@ def _first_metadata(sources: Iterable[SAESource], device: str, left_out: _LeftOu
 
 
 def _model_name(name: str | None) -> str:
-    return EMBEDDED_MODEL if name in (None, "", MODEL_NAME) else name  # type: ignore[return-value]
+    return embedded_name(name) or EMBEDDED_MODEL
 
 
 def _processing(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,8 @@ class SourceFlags:
     """Model and text.
 
     Attributes:
-        model: name on the hub, local folder, or smollm2.
-        dataset: of text or tokens: name on the hub, local folder, or bible.
+        model: name on the hub, local folder, or smollm2 or gemma3-270m.
+        dataset: of text or tokens: name on the hub, local folder, or bible, linux-doc or python.
         context_size: tokens in a window.
     """
 
@@ -74,8 +74,10 @@ class OwnSourceFlags:
     """Model and text, by default those that an SAE names.
 
     Attributes:
-        model: name on the hub, local folder, or smollm2; without it, what the SAE was trained on, or smollm2.
-        dataset: of text or tokens: name on the hub, local folder, or bible; without it, that of the SAE, or bible.
+        model: name on the hub, local folder, smollm2 or gemma3-270m; without it, what the SAE was trained on, or
+            smollm2.
+        dataset: of text or tokens: name on the hub, local folder, bible, linux-doc or python; without it, that of the
+            SAE, or bible.
         context_size: tokens in a window; without it, as the SAE was trained, or 256.
     """
 

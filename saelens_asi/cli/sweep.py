@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import simple_parsing
 from simple_parsing.docstring import get_attribute_docstring
@@ -25,6 +25,8 @@ from saelens_asi import plots
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.cli.common import Command
 from saelens_asi.cli.flags import (
+    DTYPES,
+    DtypeFlag,
     HeldOutFlag,
     HookFlags,
     OutFlag,
@@ -68,12 +70,13 @@ Axes = make_dataclass(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFlags(OutFlag, HeldOutFlag, HookFlags, SourceFlags):
+class SweepFlags(OutFlag, HeldOutFlag, HookFlags, DtypeFlag, SourceFlags):
     """Flags of ``saelens-asi sweep``.
 
     Attributes:
         cached_tokens: activations to train on, read once.
         cache: folder of the activations, for several sweeps; without it OUT/activations.
+        cache_dtype: of the activations there; float16 takes half the disk.
         save_saes: keep each SAE as a SAELens folder in OUT/saes.
     """
 
@@ -83,6 +86,7 @@ class SweepFlags(OutFlag, HeldOutFlag, HookFlags, SourceFlags):
     cached_tokens: int = 300_000
     held_out_tokens: int = 80_000
     cache: Path | None = None
+    cache_dtype: Literal["float32", "float16"] = "float32"
     save_saes: bool = simple_parsing.field(default=False, action="store_true")
     out: Path = Path("sweep_output")
 
@@ -105,7 +109,7 @@ def run(flags: SweepFlags, axes: Any, training: SweepTraining) -> None:
 
 def _activations(flags: SweepFlags, device: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Activations to train and to evaluate on, by hook; the model is loaded only where they are not cached."""
-    model = functools.cache(lambda: open_model(flags.model, device))
+    model = functools.cache(lambda: open_model(flags.model, device, DTYPES[flags.dtype]))
     n_tokens = {"training": flags.cached_tokens, "held_out": flags.held_out_tokens}
     texts = functools.cache(lambda: open_text(flags.dataset, max(flags.cached_tokens, 4 * flags.held_out_tokens)))
     names = hook_names(flags.hooks, flags.layers, lambda: model().cfg.n_layers)
@@ -116,7 +120,9 @@ def _activations(flags: SweepFlags, device: str) -> dict[str, tuple[Tensor, Tens
     for i, (split, n) in enumerate(n_tokens.items()):
         path = folder / f"{own}_{n}_{split}"
         text = functools.partial(lambda i: texts()[i], i)
-        splits.append(cache_activations(path, model, text, names, n, context_size=flags.context_size))
+        splits.append(
+            cache_activations(path, model, text, names, n, context_size=flags.context_size, dtype=flags.cache_dtype)
+        )
     return {name: (splits[0][name], splits[1][name]) for name in splits[0]}
 
 

@@ -156,8 +156,8 @@ def _batches(activations: Tensor, training: SweepTraining, n: int | None = None)
     for part in itertools.repeat(order) if n is None else [order[:n]]:
         *full, left = torch.cat([left, part]).split(training.batch_size)
         for rows in full:
-            yield activations[rows]
-    yield activations[left]
+            yield activations[rows].float()
+    yield activations[left].float()
 
 
 def run_sweep(

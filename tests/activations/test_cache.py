@@ -257,3 +257,35 @@ def test_signals_let_the_batch_end_and_save_it(number, times, model, dataset, tm
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     assert_survives_kills("cache", tmp_path)
+
+
+def test_float16_takes_half_the_disk(tmp_path: Path, model: Any, dataset: Any) -> None:
+    whole = cache_activations(tmp_path / "whole", model, dataset, HOOKS, 300, **HOW)
+
+    def never() -> Any:
+        raise AssertionError("was asked for")
+
+    halved = cache_activations(tmp_path / "half", model, dataset, HOOKS, 300, dtype="float16", **HOW)
+    again = cache_activations(tmp_path / "half", never, never, HOOKS, 300, dtype="float16", **HOW)
+    for name, values in whole.items():
+        assert halved[name].dtype == torch.float16
+        assert torch.equal(halved[name], values.half())
+        assert torch.equal(again[name], halved[name])
+        sizes = [(tmp_path / folder / f"{name}.npy").stat().st_size for folder in ("whole", "half")]
+        assert sizes[0] - sizes[1] == 2 * values.numel()
+    with pytest.raises(ValueError, match=r"dtype.*float16.*float32"):
+        cache_activations(tmp_path / "half", model, dataset, HOOKS, 300, **HOW)
+
+
+def test_what_float16_does_not_hold_is_refused(tmp_path: Path, model: Any, dataset: Any) -> None:
+    huge = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in huge.parameters():
+            parameter.mul_(1e4)
+    with pytest.raises(ValueError, match="dtype='float16' ends at 65,504"):
+        cache_activations(tmp_path, huge, dataset, HOOKS, 300, dtype="float16", **HOW)
+
+
+def test_another_dtype_is_refused(tmp_path: Path, model: Any, dataset: Any) -> None:
+    with pytest.raises(ValueError, match="dtype='int8' must be one of"):
+        cache_activations(tmp_path, model, dataset, HOOKS, 300, dtype="int8", **HOW)  # type: ignore[arg-type]

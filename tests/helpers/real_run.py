@@ -17,7 +17,8 @@ from sae_lens import (
 )
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.activations.loading import load_model, world_english_bible
+from saelens_asi.activations.loading import load_model
+from saelens_asi.activations.texts import world_english_bible
 
 BATCH, N_STEPS = 256, 6
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelens_asi.activations.loading import smollm2_folder, world_english_bible
+from saelens_asi.activations.models import embedded_folder
+from saelens_asi.activations.texts import world_english_bible
 from saelens_asi.lorsa import Lorsa, attached, attention_activations, read_attention, token_windows
 from saelens_asi.lorsa.model import check_exact
 from tests.helpers import tiny_attention
@@ -130,8 +131,8 @@ def test_queries_and_keys_are_copied_to_more_heads() -> None:
 def test_exact_on_a_real_model_and_real_text() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    hooked = load_hooked_transformer(smollm2_folder())  # rotary positions, 9 query and 3 key-value heads
-    bridge = TransformerBridge.boot_transformers(str(smollm2_folder()), device="cpu", dtype=torch.float32)
+    hooked = load_hooked_transformer(embedded_folder("smollm2"))  # rotary positions, 9 query and 3 key-value heads
+    bridge = TransformerBridge.boot_transformers(str(embedded_folder("smollm2")), device="cpu", dtype=torch.float32)
     tokens = token_windows(world_english_bible()[1], hooked.tokenizer, 128, 2)
     for model in (hooked, bridge):
         assert difference(model, 15, tokens) < 1e-4
