@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,8 +73,16 @@ class SweepTraining:
         return asdict(self)
 
 
-def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tuple[SAETrainer, dict[str, float]]:
+# Called with the tokens trained on so far and the SAE as it is then.
+Watch = Callable[[int, TrainingSAE], None]
+
+
+def train_cell(
+    cell: Cell, training: SweepTraining, activations: Tensor, watch: Watch | None = None
+) -> tuple[SAETrainer, dict[str, float]]:
     """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, seconds, and what initialized it.
+
+    Before each step but the first ``watch`` is called; its time is not counted.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
@@ -84,16 +92,47 @@ def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tupl
     sae = _untrained(cell, d_in, training.device)
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
     # The estimate reads the same activations that training reads next.
-    batches = itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training))
-    trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
-    start, cpu_start = time.perf_counter(), time.process_time()
+    stop = _StopWatch()
+    batches = _watched(_batches(activations, training), training, lambda n: watch(n, sae) if watch else None, stop)
+    trainer = SAETrainer(
+        _trainer_config(cell, training), sae, itertools.chain(_batches(activations, training, n_estimate), batches)
+    )
+    stop.go_on()
     trainer.fit()
-    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    seconds = stop.halt()
     provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
     return trainer, {
         **{name: round(value, 1) for name, value in seconds.items()},
         **{name: provenance[key] for key, name in _PROVENANCE.items() if key in provenance},
     }
+
+
+class _StopWatch:
+    """Seconds on the clock and of the processor, but for breaks."""
+
+    def __init__(self) -> None:
+        self._seconds = self._cpu_seconds = 0.0
+
+    def go_on(self) -> None:
+        self._seconds -= time.perf_counter()
+        self._cpu_seconds -= time.process_time()
+
+    def halt(self) -> dict[str, float]:
+        self._seconds += time.perf_counter()
+        self._cpu_seconds += time.process_time()
+        return {"seconds": self._seconds, "cpu_seconds": self._cpu_seconds}
+
+
+def _watched(
+    batches: Iterator[Tensor], training: SweepTraining, watch: Callable[[int], None], stop: _StopWatch
+) -> Iterator[Tensor]:
+    """The batches; before each but the first, ``watch`` is called with the tokens in those before."""
+    for step, batch in enumerate(batches):
+        if step:
+            stop.halt()
+            watch(step * training.batch_size)
+            stop.go_on()
+        yield batch
 
 
 def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
@@ -137,7 +176,7 @@ def run_cell(
     """
     trainer, training_record = train_cell(cell, training, activations)
     sae = trainer.sae
-    evaluation = evaluate(sae, activations=held_out, ranks=False, progress=False)
+    evaluation = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
     last_steps = round(_LAST_SHARE * training.steps)
     silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
     measured = {
@@ -255,7 +294,7 @@ def sae_folder(out: str | Path, cell: Cell, hook_name: str) -> Path:
 
 
 def _rank(held_out: Tensor) -> dict[str, float]:
-    spectrum = Spectrum.from_moments(RunningMoments.zeros(held_out.shape[1]).update_(held_out))
+    spectrum = Spectrum.from_moments(RunningMoments.zeros(held_out.shape[1]).update_(held_out.float()))
     return {"d_in": spectrum.d, "effective_rank": spectrum.effective_rank}
 
 

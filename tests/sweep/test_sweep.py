@@ -28,7 +28,7 @@ from saelens_asi.sweep import (
 )
 from saelens_asi.sweep.cells import grid
 from saelens_asi.sweep.results import best_rates
-from saelens_asi.sweep.run import ARCHITECTURES
+from saelens_asi.sweep.run import ARCHITECTURES, run_cell
 from tests.helpers import tiny
 from tests.helpers.damage import assert_survives_kills
 
@@ -371,3 +371,21 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
 
 def test_killed_at_any_moment_it_ends_with_the_same_results(tmp_path):
     assert_survives_kills("sweep", tmp_path)
+
+
+def test_a_watcher_sees_the_sae_between_steps_and_changes_nothing(train):
+    seen: list[tuple[int, torch.Tensor]] = []
+    watched, _ = train_cell(Cell(**SIZES), TRAINING, train, lambda n, sae: seen.append((n, sae.W_dec.detach().clone())))
+    alone, _ = train_cell(Cell(**SIZES), TRAINING, train)
+    assert [n for n, _ in seen] == [TRAINING.batch_size * step for step in range(1, TRAINING.steps)]
+    assert not torch.equal(seen[0][1], seen[-1][1])
+    assert torch.equal(watched.sae.W_dec, alone.sae.W_dec)
+
+
+def test_activations_in_16_bits_are_trained_on_as_float32(data):
+    train, held_out = (part.half() for part in data[HOOK])
+    halved = run_cell(Cell(**SIZES), TRAINING, train, held_out)
+    whole = run_cell(Cell(**SIZES), TRAINING, train.float(), held_out.float())
+    assert halved[0].W_dec.dtype == torch.float32
+    assert torch.equal(halved[0].W_dec, whole[0].W_dec)
+    assert halved[1]["nmse"] == whole[1]["nmse"]
