@@ -82,7 +82,7 @@ def train_cell(
 ) -> tuple[SAETrainer, dict[str, float]]:
     """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, seconds, and what initialized it.
 
-    Before each step but the first ``watch`` is called; its time is not counted.
+    ``watch`` is called before each step but the first; its time is not counted.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
@@ -93,10 +93,15 @@ def train_cell(
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
     # The estimate reads the same activations that training reads next.
     stop = _StopWatch()
-    batches = _watched(_batches(activations, training), training, lambda n: watch(n, sae) if watch else None, stop)
-    trainer = SAETrainer(
-        _trainer_config(cell, training), sae, itertools.chain(_batches(activations, training, n_estimate), batches)
-    )
+    batches = itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training))
+    trainer: SAETrainer
+
+    def between_steps() -> None:
+        # Batches are asked for before the first step too, by the estimate.
+        if watch and trainer.n_training_samples:
+            watch(trainer.n_training_samples, sae)
+
+    trainer = SAETrainer(_trainer_config(cell, training), sae, _watched(batches, between_steps, stop))
     stop.go_on()
     trainer.fit()
     seconds = stop.halt()
@@ -123,15 +128,12 @@ class _StopWatch:
         return {"seconds": self._seconds, "cpu_seconds": self._cpu_seconds}
 
 
-def _watched(
-    batches: Iterator[Tensor], training: SweepTraining, watch: Callable[[int], None], stop: _StopWatch
-) -> Iterator[Tensor]:
-    """The batches; before each but the first, ``watch`` is called with the tokens in those before."""
-    for step, batch in enumerate(batches):
-        if step:
-            stop.halt()
-            watch(step * training.batch_size)
-            stop.go_on()
+def _watched(batches: Iterator[Tensor], watch: Callable[[], None], stop: _StopWatch) -> Iterator[Tensor]:
+    """The batches, with ``watch`` called before each."""
+    for batch in batches:
+        stop.halt()
+        watch()
+        stop.go_on()
         yield batch
 
 
@@ -169,22 +171,26 @@ def _trainer_config(cell: Cell, training: SweepTraining) -> SAETrainerConfig:
 def run_cell(
     cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor
 ) -> tuple[TrainingSAE, dict[str, float]]:
-    """Train the SAE of ``cell`` and evaluate it on (n, d_in) held-out activations.
+    """Train the SAE of ``cell`` and ``measure`` it on (n, d_in) held-out activations."""
+    trainer, training_record = train_cell(cell, training, activations)
+    return trainer.sae, {**measure(trainer, training, held_out), **training_record}
+
+
+def measure(trainer: SAETrainer, training: SweepTraining, held_out: Tensor) -> dict[str, float]:
+    """Error, dead features and L0 of a finished SAE on (n, d_in) held-out activations.
 
     Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
     training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
     """
-    trainer, training_record = train_cell(cell, training, activations)
     sae = trainer.sae
     evaluation = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
     last_steps = round(_LAST_SHARE * training.steps)
     silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
-    measured = {
+    return {
         **{name: getattr(evaluation, name) for name in _MEASURED},
         "silent_fraction": float(silent.double().mean()),
         "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
     }
-    return sae, {**measured, **training_record}
 
 
 def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:

@@ -1,0 +1,175 @@
+"""What is trained for the page of claims, in parts; ``train.py`` does it, ``docs`` says it before the results.
+
+Every contender gets the same activations in the same order, batches of 1,024, k = 32, the same schedule, and the same
+number of tries for its learning rate (and, of the auxiliary loss, its window) in a pilot at a tenth of the tokens; the
+try of the lowest error goes into the comparison. A try that leaves fewer features alive is not held back: its dead
+features are reported beside its error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.claims.records import read
+from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, MAIN_HOOK, Source, find
+from saelens_asi.sweep import Cell, SweepTraining
+
+D_SAE, K = 8192, 32
+MAIN_TOKENS, PILOT_TOKENS = 2_000_000, 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One SAE to train.
+
+    Attributes:
+        part: of the plan; each has a file of results.
+        contender: name in ``CONTENDERS``, or a rival's in ``rivals.RIVALS``.
+        model: as ``load_model`` names it.
+        text: as ``load_documents`` names it.
+        hook: full name.
+        cell: settings of the SAE.
+        tokens: to train on.
+        batch: tokens in a step.
+        window: silent tokens after which a feature counts as dead for the auxiliary loss.
+        save: keep the SAE.
+    """
+
+    part: str
+    contender: str
+    model: str
+    text: str
+    hook: str
+    cell: Cell
+    tokens: int
+    batch: int = 1024
+    window: int = 1_024_000
+    save: bool = False
+
+    @property
+    def training(self) -> SweepTraining:
+        return SweepTraining(training_tokens=self.tokens, batch_size=self.batch, dead_after_tokens=self.window)
+
+    @property
+    def source(self) -> Source:
+        return find(self.model, self.text, self.hook, self.tokens)
+
+    def key(self) -> dict[str, Any]:
+        """What tells it from all others, as plain values."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("cell", "save")}
+        return {**own, **self.cell.to_dict()}
+
+
+# The factorial: three ways of training x two centres x two sets of directions. SAELens's own settings are norm 0.1,
+# a coefficient of 1 and a window of 1,000 steps; the rest has the norm of the lowest initial error.
+TRAINED: dict[str, dict[str, Any]] = {
+    "TopK": {"optimizer": "adam"},
+    "AuxK": {"optimizer": "adam", "aux_loss_coefficient": 1 / 32},
+    "SAELens": {"optimizer": "adam", "aux_loss_coefficient": 1.0, "norm": "decoder_init_norm"},
+    "SparseAdam": {"optimizer": "sparse_adam"},
+}
+STARTS: dict[str, dict[str, Any]] = {
+    f"{centre}, {directions}": {
+        "center": centre,
+        "subspace": {"all of d": "full", "active": "active"}[directions],
+    }
+    for centre in ("zeros", "mean")
+    for directions in ("all of d", "active")
+}
+CONTENDERS: dict[str, dict[str, Any]] = {
+    f"{trained}, {start}": {**how, **where} for trained, how in TRAINED.items() for start, where in STARTS.items()
+}
+
+RATES = (0.0005, 0.001, 0.002, 0.004)
+# As many tries as the others have: the two rates in the middle, with a window of 50 and of 250 steps.
+AUXK_TRIES = tuple({"lr": lr, "window": window} for lr in (0.001, 0.002) for window in (51_200, 256_000))
+
+
+def tries(contender: str) -> list[dict[str, Any]]:
+    return list(AUXK_TRIES) if contender.startswith("AuxK") else [{"lr": lr} for lr in RATES]
+
+
+def _item(part: str, contender: str, model: str, text: str, tokens: int, **changes: Any) -> Item:
+    cell = {"d_sae": D_SAE, "k": K, **CONTENDERS.get(contender, {})}
+    own = {name: changes.pop(name) for name in list(changes) if name in Item.__dataclass_fields__}
+    return Item(
+        part=part,
+        contender=contender,
+        model=model,
+        text=text,
+        cell=Cell(**{**cell, **changes}),
+        tokens=tokens,
+        **{"hook": MAIN_HOOK[model], **own},
+    )
+
+
+def pilot() -> Iterator[Item]:
+    for contender in CONTENDERS:
+        for settings in tries(contender):
+            yield _item("pilot", contender, "smollm2", "linux-doc", PILOT_TOKENS, **settings)
+
+
+# Dimensions of the subspace that are tried at every hook, as shares of the width; then all of it with the mean as
+# centre, and the paper's baseline.
+D_INIT_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5)
+D_INIT_TOKENS = 200_000
+
+
+def d_init(sources: Iterable[Source] = BY_HOOK, part: str = "d_init") -> Iterator[Item]:
+    for kind in ("hook_attn_out", "hook_z", "hook_mlp_out", "hook_resid_post"):
+        for source in sources:
+            for hook in source.hooks:
+                if hook.endswith(kind):
+                    for share in D_INIT_SHARES:
+                        yield _item(
+                            part, "SparseAdam, mean, active", source.model, source.text, D_INIT_TOKENS,
+                            hook=hook, d_init=share,
+                        )  # fmt: skip
+                    for contender in ("SparseAdam, mean, all of d", "TopK, zeros, all of d"):
+                        yield _item(part, contender, source.model, source.text, D_INIT_TOKENS, hook=hook)
+
+
+def d_init_aside() -> Iterator[Item]:
+    yield from d_init(BY_HOOK_ASIDE, "d_init_aside")
+
+
+# The main comparison: three seeds on the main source; one on the second model, and on the second text.
+SEEDS = (0, 1, 2)
+ELSEWHERE = (("gemma3-270m", "linux-doc"), ("smollm2", "python"))
+ELSEWHERE_TOKENS = 1_000_000
+
+
+def chosen(contender: str) -> dict[str, Any] | None:
+    """The try of a contender with the lowest error in the pilot; None before all are done."""
+    rows = [row for row in read("pilot") if row["contender"] == contender]
+    if len(rows) < len(tries(contender)):
+        return None
+    best = min(rows, key=lambda row: row["nmse"])
+    return {name: best[name] for name in ("lr", "window")}
+
+
+def factorial() -> Iterator[Item]:
+    for seed in SEEDS:
+        for contender in CONTENDERS:
+            settings = chosen(contender)
+            if settings:
+                yield _item(
+                    "factorial", contender, "smollm2", "linux-doc", MAIN_TOKENS, seed=seed, save=not seed, **settings
+                )
+
+
+def elsewhere() -> Iterator[Item]:
+    for model, text in ELSEWHERE:
+        for contender in CONTENDERS:
+            settings = chosen(contender)
+            if settings:
+                yield _item("elsewhere", contender, model, text, ELSEWHERE_TOKENS, **settings)
+
+
+PARTS = {"factorial": factorial, "elsewhere": elsewhere, "pilot": pilot, "d_init": d_init, "d_init_aside": d_init_aside}
+
+
+def items(parts: Iterable[str]) -> list[Item]:
+    return [item for part in parts for item in PARTS[part]()]

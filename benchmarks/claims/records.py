@@ -1,0 +1,58 @@
+"""Finished SAEs, line by line in a file for each part of the plan; several processes may write to one."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.sources import CACHE
+
+RESULTS = Path(__file__).parent.parent / "results" / "claims"
+
+
+def results_file(part: str) -> Path:
+    return RESULTS / f"{part}.jsonl"
+
+
+def read(part: str) -> list[dict[str, Any]]:
+    """The finished lines of a part."""
+    path = results_file(part)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_done(part: str, key: Mapping[str, Any]) -> bool:
+    """Whether the part has a line with all of these settings."""
+    return any(all(row.get(name) == value for name, value in key.items()) for row in read(part))
+
+
+@contextmanager
+def taken(key: Mapping[str, Any]) -> Iterator[bool]:
+    """Whether this process has the item for itself; the system lets go of it however the process ends."""
+    folder = CACHE / "taken"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / digest_of(key)).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def keep(part: str, row: Mapping[str, Any]) -> None:
+    """Add a line to a part."""
+    path = results_file(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(dict(row)) + "\n")
+
+
+def digest_of(key: Mapping[str, Any]) -> str:
+    """A short name for settings."""
+    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]

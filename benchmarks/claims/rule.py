@@ -1,0 +1,65 @@
+"""Which rule on the spectrum should choose d_init: every rule at every hook that several d_init were tried at.
+
+    python -m benchmarks.claims.rule [d_init | d_init_aside]
+
+Error and dead features at the dimension that a rule asks for are interpolated between those that were tried, in log d_init.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.claims.records import read
+
+Row = dict[str, Any]
+
+RULES: dict[str, Callable[[Row], float]] = {
+    **{f"{share:.0%} of the variance": lambda row, s=share: row[f"dimension_{s}"] for share in (0.9, 0.99)},
+    **{f"{c:g} x effective rank": lambda row, c=c: c * row["effective_rank"] for c in (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)},
+    **{f"{share:.1%} of d": lambda row, s=share: s * row["d_in"] for share in (0.125, 0.1875, 0.25, 0.375)},
+}
+
+
+def by_hook(part: str) -> dict[tuple[str, str], list[Row]]:
+    """Rows with a d_init, by model and hook, in order of the dimension."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in read(part):
+        if row["subspace"] == "active":
+            found[row["model"], row["hook"]].append(row)
+    return {name: sorted(rows, key=lambda row: row["d_init_used"]) for name, rows in found.items() if len(rows) > 2}
+
+
+def at(rows: Sequence[Row], dimension: float) -> tuple[float, float]:
+    """Error over the lowest of the hook, and dead share, at a dimension."""
+    x = np.log([row["d_init_used"] for row in rows])
+    where = np.log(dimension)
+    error = float(np.interp(where, x, [row["nmse"] for row in rows]))
+    dead = float(np.interp(where, x, [row["silent_fraction"] for row in rows]))
+    return error / min(row["nmse"] for row in rows) - 1, dead
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="d_init")
+    hooks = by_hook(parser.parse_args().part)
+    for (model, hook), rows in hooks.items():
+        head = f"{model} {hook}: rank {rows[0]['effective_rank']:.0f} of {rows[0]['d_in']}, gamma {rows[0]['gamma']:.2f}, "
+        print(head + f"90 % in {rows[0]['dimension_0.9']}, 99 % in {rows[0]['dimension_0.99']}")
+        print("   ", "; ".join(f"{row['d_init_used']}: {row['nmse']:.4f}, {row["dead_fraction"]:.1%}, {row["silent_fraction"]:.1%}" for row in rows))
+    for name, rule in RULES.items():
+        found = [at(rows, rule(rows[0])) for rows in hooks.values()]
+        excess, dead = np.array(found).T
+        met = np.mean((excess <= 0.01) & (dead < 0.02))
+        print(
+            f"{name}: error over the lowest {excess.mean():.1%} (at most {excess.max():.1%}), dead {dead.mean():.1%} "
+            f"(at most {dead.max():.1%}), both goals at {met:.0%} of {len(found)} hooks"
+        )
+
+
+if __name__ == "__main__":
+    main()

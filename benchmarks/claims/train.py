@@ -1,0 +1,112 @@
+"""Trains what the plan names and the results lack; any number of processes may do so at a time.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.claims.train pilot d_init     # in as many shells as there are cores
+
+Each finished SAE is one line of benchmarks/results/claims/<part>.jsonl at once. The same command goes on where it
+stopped. SAELens's Adam takes torch's fused form: the same update, in a seventh of the time on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.training import sae_trainer
+
+from benchmarks.claims.plan import PARTS, Item, items
+from benchmarks.claims.records import digest_of, is_done, keep, taken
+from benchmarks.claims.sources import CACHE, activations
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
+from saelens_asi.sweep.run import measure, train_cell
+
+# Of the tokens, where the error is measured on the way, on as many held-out activations.
+CURVE, CURVE_TOKENS = (0.0625, 0.125, 0.25, 0.5, 0.75), 30_000
+LEAST_FOR_A_CURVE = 1_000_000
+
+
+@cache
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+@cache
+def of_activations(source: Any, hook: str) -> dict[str, float]:
+    """What the spectrum of a hook says: rank, and how long the mean is against the deviation (gamma)."""
+    train, _ = activations(source, hook)
+    moments = RunningMoments.zeros(train.shape[1])
+    for part in train[:100_000].split(10_000):
+        moments.update_(part.float())
+    spectrum = Spectrum.from_moments(moments)
+    return {
+        "d_in": spectrum.d,
+        "effective_rank": spectrum.effective_rank,
+        "gamma": float(spectrum.mean.norm() / spectrum.total_variance**0.5),
+        **{f"dimension_{share}": spectrum.intrinsic_dimension(share) for share in (0.5, 0.9, 0.99)},
+    }
+
+
+def train(item: Item) -> tuple[TrainingSAE, dict[str, Any]]:
+    """Train and measure one SAE."""
+    training_set, held_out = activations(item.source, item.hook)
+    marks = {round(share * item.training.steps) * item.batch for share in CURVE}
+    curve: list[tuple[int, float, float]] = []
+
+    def watch(n_tokens: int, sae: TrainingSAE) -> None:
+        if item.tokens >= LEAST_FOR_A_CURVE and n_tokens in marks:
+            found = evaluate(sae, activations=held_out[:CURVE_TOKENS].float(), ranks=False, progress=False)
+            curve.append((n_tokens, found.nmse, found.dead_fraction))
+
+    trainer, record = train_cell(item.cell, item.training, training_set[: item.source.n_training], watch)
+    measured = {**measure(trainer, item.training, held_out), **record}
+    return trainer.sae, {**measured, **({"curve": curve} if curve else {})}
+
+
+def sae_folder(item: Item) -> Path:
+    name = item.contender.replace(", ", "_").replace(" ", "-")
+    return (
+        CACHE
+        / "saes"
+        / f"{item.part}_{item.model}_{item.text}_{name}_{item.cell.d_sae}_{item.cell.seed}_{digest_of(item.key())}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sae_trainer.Adam = functools.partial(torch.optim.Adam, fused=True)
+    for item in items(args.parts):
+        with taken(item.key()) as mine:
+            if not mine or is_done(item.part, item.key()):
+                continue
+            if args.list:
+                print(item)
+                continue
+            sae, measured = train(item)
+            if item.save:
+                sae.cfg.metadata.hook_name = item.hook
+                sae.save_inference_model(str(sae_folder(item)))
+            of_hook = of_activations(item.source, item.hook)
+            keep(item.part, {**item.key(), **of_hook, **measured, "processor": processor()})
+            print(
+                f"{item.part}: {item.model} {item.text} {item.hook} {item.contender} d_sae {item.cell.d_sae} "
+                f"lr {item.cell.lr:g} d_init {item.cell.d_init} seed {item.cell.seed}: NMSE {measured['nmse']:.4f}, "
+                f"dead {measured['dead_fraction']:.2%}, {measured['cpu_seconds']} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
