@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.claims.statistics import Pair, seed_deviation
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import SweepRow
-from saelens_asi.sweep.results import best_rates, settings_but_rate
+from saelens_asi.sweep.results import Measure, best_rates, settings_but_rate
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 ALIVE = 0.05
-
-HOLDS, PARTLY, FAILS = "holds", "partly", "does not hold here"
 
 # A line of a results file that is no sweep's: names to numbers and words.
 Record = dict[str, Any]
@@ -73,6 +73,28 @@ class ResultFiles:
             raise ValueError(f"results/claims/{sweep} holds no cell with {settings}: run make claims")
         return chosen_rates(rows)
 
+    @cached_property
+    def _relative_deviation(self) -> float:
+        """Of the error of one seed, over all cells that have several."""
+        rows = [row for rows in self.sweeps.values() for row in rows]
+        return seed_deviation(rows, "nmse", lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"]))
+
+    @cached_property
+    def _dead_deviation(self) -> float:
+        rows = [row for rows in self.sweeps.values() for row in rows]
+        settings = lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"])  # noqa: E731
+        return seed_deviation(rows, "dead_fraction", settings, relative=False)
+
+    def pair(self, ours: Sequence[SweepRow], theirs: Sequence[SweepRow], measure: Measure = "nmse") -> Pair:
+        """Two contenders, by seed; the claim is that ours is lower."""
+        values = [{row["seed"]: row[measure] for row in rows} for rows in (ours, theirs)]
+        mean = sum(values[1].values()) / len(values[1])
+        deviation = self._relative_deviation * mean if measure == "nmse" else self._dead_deviation
+        return Pair(values[0], values[1], deviation)
+
+    def by_layer(self, kind: str, column: str) -> dict[int, float]:
+        return {row["layer"]: row[column] for row in self.spectra if row["kind"] == kind}
+
     def spectrum_mean(self, kind: str, column: str) -> float:
         values = [row[column] for row in self.spectra if row["kind"] == kind]
         return sum(values) / len(values)
@@ -92,7 +114,3 @@ def chosen_rates(rows: Iterable[SweepRow]) -> list[SweepRow]:
 
 def _lines(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def verdict(*conditions: bool) -> str:
-    return HOLDS if all(conditions) else PARTLY if any(conditions) else FAILS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.claims.evidence import Claim, ResultFiles, verdict
+from benchmarks.claims.evidence import Claim, ResultFiles
+from benchmarks.claims.statistics import Pair, partial_correlation, verdict
 from saelens_asi.evaluation.results import rank_correlation
+from saelens_asi.sweep.cells import SweepRow
 from saelens_asi.sweep.results import mean_of
 
 SPECTRA = "make spectra"
@@ -13,13 +15,14 @@ def low_rank(e: ResultFiles) -> Claim:
     shares = {k: e.spectrum_mean(k, "effective_rank_share") for k in ("attn_out", "mlp_out", "resid_post", "hook_z")}
     dims = {kind: e.spectrum_mean(kind, "dimension_99_share") for kind in shares}
     text = "; ".join(f"{kind} {shares[kind]:.0%} ({dims[kind]:.0%})" for kind in shares)
-    lowest = all(shares["attn_out"] < shares[kind] for kind in ("mlp_out", "resid_post", "hook_z"))
+    by_layer = {kind: e.by_layer(kind, "effective_rank_share") for kind in shares}
+    lower = [Pair(by_layer["attn_out"], by_layer[kind]) for kind in ("mlp_out", "resid_post", "hook_z")]
     return Claim(
         "Attention outputs are low-rank, MLP outputs and residual streams are not: effective rank / d "
         "(and share of the dimensions that hold 99 % of the variance)",
         "attn_out 60 %; mlp_out and resid_post 90 %",
         f"mean of 30 layers: {text}",
-        verdict(lowest and shares["attn_out"] < 0.65, min(shares["mlp_out"], shares["resid_post"]) > 0.85),
+        verdict([*lower, shares["attn_out"] < 0.65, min(shares["mlp_out"], shares["resid_post"]) > 0.85]),
         "30 layers",
         SPECTRA,
     )
@@ -35,7 +38,7 @@ def decay(e: ResultFiles) -> Claim:
         "Singular values above 5 % of the largest, share of d, middle layer: few in attention outputs",
         "attn_out 29 %, mlp_out 80 %, resid_post 96 %",
         ", ".join(f"{kind} {share:.0%}" for kind, share in above.items()),
-        verdict(above["attn_out"] < above["mlp_out"], above["attn_out"] < above["resid_post"]),
+        verdict([above["attn_out"] < above["mlp_out"], above["attn_out"] < above["resid_post"]]),
         "1 layer",
         SPECTRA,
     )
@@ -54,47 +57,88 @@ def components(e: ResultFiles) -> Claim:
         "(here: of the divergence from the model's own predictions)",
         "attn_out 25 %, mlp_out 78 %, resid_post 86 %",
         ", ".join(f"{kind} {share:.0%}" for kind, share in needed.items()),
-        verdict(needed["attn_out"] < 0.3 and needed["attn_out"] < needed["mlp_out"], needed["resid_post"] > 0.8),
+        verdict([needed["attn_out"] < 0.3, needed["attn_out"] < needed["mlp_out"], needed["resid_post"] > 0.8]),
         "1 layer",
         SPECTRA,
     )
 
 
 def output_weights(e: ResultFiles) -> Claim:
-    rows = [(z["effective_rank_share"], o["effective_rank_share"]) for z in e.spectra for o in e.spectra
-            if (z["kind"], o["kind"]) == ("hook_z", "attn_out") and z["layer"] == o["layer"]]  # fmt: skip
-    lower = sum(o < z for z, o in rows)
+    z, o = (e.by_layer(kind, "effective_rank_share") for kind in ("hook_z", "attn_out"))
+    lower = sum(o[layer] < z[layer] for layer in o)
     return Claim(
         "It is W_O that makes them so: Z is of higher rank than O = Z W_O",
         "the tail of O falls through W_O",
-        f"Z {sum(z for z, _ in rows) / len(rows):.0%} of d, O {sum(o for _, o in rows) / len(rows):.0%}; "
-        f"O below Z in {lower} of {len(rows)} layers",
-        verdict(lower == len(rows)),
-        f"{len(rows)} layers",
+        f"Z {sum(z.values()) / len(z):.0%} of d, O {sum(o.values()) / len(o):.0%}; O below Z in {lower} of {len(o)} "
+        "layers",
+        verdict([Pair(o, z)]),
+        f"{len(o)} layers",
         SPECTRA,
     )
 
 
-def dead_follows_rank(e: ResultFiles) -> Claim:
+def by_seed(e: ResultFiles) -> list[list[SweepRow]]:
+    """TopK over layers and kinds of hooks."""
     rows = e.cells("hooks")
-    by_seed = [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
+    return [[row for row in rows if row["seed"] == seed] for seed in sorted({row["seed"] for row in rows})]
+
+
+def repeated(e: ResultFiles) -> str:
+    """How often the hooks' cells saw their activations."""
+    shared = e.shared["hooks"]
+    times = shared["training"]["training_tokens"] / shared["cached_tokens"]
+    return f"{shared['cached_tokens']:,} tokens, {times:.1f} times over"
+
+
+def dead_follows_rank(e: ResultFiles) -> Claim:
+    groups = by_seed(e)
     rhos = [
-        rank_correlation([row["effective_rank"] / row["d_in"] for row in some], [row["dead_fraction"] for row in some])
-        for some in by_seed
+        rank_correlation([row["effective_rank"] / row["d_in"] for row in rows], [row["dead_fraction"] for row in rows])
+        for rows in groups
     ]
     by_kind = {
-        kind: mean_of([row for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
+        kind: mean_of([row for rows in groups for row in rows if row["hook_name"].endswith(kind)], "dead_fraction")
         for kind in ("attn_out", "mlp_out", "resid_post")
     }
     return Claim(
-        f"Dead features follow the rank: TopK, d_sae = {rows[0]['d_sae']:,}, {len(by_seed[0])} hooks",
+        f"Dead features follow the rank: TopK (zeros as centre), d_sae = {groups[0][0]['d_sae']:,}, "
+        f"{len(groups[0])} hooks",
         "published SAEs: low-rank activations have many dead features",
         f"rank correlation {', '.join(f'{rho:.2f}' for rho in rhos)}; mean dead "
-        f"{', '.join(f'{kind} {share:.0%}' for kind, share in by_kind.items())}",
-        verdict(max(rhos) < -0.5, by_kind["attn_out"] > max(by_kind["mlp_out"], by_kind["resid_post"])),
-        str(len(by_seed)),
+        f"{', '.join(f'{kind} {share:.0%}' for kind, share in by_kind.items())} (trained on {repeated(e)})",
+        verdict([max(rhos) < -0.5, by_kind["attn_out"] > max(by_kind["mlp_out"], by_kind["resid_post"])]),
+        str(len(groups)),
         "make claims",
     )
 
 
-CLAIMS = (low_rank, decay, components, output_weights, dead_follows_rank)
+def mean_explains_more(e: ResultFiles) -> Claim:
+    gammas = {row["hook"]: row["mean_to_deviation"] for row in e.spectra}
+    found = []
+    for rows in by_seed(e):
+        dead = [row["dead_fraction"] for row in rows]
+        rank = [row["effective_rank"] / row["d_in"] for row in rows]
+        gamma = [gammas[row["hook_name"]] for row in rows]
+        found.append(
+            (
+                rank_correlation(gamma, dead),
+                partial_correlation(gamma, dead, rank),
+                partial_correlation(rank, dead, gamma),
+            )
+        )
+    return Claim(
+        "...and gamma, the length of the mean over the deviation, says more about it than the rank does (rank "
+        "correlations with the other taken out)",
+        "arXiv 2605.31518 names gamma; the paper looks at the rank alone",
+        "; ".join(
+            f"seed {i}: gamma {alone:+.2f}, and {given:+.2f} with the rank taken out; the rank {rank:+.2f} with gamma "
+            "taken out"
+            for i, (alone, given, rank) in enumerate(found)
+        ),
+        verdict([given > abs(rank) for _, given, rank in found]),
+        str(len(found)),
+        "make claims",
+    )
+
+
+CLAIMS = (low_rank, decay, components, output_weights, dead_follows_rank, mean_explains_more)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.claims import of_activations, of_lorsa, of_training
-from benchmarks.claims.evidence import FAILS, HOLDS, PARTLY, Claim, ResultFiles
+from benchmarks.claims.evidence import Claim, ResultFiles
+from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
 from saelens_asi import plots
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.plots import sweep_figures
@@ -42,6 +43,11 @@ high rate can buy a lower error with the lives of features ({trade}); TopK and A
 1/32, and a feature counts as dead for it after {dead_after:,} silent tokens. **ASI** is this package's default
 (active subspace of 90 % of the variance, least-squares norm, mean as centre); **ASI (paper)** has zeros as centre and
 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+
+**Verdicts.** A claim is a list of pairs and counts. A pair is a difference over shared seeds (or layers) with its 95 %
+interval (Student); where a pair has one seed, the deviation of a seed is that of all cells with several, pooled. A
+claim *holds* where the interval lies on the claimed side in every pair, *partly* in some, *does not hold* in none. A
+single run of something that was never repeated is *not judged*.
 """
 
 
@@ -63,10 +69,11 @@ def claims_page(e: ResultFiles) -> str:
         *introduction(e),
         markdown_table(["", "claim", "paper", "here", "seeds", "verdict"], cells, align="rlllll"),
     ]
-    count = {word: sum(claim.verdict == word for claim in claims) for word in (HOLDS, PARTLY, FAILS)}
+    count = {word: sum(claim.verdict == word for claim in claims) for word in (HOLDS, PARTLY, FAILS, UNJUDGED)}
     lines += [
         "",
-        f"{count[HOLDS]} of {len(claims)} hold, {count[PARTLY]} partly, {count[FAILS]} do not at this scale.",
+        f"{count[HOLDS]} of {len(claims)} hold, {count[PARTLY]} partly, {count[FAILS]} do not at this scale; "
+        f"{count[UNJUDGED]} have one seed and are not judged.",
         "",
     ]
     for command in dict.fromkeys(claim.command for claim in claims):

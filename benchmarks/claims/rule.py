@@ -2,7 +2,8 @@
 
     python -m benchmarks.claims.rule [d_init | d_init_aside]
 
-Error and dead features at the dimension that a rule asks for are interpolated between those that were tried, in log d_init.
+Error and dead features at the dimension that a rule asks for are interpolated between those that were tried, in log
+d_init.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ Row = dict[str, Any]
 
 RULES: dict[str, Callable[[Row], float]] = {
     **{f"{share:.0%} of the variance": lambda row, s=share: row[f"dimension_{s}"] for share in (0.9, 0.99)},
-    **{f"{c:g} x effective rank": lambda row, c=c: c * row["effective_rank"] for c in (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)},
+    **{
+        f"{c:g} x effective rank": lambda row, c=c: c * row["effective_rank"]
+        for c in (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+    },
     **{f"{share:.1%} of d": lambda row, s=share: s * row["d_in"] for share in (0.125, 0.1875, 0.25, 0.375)},
 }
 
@@ -48,9 +52,17 @@ def main() -> None:
     parser.add_argument("part", nargs="?", default="d_init")
     hooks = by_hook(parser.parse_args().part)
     for (model, hook), rows in hooks.items():
-        head = f"{model} {hook}: rank {rows[0]['effective_rank']:.0f} of {rows[0]['d_in']}, gamma {rows[0]['gamma']:.2f}, "
+        head = (
+            f"{model} {hook}: rank {rows[0]['effective_rank']:.0f} of {rows[0]['d_in']}, gamma {rows[0]['gamma']:.2f}, "
+        )
         print(head + f"90 % in {rows[0]['dimension_0.9']}, 99 % in {rows[0]['dimension_0.99']}")
-        print("   ", "; ".join(f"{row['d_init_used']}: {row['nmse']:.4f}, {row["dead_fraction"]:.1%}, {row["silent_fraction"]:.1%}" for row in rows))
+        print(
+            "   ",
+            "; ".join(
+                f"{row['d_init_used']}: {row['nmse']:.4f}, {row['dead_fraction']:.1%}, {row['silent_fraction']:.1%}"
+                for row in rows
+            ),
+        )
     for name, rule in RULES.items():
         found = [at(rows, rule(rows[0])) for rows in hooks.values()]
         excess, dead = np.array(found).T
