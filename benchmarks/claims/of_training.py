@@ -36,8 +36,8 @@ def active_against_random(e: ResultFiles) -> Claim:
         "The active subspace helps, a random one of the same size does not (each at its best d_init; centre, norm and "
         "SparseAdam are the same for all)",
         "random subspaces do not help",
-        f"{text}; active below random at {sum(pair.holds for pair in pairs)} of {len(pairs)} sizes; the best random one "
-        f"is {'below' if helped else 'not below'} all of d",
+        f"{text}; active below random at {sum(pair.holds for pair in pairs)} of {len(pairs)} sizes; the best random "
+        f"one is {'below' if helped else 'not below'} all of d",
         verdict([*pairs, not helped]),
         seeds(best["active"]),
         SWEEPS,

@@ -50,7 +50,7 @@ def of_activations(source: Any, hook: str) -> dict[str, float]:
     return {
         "d_in": spectrum.d,
         "effective_rank": spectrum.effective_rank,
-        "gamma": float(spectrum.mean.norm() / spectrum.total_variance**0.5),
+        "gamma": spectrum.gamma,
         **{f"dimension_{share}": spectrum.intrinsic_dimension(share) for share in (0.5, 0.9, 0.99)},
     }
 

@@ -76,7 +76,7 @@ _COLUMNS = {
     "dimension_90": "dims for 90 %",
     "dimension_99_share": "dims for 99 % / width",
     "above_5_percent": "above 5 % of largest",
-    "mean_to_deviation": "mean / deviation",
+    "mean_to_deviation": "gamma (mean / deviation)",
 }
 
 

@@ -179,7 +179,7 @@ class _Estimate:
             "d_init": result.d_init,
             "variance_explained": result.variance_explained,
             "effective_rank": spectrum.effective_rank,
-            "mean_to_deviation": float(spectrum.mean.norm()) / spectrum.total_variance**0.5,
+            "mean_to_deviation": spectrum.gamma,
             "norm": result.norm,
             "initial_nmse": result.initial_nmse,
         }

@@ -68,7 +68,7 @@ def _row(name: str, s: Spectrum) -> SpectrumRow:
         "dimension_99_share": s.intrinsic_dimension(0.99) / s.d,
         "above_5_percent": s.components_above(0.05),
         "first_component_variance_share": s.variance_explained(1),
-        "mean_to_deviation": float(s.mean.norm()) / s.total_variance**0.5 if s.total_variance else None,
+        "mean_to_deviation": s.gamma if s.total_variance else None,
         "total_variance": s.total_variance,
         "effective_rank_shift": s.effective_rank_shift if s.has_small_sample else None,
     }

@@ -87,6 +87,15 @@ class Spectrum:
         return float(self.covariance.trace())
 
     @property
+    def gamma(self) -> float:
+        """Length of the mean over the deviation, |E x| / sqrt(E |x - E x|^2) (arXiv 2605.31518); nan without variance.
+
+        Where it is near 1 or above, features that look at the raw activations see little but the mean, and die: centre
+        them (``ActiveSubspaceInit(center="mean")``, its default).
+        """
+        return float(self.mean.norm()) / self.total_variance**0.5 if self.total_variance else math.nan
+
+    @property
     def effective_rank(self) -> float:
         """exp of the entropy of the singular values scaled to sum 1 (Roy and Vetterli 2007); 0 where nothing varies."""
         return _effective_rank(self.variances)

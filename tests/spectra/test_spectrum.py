@@ -33,6 +33,19 @@ def spectrum_of(x):
     return Spectrum.from_moments(RunningMoments.zeros(x.shape[-1]).update_(x))
 
 
+@given(seeds, scales)
+@settings(max_examples=20, deadline=None)
+def test_gamma_is_the_mean_over_the_deviation_in_whatever_unit(seed, scale):
+    x = gaussian(seed, 400, 5) + 2.0
+    by_hand = x.double().mean(0).norm() / (x.double() - x.double().mean(0)).square().sum(1).mean().sqrt()
+    for spectrum in (spectrum_of(scale * x), spectrum_of(x).scaled(scale)):
+        assert spectrum.gamma == pytest.approx(float(by_hand), rel=1e-2)
+
+
+def test_gamma_without_variance_is_not_a_number():
+    assert math.isnan(with_variances([0.0, 0.0]).gamma)
+
+
 @pytest.mark.parametrize("d", [1, 2, 17])
 def test_effective_rank_of_isotropic_activations_is_d(d):
     assert with_variances([3.0] * d).effective_rank == pytest.approx(d, rel=1e-12)
