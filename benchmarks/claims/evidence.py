@@ -63,6 +63,8 @@ class ResultFiles:
         methods = {row["method"] for row in self.sweeps["frontier"]}
         middle = [row for row in self.sweeps["d_sae"] if row["d_sae"] == 8192]
         self.sweeps["frontier"] += [row for row in middle if row["method"] in methods]
+        # Parts of the plan (plan.py).
+        self.parts = {path.stem: _lines(path) for path in sorted(results.glob("claims/*.jsonl"))}
         self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
 

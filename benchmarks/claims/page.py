@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.claims import of_activations, of_lorsa, of_training
 from benchmarks.claims.evidence import Claim, ResultFiles
+from benchmarks.claims.sections import sections
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
 from saelens_asi import plots
 from saelens_asi.evaluation.tables import markdown_table
@@ -51,6 +52,26 @@ single run of something that was never repeated is *not judged*.
 """
 
 
+TEXTS = {
+    "plan": """
+Every contender of the comparison gets the same activations in the same order, batches of 1,024, k = 32, the same
+schedule, and four tries in a pilot at a tenth of the tokens: learning rates 0.0005, 0.001, 0.002 and 0.004; of AuxK
+two rates with two windows. The try of the lowest error goes into the comparison, however many features it leaves
+dead. SAELens's own settings are its norm of 0.1, its coefficient of 1 and its window of 1,000 steps. Models run in
+bfloat16 over windows of 128 tokens. *Dead* features fire on none of the held-out tokens; *silent* ones on none of
+these and of the last 40 % of training either. What is not trained yet stands here as a number; the command goes on
+where it stopped.
+""",
+    "pilot": "SmolLM2-135M, layer 15's attention output, the kernel's documentation, 200k tokens, one seed.",
+    "factorial": "SmolLM2-135M, layer 15's attention output, the kernel's documentation, 2M tokens.",
+    "d_init": """
+8,192 features, 195 steps, learning rate 0.001, mean as centre, SparseAdam. Error and silent features at what a rule
+asks for are interpolated between the dimensions that were tried.
+""",
+    "d_init_aside": "A layer of each model, on code, that were set aside before the rule was looked for.",
+}
+
+
 def introduction(e: ResultFiles) -> list[str]:
     """Its lines."""
     text = INTRODUCTION.format(**shared_settings(e), rates=rates_tried(e), trade=trade_off(e))
@@ -80,6 +101,7 @@ def claims_page(e: ResultFiles) -> str:
         numbers = ", ".join(str(i + 1) for i, claim in enumerate(claims) if claim.command == command)
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
+    lines += sections(e, {name: textwrap.fill(text, 120) for name, text in TEXTS.items()})
     for name, caption in CAPTIONS.items():
         lines += [f"## {caption}", "", f"![{caption}](../docs/claims/{name})", ""]
     return "\n".join(lines)

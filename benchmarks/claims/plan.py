@@ -113,7 +113,7 @@ def pilot() -> Iterator[Item]:
 
 # Dimensions of the subspace that are tried at every hook, as shares of the width; then all of it with the mean as
 # centre, and the paper's baseline.
-D_INIT_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5)
+D_INIT_SHARES = (0.0625, 0.125, 0.25, 0.375)
 D_INIT_TOKENS = 200_000
 
 
@@ -167,6 +167,9 @@ def elsewhere() -> Iterator[Item]:
             if settings:
                 yield _item("elsewhere", contender, model, text, ELSEWHERE_TOKENS, **settings)
 
+
+# Parts whose settings are known when the pilot is done, and how many SAEs they hold.
+AFTER_THE_PILOT = {"factorial": len(SEEDS) * len(CONTENDERS), "elsewhere": len(ELSEWHERE) * len(CONTENDERS)}
 
 PARTS = {"factorial": factorial, "elsewhere": elsewhere, "pilot": pilot, "d_init": d_init, "d_init_aside": d_init_aside}
 

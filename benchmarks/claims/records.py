@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ def read(part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_done(part: str, key: Mapping[str, Any]) -> bool:
-    """Whether the part has a line with all of these settings."""
-    return any(all(row.get(name) == value for name, value in key.items()) for row in read(part))
+def is_among(rows: Iterable[Mapping[str, Any]], key: Mapping[str, Any]) -> bool:
+    """Whether one of the lines has all of these settings."""
+    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
 
 
 @contextmanager

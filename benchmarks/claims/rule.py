@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,10 @@ RULES: dict[str, Callable[[Row], float]] = {
 }
 
 
-def by_hook(part: str) -> dict[tuple[str, str], list[Row]]:
+def by_hook(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows with a d_init, by model and hook, in order of the dimension."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in read(part):
+    for row in rows:
         if row["subspace"] == "active":
             found[row["model"], row["hook"]].append(row)
     return {name: sorted(rows, key=lambda row: row["d_init_used"]) for name, rows in found.items() if len(rows) > 2}
@@ -50,7 +50,7 @@ def at(rows: Sequence[Row], dimension: float) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="d_init")
-    hooks = by_hook(parser.parse_args().part)
+    hooks = by_hook(read(parser.parse_args().part))
     for (model, hook), rows in hooks.items():
         head = (
             f"{model} {hook}: rank {rows[0]['effective_rank']:.0f} of {rows[0]['d_in']}, gamma {rows[0]['gamma']:.2f}, "

@@ -20,7 +20,7 @@ from sae_lens import TrainingSAE
 from sae_lens.training import sae_trainer
 
 from benchmarks.claims.plan import PARTS, Item, items
-from benchmarks.claims.records import digest_of, is_done, keep, taken
+from benchmarks.claims.records import digest_of, is_among, keep, read, taken
 from benchmarks.claims.sources import CACHE, activations
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.spectra.moments import RunningMoments
@@ -89,7 +89,7 @@ def main() -> None:
     sae_trainer.Adam = functools.partial(torch.optim.Adam, fused=True)
     for item in items(args.parts):
         with taken(item.key()) as mine:
-            if not mine or is_done(item.part, item.key()):
+            if not mine or is_among(read(item.part), item.key()):
                 continue
             if args.list:
                 print(item)

@@ -1,0 +1,123 @@
+"""Sections of the page that come from the plan: what it holds, how far it is, the ingredients, the rule for d_init."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+from benchmarks.claims.evidence import Record, ResultFiles
+from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
+from benchmarks.claims.records import is_among
+from benchmarks.claims.rule import RULES, at, by_hook
+from benchmarks.claims.statistics import interval
+from saelens_asi.evaluation.tables import markdown_table
+
+
+def progress(e: ResultFiles) -> list[str]:
+    """How much of each part is trained."""
+    lines = []
+    for part in PARTS:
+        known, rows = items([part]), e.parts.get(part, [])
+        done = sum(is_among(rows, item.key()) for item in known)
+        lines.append((part, DESCRIPTIONS[part], f"{done} of {AFTER_THE_PILOT.get(part, len(known))}"))
+    return [markdown_table(["part", "", "trained"], lines, align="llr"), ""]
+
+
+DESCRIPTIONS = {
+    "pilot": "learning rates, and AuxK's window, of every contender, at a tenth of the tokens",
+    "factorial": "every contender at its best try, three seeds, SmolLM2-135M on the kernel's documentation",
+    "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
+    "d_init": "dimensions of the subspace at four kinds of hooks, three layers, both models",
+    "d_init_aside": "the same at a layer and on a text that were set aside before the rule was looked for",
+}
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean, and its 95 % interval where there are seeds."""
+    if len(values) < 2:
+        return form.format(values[0])
+    found = interval(values)
+    return f"{form.format(found.mean)} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def contenders(rows: Sequence[Record]) -> list[str]:
+    """One line for each contender at its try of the lowest error, best first."""
+    lines = []
+    for name in CONTENDERS:
+        own = [row for row in rows if row["contender"] == name]
+        if own:
+            lines.append((min(row["nmse"] for row in own), _line(name, own)))
+    header = ["trained, centre, directions", "tries", "learning rate", "normalized MSE", "dead", "silent", "L0", "s"]
+    return [markdown_table(header, [line for _, line in sorted(lines)], align="lrrrrrrr"), ""]
+
+
+def _line(name: str, rows: Sequence[Record]) -> tuple[str, ...]:
+    tries = {(row["lr"], row["window"]) for row in rows}
+    best = min(rows, key=itemgetter("nmse"))
+    own = [row for row in rows if (row["lr"], row["window"]) == (best["lr"], best["window"])]
+    window = f", window {best['window']:,}" if name.startswith("AuxK") else ""
+    return (
+        name,
+        str(len(tries)),
+        f"{best['lr']:g}{window}",
+        spread([row["nmse"] for row in own], "{:.4f}"),
+        spread([row["dead_fraction"] for row in own], "{:.1%}"),
+        spread([row["silent_fraction"] for row in own], "{:.1%}"),
+        f"{sum(row['l0'] for row in own) / len(own):.1f}",
+        f"{sum(row['cpu_seconds'] for row in own) / len(own):.0f}",
+    )
+
+
+def hooks(rows: Sequence[Record]) -> list[str]:
+    """What each hook's spectrum says, and what each dimension gave."""
+    lines = []
+    for (model, hook), own in by_hook(rows).items():
+        first = own[0]
+        tried = "; ".join(f"{row['d_init_used']}: {row['nmse']:.4f}, {row['silent_fraction']:.1%}" for row in own)
+        topk = [row for row in rows if (row["model"], row["hook"]) == (model, hook) and row["optimizer"] == "adam"]
+        lines.append(
+            (
+                model,
+                hook.removeprefix("blocks."),
+                f"{first['effective_rank'] / first['d_in']:.0%}",
+                f"{first['gamma']:.2f}",
+                tried,
+                f"{topk[0]['nmse']:.4f}, {topk[0]['silent_fraction']:.1%}" if topk else "",
+            )
+        )
+    header = ["model", "hook", "rank", "gamma", "d_init: error, silent", "TopK, zeros"]
+    return [markdown_table(header, lines, align="llrrll"), ""]
+
+
+def rules(rows: Sequence[Record]) -> list[str]:
+    """Every rule over all hooks."""
+    found = by_hook(rows)
+    lines = []
+    for name, rule in RULES.items():
+        values = [at(own, rule(own[0])) for own in found.values()]
+        errors, silent = [error for error, _ in values], [share for _, share in values]
+        met = sum(error <= 0.01 and share < 0.02 for error, share in values)
+        lines.append(
+            (
+                name,
+                f"{sum(errors) / len(errors):.1%}",
+                f"{max(errors):.1%}",
+                f"{sum(silent) / len(silent):.1%}",
+                f"{max(silent):.1%}",
+                f"{met} of {len(values)}",
+            )
+        )
+    header = ["d_init", "error over the lowest", "at most", "silent", "at most", "within 1 % and under 2 %"]
+    return [markdown_table(header, lines, align="lrrrrr"), ""]
+
+
+def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
+    """All sections for which there are results; ``texts`` go above them."""
+    lines = ["## What was planned", "", texts["plan"], "", *progress(e)]
+    for part, title in (("factorial", "Ingredients and baselines"), ("pilot", "The pilot: every try at its best")):
+        if e.parts.get(part):
+            lines += [f"## {title}", "", texts[part], "", *contenders(e.parts[part])]
+    for part, title in (("d_init", "The dimension of the subspace"), ("d_init_aside", "...where nobody had looked")):
+        if e.parts.get(part):
+            lines += [f"## {title}", "", texts[part], "", *rules(e.parts[part]), *hooks(e.parts[part])]
+    return lines
