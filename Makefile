@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills sharding format clean
+.PHONY: docs install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills sharding format clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
 	$(BIN)/python -m pytest $(TWO)
 	$(MAKE) capabilities
 
@@ -83,6 +84,10 @@ sharding: install
 claims: install
 	for part in grid steps saes page; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 
+# The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
 wheel:
 	rm -rf dist
@@ -98,4 +103,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel dist demo_output
+	rm -rf $(VENV) $(VENV)-wheel dist demo_output site

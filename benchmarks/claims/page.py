@@ -1,4 +1,4 @@
-"""Every claim of the paper beside what was measured here: writes tutorials/claims.md and its figures.
+"""Every claim of the paper beside what was measured here: writes docs/claims.md and its figures.
 
     make claims                              # the sweeps behind it (hours on two cores), then the page
     python -m benchmarks.claims.page   # the page alone, from the results in benchmarks/results
@@ -22,7 +22,7 @@ from saelens_asi.plots import sweep_figures
 from saelens_asi.sweep.results import mean_of
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "tutorials" / "claims.md"
+PAGE = ROOT / "docs" / "claims.md"
 FIGURES = ROOT / "docs" / "claims"
 
 CLAIMS: tuple[Callable[[ResultFiles], Claim], ...] = (*of_activations.CLAIMS, *of_training.CLAIMS, *of_lorsa.CLAIMS)
@@ -33,7 +33,7 @@ INTRODUCTION = """# The paper's claims, measured again
 [arXiv 2508.16929](https://arxiv.org/abs/2508.16929) made its measurements on Llama-3.1-8B and others, with up to 2.5
 billion tokens a dictionary. Here is what one finds on SmolLM2-135M (d = 576, 30 layers) and the World English Bible on
 two CPU cores: the same questions at a thousandth of the scale. This page is generated (`make claims`); numbers and
-verdicts come from [result files](../benchmarks/results).
+verdicts come from the result files in `benchmarks/results/claims`.
 
 Unless a line says otherwise: attention output of layer 15, TopK with k = 32, {steps} steps of {batch:,} activations,
 errors and dead features on {held_out:,} held-out tokens (dead: fires on none of them; the paper counts over 10
@@ -101,9 +101,9 @@ def claims_page(e: ResultFiles) -> str:
         numbers = ", ".join(str(i + 1) for i, claim in enumerate(claims) if claim.command == command)
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
-    lines += sections(e, {name: textwrap.fill(text, 120) for name, text in TEXTS.items()})
+    lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
     for name, caption in CAPTIONS.items():
-        lines += [f"## {caption}", "", f"![{caption}](../docs/claims/{name})", ""]
+        lines += [f"## {caption}", "", f"![{caption}](claims/{name})", ""]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from sae_lens import SAEConfig
 from saelens_asi.dead_features.record import VERDICT_TITLES, Autopsy, Verdict
 
 # Measured: with a window of 30 d_sae / k tokens the loss shortened the rows of a sixth of 32,768 features until they
-# were dead; with five times that window, of none (tutorials/claims.md).
+# were dead; with five times that window, of none (docs/claims.md).
 _LONGER_WINDOW = (
     "if it had an auxiliary loss, raise dead_feature_window: the loss pulls at features that are rare, not dead, and "
     "shortens their rows"

@@ -124,7 +124,10 @@ def decompose_attention_output(
         layer: which; negative ones count from the end.
         n_tokens: activations; None for all of the data.
         k: principal directions of O; all of them unless given.
-        batch_size, context_size, exclude_special_tokens, exclude_positions: as in ``activation_spectra``.
+        batch_size: as in ``activation_spectra``, like the next three.
+        context_size: tokens in a window.
+        exclude_special_tokens: leave out BOS, EOS, padding and the like.
+        exclude_positions: positions of every window that are left out too.
 
     Raises:
         ValueError: for a layer that does not exist, or where the identity holds for neither output.
