@@ -139,12 +139,16 @@ def folded(sae: TrainingSAE[Any], trainer: SAETrainer[Any, Any]) -> TrainingSAE[
 class Aligned(Method):
     """Aligned Training (arXiv 2605.18629): <encoder row, decoder row> = 1 for each feature.
 
-    Of the paper its abstract alone was at hand ("enforces a geometric constraint between the encoder and decoder such
-    that their inner product equals one for every feature"), and no code. It calls this a reparameterization; here the
-    constraint is kept by the least change: at the start and after each step, an encoder row moves along its decoder row
-    to the nearest that meets it. What a reparameterization adds is the gradient that the decoder row would get through
-    the encoder row. The start is tied rows of norm 1, which meet it as they are.
+    Of the paper its abstract alone was at hand, and no code: a reparameterization that "enforces a geometric constraint
+    between the encoder and decoder such that their inner product equals one for every feature". Here it is the one that
+    changes least: the encoder row e is the point of a free row v that meets the constraint and lies nearest to it,
+    e = v + (1 - <v, d>) d / |d|^2 with the decoder row d. Gradients go through it, and v starts from e in each step.
+    The SAE starts with tied rows of norm 1, which meet it as they are.
     """
+
+    def __init__(self, trainer: SAETrainer[Any, Any], run: Run) -> None:
+        super().__init__(trainer, run)
+        trainer.optimizer.register_step_pre_hook(lambda *_: align_gradients_(self.sae))
 
     def between(self, step: int) -> None:
         align_(self.sae)
@@ -153,10 +157,26 @@ class Aligned(Method):
 @torch.no_grad()
 def align_(sae: TrainingSAE[Any]) -> None:
     """Move each encoder row along its decoder row until their inner product is 1."""
-    decoder = sae.W_dec
-    missing = 1 - torch.linalg.vecdot(sae.W_enc.t(), decoder)
-    squares = decoder.square().sum(dim=1).clamp(min=torch.finfo(decoder.dtype).tiny)
-    sae.W_enc.t().addcmul_(decoder, (missing / squares).unsqueeze(1))
+    missing = 1 - torch.linalg.vecdot(sae.W_enc.t(), sae.W_dec)
+    sae.W_enc.t().addcmul_(sae.W_dec, (missing / _squares(sae.W_dec)).unsqueeze(1))
+
+
+@torch.no_grad()
+def align_gradients_(sae: TrainingSAE[Any]) -> None:
+    """From gradients by rows that are aligned to those by the free rows behind, and by decoder rows through both.
+
+    At v = e the derivative of e by v is 1 - d d^T / |d|^2, and by d it is -d e^T / |d|^2, transposed.
+    """
+    encoder, decoder = sae.W_enc.t(), sae.W_dec
+    if sae.W_enc.grad is None or decoder.grad is None:
+        raise ValueError("no gradients to align: this needs an optimizer of whole gradients, as optimizer='adam'")
+    along = (torch.linalg.vecdot(sae.W_enc.grad.t(), decoder) / _squares(decoder)).unsqueeze(1)
+    sae.W_enc.grad.t().addcmul_(decoder, along, value=-1)
+    decoder.grad.addcmul_(encoder, along, value=-1)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 class KAnnealing(Method):

@@ -135,6 +135,25 @@ def test_aligning_moves_an_encoder_row_along_its_decoder_row_alone():
     torch.testing.assert_close(moved, (moved * direction).sum(dim=1, keepdim=True) * direction, rtol=1e-4, atol=1e-5)
 
 
+def test_aligned_gradients_are_those_through_the_reparameterization(activations):
+    sae = untrained(aux_loss_coefficient=0.0)
+    sae.b_enc.data.normal_()
+    align_(sae)
+    free = sae.W_enc.detach().t().clone().requires_grad_()
+    decoder = sae.W_dec.detach().clone().requires_grad_()
+    squares = decoder.square().sum(dim=1, keepdim=True)
+    encoder = free + (1 - (free * decoder).sum(dim=1, keepdim=True)) * decoder / squares
+    biases = {"b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    weights = {"W_enc": encoder.t(), "W_dec": decoder, **biases}
+    torch.func.functional_call(sae, weights, (activations,)).sub(activations).square().sum().backward()
+
+    sae(activations).sub(activations).square().sum().backward()
+    rival_trainers.align_gradients_(sae)
+    torch.testing.assert_close(sae.W_enc.grad.t(), free.grad, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(sae.W_dec.grad, decoder.grad, rtol=1e-3, atol=1e-2)
+    assert float(free.grad.abs().max()) > 10
+
+
 def test_k_falls_from_the_width_to_the_cells(activations):
     used: list[int] = []
     stock = KAnnealing.between
