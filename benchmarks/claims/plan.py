@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.claims.records import read
+from benchmarks.claims.rivals import RIVALS, rival_cell
 from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, MAIN_HOOK, Source, find
 from saelens_asi.sweep import Cell, SweepTraining
 
@@ -83,8 +84,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 
 RATES = (0.0005, 0.001, 0.002, 0.004)
-# As many tries as the others have: the two rates in the middle, with a window of 50 and of 250 steps.
-AUXK_TRIES = tuple({"lr": lr, "window": window} for lr in (0.001, 0.002) for window in (51_200, 256_000))
+# As many tries as the others have: the two rates in the middle, with a window of 50 and of 100 steps.
+AUXK_TRIES = tuple({"lr": lr, "window": window} for lr in (0.001, 0.002) for window in (51_200, 102_400))
 
 
 def tries(contender: str) -> list[dict[str, Any]]:
@@ -92,14 +93,15 @@ def tries(contender: str) -> list[dict[str, Any]]:
 
 
 def _item(part: str, contender: str, model: str, text: str, tokens: int, **changes: Any) -> Item:
-    cell = {"d_sae": D_SAE, "k": K, **CONTENDERS.get(contender, {})}
+    settings = {"d_sae": D_SAE, "k": K, **CONTENDERS.get(contender, {})}
     own = {name: changes.pop(name) for name in list(changes) if name in Item.__dataclass_fields__}
+    cell = Cell(**{**settings, **changes})
     return Item(
         part=part,
         contender=contender,
         model=model,
         text=text,
-        cell=Cell(**{**cell, **changes}),
+        cell=rival_cell(contender, cell) if contender in RIVALS else cell,
         tokens=tokens,
         **{"hook": MAIN_HOOK[model], **own},
     )
@@ -109,6 +111,12 @@ def pilot() -> Iterator[Item]:
     for contender in CONTENDERS:
         for settings in tries(contender):
             yield _item("pilot", contender, "smollm2", "linux-doc", PILOT_TOKENS, **settings)
+
+
+def pilot_rivals() -> Iterator[Item]:
+    for rival in RIVALS:
+        for settings in tries(rival):
+            yield _item("pilot_rivals", rival, "smollm2", "linux-doc", PILOT_TOKENS, **settings)
 
 
 # Dimensions of the subspace that are tried at every hook, as shares of the width; then all of it with the mean as
@@ -143,7 +151,7 @@ ELSEWHERE_TOKENS = 1_000_000
 
 def chosen(contender: str) -> dict[str, Any] | None:
     """The try of a contender with the lowest error in the pilot; None before all are done."""
-    rows = [row for row in read("pilot") if row["contender"] == contender]
+    rows = [row for row in read("pilot_rivals" if contender in RIVALS else "pilot") if row["contender"] == contender]
     if len(rows) < len(tries(contender)):
         return None
     best = min(rows, key=lambda row: row["nmse"])
@@ -160,6 +168,13 @@ def factorial() -> Iterator[Item]:
                 )
 
 
+def rivals() -> Iterator[Item]:
+    for rival in RIVALS:
+        settings = chosen(rival)
+        if settings:
+            yield _item("rivals", rival, "smollm2", "linux-doc", MAIN_TOKENS, save=True, **settings)
+
+
 def elsewhere() -> Iterator[Item]:
     for model, text in ELSEWHERE:
         for contender in CONTENDERS:
@@ -169,9 +184,21 @@ def elsewhere() -> Iterator[Item]:
 
 
 # Parts whose settings are known when the pilot is done, and how many SAEs they hold.
-AFTER_THE_PILOT = {"factorial": len(SEEDS) * len(CONTENDERS), "elsewhere": len(ELSEWHERE) * len(CONTENDERS)}
+AFTER_THE_PILOT = {
+    "factorial": len(SEEDS) * len(CONTENDERS),
+    "elsewhere": len(ELSEWHERE) * len(CONTENDERS),
+    "rivals": len(RIVALS),
+}
 
-PARTS = {"factorial": factorial, "elsewhere": elsewhere, "pilot": pilot, "d_init": d_init, "d_init_aside": d_init_aside}
+PARTS = {
+    "rivals": rivals,
+    "pilot_rivals": pilot_rivals,
+    "factorial": factorial,
+    "elsewhere": elsewhere,
+    "pilot": pilot,
+    "d_init": d_init,
+    "d_init_aside": d_init_aside,
+}
 
 
 def items(parts: Iterable[str]) -> list[Item]:

@@ -8,6 +8,7 @@ from operator import itemgetter
 from benchmarks.claims.evidence import Record, ResultFiles
 from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
 from benchmarks.claims.records import is_among
+from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.rule import RULES, at, by_hook
 from benchmarks.claims.statistics import interval
 from saelens_asi.evaluation.tables import markdown_table
@@ -23,7 +24,11 @@ def progress(e: ResultFiles) -> list[str]:
     return [markdown_table(["part", "", "trained"], lines, align="llr"), ""]
 
 
+RIVALS_OF = {"pilot": "pilot_rivals", "factorial": "rivals"}
+
 DESCRIPTIONS = {
+    "rivals": "rivals by name at their best tries, one seed",
+    "pilot_rivals": "learning rates of the rivals",
     "pilot": "learning rates, and AuxK's window, of every contender, at a tenth of the tokens",
     "factorial": "every contender at its best try, three seeds, SmolLM2-135M on the kernel's documentation",
     "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
@@ -43,7 +48,7 @@ def spread(values: Sequence[float], form: str) -> str:
 def contenders(rows: Sequence[Record]) -> list[str]:
     """One line for each contender at its try of the lowest error, best first."""
     lines = []
-    for name in CONTENDERS:
+    for name in (*CONTENDERS, *RIVALS):
         own = [row for row in rows if row["contender"] == name]
         if own:
             lines.append((min(row["nmse"] for row in own), _line(name, own)))
@@ -57,12 +62,12 @@ def _line(name: str, rows: Sequence[Record]) -> tuple[str, ...]:
     own = [row for row in rows if (row["lr"], row["window"]) == (best["lr"], best["window"])]
     window = f", window {best['window']:,}" if name.startswith("AuxK") else ""
     return (
-        name,
+        RIVALS[name].title if name in RIVALS else name,
         str(len(tries)),
         f"{best['lr']:g}{window}",
         spread([row["nmse"] for row in own], "{:.4f}"),
         spread([row["dead_fraction"] for row in own], "{:.1%}"),
-        spread([row["silent_fraction"] for row in own], "{:.1%}"),
+        spread([row["silent_fraction"] for row in own], "{:.1%}") if "silent_fraction" in best else "",
         f"{sum(row['l0'] for row in own) / len(own):.1f}",
         f"{sum(row['cpu_seconds'] for row in own) / len(own):.0f}",
     )
@@ -115,8 +120,9 @@ def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     """All sections for which there are results; ``texts`` go above them."""
     lines = ["## What was planned", "", texts["plan"], "", *progress(e)]
     for part, title in (("factorial", "Ingredients and baselines"), ("pilot", "The pilot: every try at its best")):
-        if e.parts.get(part):
-            lines += [f"## {title}", "", texts[part], "", *contenders(e.parts[part])]
+        rows = [row for name in (part, RIVALS_OF[part]) for row in e.parts.get(name, [])]
+        if rows:
+            lines += [f"## {title}", "", texts[part], "", *contenders(rows)]
     for part, title in (("d_init", "The dimension of the subspace"), ("d_init_aside", "...where nobody had looked")):
         if e.parts.get(part):
             lines += [f"## {title}", "", texts[part], "", *rules(e.parts[part]), *hooks(e.parts[part])]

@@ -21,11 +21,12 @@ from sae_lens.training import sae_trainer
 
 from benchmarks.claims.plan import PARTS, Item, items
 from benchmarks.claims.records import digest_of, is_among, keep, read, taken
+from benchmarks.claims.rivals import RIVALS, train_rival
 from benchmarks.claims.sources import CACHE, activations
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
-from saelens_asi.sweep.run import measure, train_cell
+from saelens_asi.sweep.run import MEASURED, measure, train_cell
 
 # Of the tokens, where the error is measured on the way, on as many held-out activations.
 CURVE, CURVE_TOKENS = (0.0625, 0.125, 0.25, 0.5, 0.75), 30_000
@@ -66,9 +67,14 @@ def train(item: Item) -> tuple[TrainingSAE, dict[str, Any]]:
             found = evaluate(sae, activations=held_out[:CURVE_TOKENS].float(), ranks=False, progress=False)
             curve.append((n_tokens, found.nmse, found.dead_fraction))
 
-    trainer, record = train_cell(item.cell, item.training, training_set[: item.source.n_training], watch)
-    measured = {**measure(trainer, item.training, held_out), **record}
-    return trainer.sae, {**measured, **({"curve": curve} if curve else {})}
+    if item.contender in RIVALS:
+        sae, record = train_rival(item.contender, item.cell, item.training, training_set, watch)
+        found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
+        measured: dict[str, Any] = {name: getattr(found, name) for name in MEASURED}
+    else:
+        trainer, record = train_cell(item.cell, item.training, training_set, watch)
+        sae, measured = trainer.sae, dict(measure(trainer, item.training, held_out))
+    return sae, {**measured, **record, **({"curve": curve} if curve else {})}
 
 
 def sae_folder(item: Item) -> Path:

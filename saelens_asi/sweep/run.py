@@ -33,7 +33,7 @@ ARCHITECTURES = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 _PROVENANCE = {"d_init": "d_init_used", "norm": "initial_norm", "initial_nmse": "initial_nmse"}
 # Share of the steps, at the end, in which the weights hardly move any more.
 _LAST_SHARE = 0.4
-_MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
+MEASURED = ("n_tokens", "dead_fraction", "nmse", "l0")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def measure(trainer: SAETrainer, training: SweepTraining, held_out: Tensor) -> d
     last_steps = round(_LAST_SHARE * training.steps)
     silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
     return {
-        **{name: getattr(evaluation, name) for name in _MEASURED},
+        **{name: getattr(evaluation, name) for name in MEASURED},
         "silent_fraction": float(silent.double().mean()),
         "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
     }
