@@ -27,6 +27,7 @@ from torch import Tensor
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.interrupts import Interrupts
+from saelens_asi.plugin.bar import Standing, TrainingBar, standing, standing_of_record
 from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.checkpoints import KeepSettings, how_to_resume, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
@@ -97,7 +98,7 @@ class PluginTrainer(KeptRun, ShardedRun):
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
         self._sparse_steps, self._recorder = SparseSteps(), Recorder()
-        self.pace, self._dead_watch = Pace(), DeadWatch()
+        self.pace, self._dead_watch, self._bar = Pace(), DeadWatch(), TrainingBar()
         if self.shard.world.is_first:
             self._recorder.place(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
         self.history = self._recorder.records
@@ -234,6 +235,21 @@ class PluginTrainer(KeptRun, ShardedRun):
         is_last = self.n_training_samples + n_samples >= self.cfg.total_training_samples
         every = self.cfg.logger.wandb_log_frequency
         return is_last or (every > 0 and (self.steps_done() + 1) % every == 0)
+
+    def _update_pbar(self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100) -> None:
+        """SAELens's bar moves every so many steps; here with each, unless the user has another one."""
+        stock = super()._update_pbar
+        if stock.__func__ is SAETrainer._update_pbar:  # type: ignore[attr-defined]
+            self._bar.move(pbar, self.n_training_samples, lambda: {"": self.standing(step_output)})
+        else:
+            stock(step_output, pbar)
+
+    def standing(self, output: TrainStepOutput) -> Standing:
+        """How training stands after a step, for the bar."""
+        if self.shard.is_whole:
+            return standing(self, output)
+        last = self._recorder.records[-1] if self._recorder.records else None
+        return standing_of_record(output, last, self.shard.d_sae)
 
     def steps_done(self) -> int:
         """The schedule counts what ``n_training_steps`` misses: SAELens's checkpoints hold one step too few of it."""
