@@ -83,9 +83,7 @@ def train_cell(cell: Cell, training: SweepTraining, activations: Tensor) -> tupl
     torch.manual_seed(cell.seed)
     sae = _untrained(cell, d_in, training.device)
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
-    # The estimate reads the same activations that training reads next.
-    batches = itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training))
-    trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
+    trainer = SAETrainer(_trainer_config(cell, training), sae, _CachedBatches(activations, training, n_estimate))
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer.fit()
     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
@@ -146,6 +144,21 @@ def run_cell(
         "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
     }
     return sae, {**measured, **training_record}
+
+
+class _CachedBatches(Iterator[Tensor]):
+    """What a cell is trained on, without end; the estimate reads the same activations before."""
+
+    def __init__(self, activations: Tensor, training: SweepTraining, n_estimate: int) -> None:
+        self._batches = _batches(activations, training)
+        self._of_estimate = _batches(activations, training, n_estimate)
+
+    def __next__(self) -> Tensor:
+        return next(self._batches)
+
+    def second_look(self) -> Iterator[Tensor]:
+        """As ``plugin.stream.LooksTwice`` has it; where few are cached, they come round again, as in training."""
+        return itertools.chain(self._of_estimate, self)
 
 
 def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:
