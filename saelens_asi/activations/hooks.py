@@ -224,7 +224,7 @@ def logits_at(
         write: as in ``logits_with``.
     """
     unembedding = getattr(model, "unembed", None)
-    if not isinstance(unembedding, nn.Module) or point in unembedding.modules():
+    if not isinstance(unembedding, nn.Module) or any(point is module for module in unembedding.modules()):
         return logits_with(model, tokens, point, write)[where]
     chosen: list[int] = []
 

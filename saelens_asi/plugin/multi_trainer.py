@@ -68,8 +68,12 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
             check_sae(sae)
         output = output_folder(self.save_checkpoint_fn)
         check_folders({"checkpoint_path": self.cfg.checkpoint_path, "output_path": output}, list(self.saes.values()))
-        with self._kept() as self.data_provider:
-            return super().fit()
+        try:
+            with self._kept() as self.data_provider:
+                return super().fit()
+        finally:
+            for single in self._flagged.values():
+                single.close_tensorboard()
 
     def _estimate_scaling_factors(self) -> None:
         place_histories(self)
