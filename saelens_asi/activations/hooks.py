@@ -210,6 +210,39 @@ def logits_with(
     return logits
 
 
+@torch.no_grad()
+def logits_at(
+    model: HookedModel, tokens: Tensor, where: Tensor, point: nn.Module | None = None, write: Writer | None = None
+) -> Tensor:
+    """(n, d_vocab) logits at n positions, and as in ``logits_with``; a model's unembedding makes no others.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge. Where its unembedding cannot be told, it makes all.
+        tokens: (n_windows, n_positions) token ids.
+        where: (n_windows, n_positions) bool; the logits come in the order of the windows.
+        point: as in ``logits_with``.
+        write: as in ``logits_with``.
+    """
+    unembedding = getattr(model, "unembed", None)
+    if not isinstance(unembedding, nn.Module) or any(point is module for module in unembedding.modules()):
+        return logits_with(model, tokens, point, write)[where]
+    chosen: list[int] = []
+
+    def choose(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not inputs or inputs[0].shape[:-1] != where.shape:
+            return None
+        vectors = inputs[0][where.to(inputs[0].device)]
+        chosen.append(len(vectors))
+        return vectors[None], *inputs[1:]
+
+    handle = unembedding.register_forward_pre_hook(choose)
+    try:
+        logits = logits_with(model, tokens, point, write)
+    finally:
+        handle.remove()
+    return logits[0] if chosen else logits[where]
+
+
 def _writing(write: Writer) -> Callable[..., Tensor]:
     return lambda activations, hook: write(activations)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
+from tqdm.auto import tqdm
 
-from saelens_asi.activations.hooks import HookedModel, Writer, device_of, hook_points, logits_with
+from saelens_asi.activations.hooks import HookedModel, Writer, device_of, hook_points, logits_at
 
-Logits = Callable[[Tensor, slice], Tensor]
+# From a batch of windows, its place among them, and (n_windows, n_positions) bool where logits are wanted, to these:
+# (n, d_vocab).
+Logits = Callable[[Tensor, slice, Tensor], Tensor]
+
+# Logits from which probabilities are made at once: of 262,144 words those of 64 tokens, in 64 MiB.
+_CHUNK = 1 << 24
 
 
 class Predictions(NamedTuple):
@@ -36,6 +42,7 @@ def replacement_losses(
     replaced: Tensor,
     predicted: Tensor | None = None,
     batch_size: int = 8,
+    progress: str | None = None,
 ) -> dict[str, Predictions]:
     """Predictions with each replacement in place, and as ``"clean"`` those of the model as it is.
 
@@ -47,9 +54,10 @@ def replacement_losses(
         replaced: (n_windows, n_positions) bool, where they are replaced; elsewhere they stay.
         predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
         batch_size: windows in a forward pass.
+        progress: show a bar with this name.
     """
     changed = replacements_at(model, hook_name, replacements, replaced)
-    return prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size)
+    return prediction_losses(model, tokens, changed, predicted=predicted, batch_size=batch_size, progress=progress)
 
 
 def replacements_at(
@@ -59,7 +67,7 @@ def replacements_at(
     (point,) = hook_points(model, [hook_name]).values()
 
     def replacing(function: Writer) -> Logits:
-        return lambda batch, place: logits_with(model, batch, point, _only_at(replaced[place], function))
+        return lambda batch, place, where: logits_at(model, batch, where, point, _only_at(replaced[place], function))
 
     return {name: replacing(function) for name, function in replacements.items()}
 
@@ -72,38 +80,69 @@ def prediction_losses(
     *,
     predicted: Tensor | None = None,
     batch_size: int = 8,
+    progress: str | None = None,
 ) -> dict[str, Predictions]:
     """Predictions of a model that is changed in some ways, and as ``"clean"`` those of the model as it is.
+
+    Memory: twice the logits of a batch. They are made where a next token counts, and nowhere else.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         tokens: (n_windows, n_positions) token ids.
-        changed: from a name to a function of a batch of windows, and its place among them, to the logits.
+        changed: from a name to the logits of a model that is changed so.
         predicted: (n_windows, n_positions - 1) bool, which next tokens count; all unless told.
         batch_size: windows in a forward pass.
+        progress: show a bar with this name.
     """
     predicted = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if predicted is None else predicted
     n_predicted = int(predicted.sum())
     if not n_predicted:
         raise ValueError("no next token is left to predict: give longer windows, or leave out fewer tokens")
     device = device_of(model)
-    sums = {name: [0.0, 0.0] for name in ("clean", *changed)}
-    for start in range(0, len(tokens), batch_size):
-        place = slice(start, start + batch_size)
-        batch, counted = tokens[place].to(device), predicted[place].to(device)
-        targets = batch[:, 1:][counted]
-        clean = _log_probabilities(logits_with(model, batch), counted)
-        sums["clean"][0] += float(nll_loss(clean, targets, reduction="sum"))
-        for name, logits in changed.items():
-            changed_ones = _log_probabilities(logits(batch, place), counted)
-            sums[name][0] += float(nll_loss(changed_ones, targets, reduction="sum"))
-            sums[name][1] += float(kl_div(changed_ones, clean, log_target=True, reduction="sum"))
-    return {name: Predictions(loss / n_predicted, kl / n_predicted) for name, (loss, kl) in sums.items()}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("clean", *changed)}
+    passes = tokens.numel() * len(sums)
+    with tqdm(total=passes, desc=progress, unit=" tokens", unit_scale=True, disable=progress is None) as bar:
+        for start in range(0, len(tokens), batch_size):
+            place = slice(start, start + batch_size)
+            batch, counted = tokens[place].to(device), predicted[place].to(device)
+            where = torch.cat([counted, torch.zeros_like(counted[:, :1])], dim=1)
+            targets = batch[:, 1:][counted]
+            clean = list(_log_probabilities(logits_at(model, batch, where)))
+            sums["clean"] += _summed(clean, targets)
+            bar.update(batch.numel())
+            for name, logits in changed.items():
+                sums[name] += _summed(_log_probabilities(logits(batch, place, where)), targets, clean)
+                bar.update(batch.numel())
+    return {name: Predictions(*(both / n_predicted).tolist()) for name, both in sums.items()}
 
 
-def _log_probabilities(logits: Tensor, counted: Tensor) -> Tensor:
-    """(n_counted, d_vocab) of the next tokens that count."""
-    return logits[:, :-1][counted].float().log_softmax(dim=-1)
+def _log_probabilities(logits: Tensor) -> Iterator[Tensor]:
+    """Those of (n, d_vocab) logits, some tokens at a time: all at once would be several times the logits."""
+    for rows in logits.split(_rows(logits)):
+        yield rows.float().log_softmax(dim=-1)
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _CHUNK // logits.shape[-1])
+
+
+def _summed(parts: Iterable[Tensor], targets: Tensor, clean: Sequence[Tensor] | None = None) -> Tensor:
+    """(2,) cross-entropy with the targets, and divergence from ``clean`` or 0, summed over the tokens.
+
+    Args:
+        parts: log-probabilities of some tokens at a time.
+        targets: (n,) of all of them.
+        clean: log-probabilities of the same parts.
+    """
+    sums, n = [], 0
+    for i, own in enumerate(parts):
+        cross_entropy = nll_loss(own, targets[n : n + len(own)], reduction="sum")
+        kl = torch.zeros_like(cross_entropy)
+        if clean is not None:
+            kl = kl_div(own, clean[i], log_target=True, reduction="sum")
+        sums.append(torch.stack([cross_entropy, kl]))
+        n += len(own)
+    return torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
 
 
 def _only_at(where: Tensor, function: Writer) -> Writer:

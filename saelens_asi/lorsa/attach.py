@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from saelens_asi.activations.hooks import logits_with
+from saelens_asi.activations.hooks import logits_at
 from saelens_asi.activations.replacement import Logits, prediction_losses
 from saelens_asi.evaluation.metrics import SAELossRecovered
 from saelens_asi.lorsa.attention import AttentionModel, attention_module, is_bridge
@@ -224,9 +224,9 @@ def lorsa_loss_recovered(
         return torch.cat([own[:, : lorsa.cfg.skip_positions], 0 * own[:, lorsa.cfg.skip_positions :]], dim=1)
 
     def within(context: Callable[[], AbstractContextManager[object]]) -> Logits:
-        def logits(batch: Tensor, place: slice) -> Tensor:
+        def logits(batch: Tensor, place: slice, where: Tensor) -> Tensor:
             with context():
-                return logits_with(model, batch)
+                return logits_at(model, batch, where)
 
         return logits
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from sae_lens import MultiSAETrainingRunner
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 
+from saelens_asi.plugin.bar import TrainingBar, standing
 from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.checkpoints import KeepSettings, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import initialize_together
@@ -47,7 +48,7 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
         self._flagged = {name: one for name, one in self.trainers.items() if isinstance(one, PluginTrainer)}
         for single in self._flagged.values():
             single.coordinator = self
-        self._has_ended = False
+        self._has_ended, self._bar = False, TrainingBar()
         self._keep(*_shared_settings(self._flagged), self.data_provider, self.evaluator)
 
     def _settings(self) -> dict[str, Any]:
@@ -67,11 +68,16 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
             check_sae(sae)
         output = output_folder(self.save_checkpoint_fn)
         check_folders({"checkpoint_path": self.cfg.checkpoint_path, "output_path": output}, list(self.saes.values()))
-        with self._kept() as self.data_provider:
-            return super().fit()
+        try:
+            with self._kept() as self.data_provider:
+                return super().fit()
+        finally:
+            for single in self._flagged.values():
+                single.close_tensorboard()
 
     def _estimate_scaling_factors(self) -> None:
         place_histories(self)
+        self._bar.began_at = self.n_training_samples
         initialize_multi_trainer(self, super()._estimate_scaling_factors)
         if self.keeper is not None:
             self.keeper.clock.start()
@@ -81,6 +87,18 @@ class PluginMultiTrainer(KeptRun, MultiSAETrainer):
         if not final:
             self._between_steps()
         super()._maybe_log_sparsity(final)
+
+    def _update_pbar(self, step_outputs: Mapping[str, TrainStepOutput], pbar: Any, update_interval: int = 100) -> None:
+        """SAELens's bar moves every so many steps, from zero also after a resume; here with each, from where it was."""
+        stock = super()._update_pbar
+        if stock.__func__ is not MultiSAETrainer._update_pbar:  # type: ignore[attr-defined]
+            stock(step_outputs, pbar)  # a subclass of the user's has another one
+            return
+        self._bar.move(
+            pbar,
+            self.n_training_samples,
+            lambda: {name: standing(self.trainers[name], output) for name, output in step_outputs.items()},
+        )
 
     def save_checkpoint(self, checkpoint_name: str, wandb_aliases: list[str] | None = None) -> None:
         """SAELens's checkpoint of all SAEs, whole or not there, with all that the rest of the run follows from."""

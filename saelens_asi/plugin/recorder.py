@@ -74,6 +74,9 @@ class Recorder:
     """Keeps the history of a run: in memory, and in a file in the run's folder where it has one.
 
     A record costs a few reductions over (batch, d_in) and (d_sae,); no forward pass, and nothing of batch x d_sae.
+
+    Attributes:
+        tokens_per_second: between the last two records, or since this process began to train.
     """
 
     def __init__(self) -> None:
@@ -83,6 +86,8 @@ class Recorder:
         self._is_resumed = False
         self._clock: float | None = None
         self._seconds_before = 0.0
+        self._last: tuple[int, float] = (0, 0.0)  # tokens and seconds of the record before
+        self.tokens_per_second = 0.0
 
     @property
     def records(self) -> list[Record]:
@@ -102,14 +107,27 @@ class Recorder:
             self._live = Path(output_path) / UNFINISHED_HISTORY
         self._output_folder = None if output_path is None else Path(output_path)
 
-    def start_clock(self) -> None:
-        """To be called before the first step; the clock that runs already goes on."""
+    @property
+    def folder(self) -> Path | None:
+        """Where the history grows."""
+        return None if self._live is None else self._live.parent
+
+    def start_clock(self, n_tokens: int = 0) -> None:
+        """To be called before the first step; the clock that runs already goes on.
+
+        Args:
+            n_tokens: activations trained on before.
+        """
         if self._clock is None:
             self._clock = time.perf_counter()
+            self._last = (n_tokens, self._seconds_before)
 
     def record(self, output: TrainStepOutput, facts: StepFacts, silence: Silence) -> None:
         """Add the record of a step."""
         seconds = self._seconds_before + time.perf_counter() - (self._clock or 0.0)
+        n_before, seconds_before = self._last
+        self.tokens_per_second = (facts.n_tokens - n_before) / max(seconds - seconds_before, 1e-9)
+        self._last = (facts.n_tokens, seconds)
         self._append(
             {
                 "step": facts.step,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import GeneratorType
+from typing import Protocol, runtime_checkable
 
 import torch
 from sae_lens.synthetic.training import SyntheticActivationIterator
@@ -23,6 +24,14 @@ Batch = Mapping[str, Tensor]
 
 # What trainers draw from: batches of one hook, or of several by name.
 Provider = Iterator[Tensor] | Iterator[Batch]
+
+
+@runtime_checkable
+class LooksTwice(Protocol):
+    """A data provider of the user's own whose data can be read a second time."""
+
+    def second_look(self) -> Provider:
+        """Batches as the provider gives them, from the beginning; the provider stays where it is."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,9 @@ def find_store(data_provider: Provider, evaluator: object) -> ActivationsStore |
 def open_stream(data_provider: Provider, evaluator: object, hook_names: Collection[str]) -> Iterator[ActivationStream]:
     """Give a second look at the data of ``data_provider``; draw from itself where it allows none.
 
-    SAELens's own stores are read through a copy that starts at the beginning, and synthetic data is drawn with the
-    random state put back afterwards: the training stream stays bit-identical in both cases.
+    SAELens's own stores are read through a copy that starts at the beginning, synthetic data is drawn with the random
+    state put back afterwards, and a provider with a method ``second_look`` is asked for batches by that: the training
+    stream stays bit-identical in all three cases.
 
     Args:
         data_provider: what the trainer draws from.
@@ -63,6 +73,9 @@ def open_stream(data_provider: Provider, evaluator: object, hook_names: Collecti
     with _undisturbed(data_provider, store):
         if store is not None:
             yield ActivationStream(_read_store(rewound(store)), is_training_stream=False)
+        elif isinstance(data_provider, LooksTwice):
+            again = _with_hook_names(data_provider.second_look(), hook_names)
+            yield ActivationStream(again, is_training_stream=False)
         else:
             is_synthetic = isinstance(data_provider, SyntheticActivationIterator)
             yield ActivationStream(_with_hook_names(data_provider, hook_names), is_training_stream=not is_synthetic)

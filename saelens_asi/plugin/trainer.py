@@ -27,7 +27,9 @@ from torch import Tensor
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.interrupts import Interrupts
+from saelens_asi.plugin.bar import Standing, TrainingBar, standing, standing_of_record
 from saelens_asi.plugin.batches import make_saveable
+from saelens_asi.plugin.boards import TensorBoard, all_of, beside_saelens
 from saelens_asi.plugin.checkpoints import KeepSettings, how_to_resume, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
 from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin, initializer_settings
@@ -96,8 +98,8 @@ class PluginTrainer(KeptRun, ShardedRun):
         cfg = self._alike(cfg, sae)
         sae.cfg = copy.copy(sae.cfg)
         sae.cfg.metadata = copy.deepcopy(sae.cfg.metadata)
-        self._sparse_steps, self._recorder = SparseSteps(), Recorder()
-        self.pace, self._dead_watch = Pace(), DeadWatch()
+        self._sparse_steps, self._recorder, self._tensorboard = SparseSteps(), Recorder(), TensorBoard()
+        self.pace, self._dead_watch, self._bar = Pace(), DeadWatch(), TrainingBar()
         if self.shard.world.is_first:
             self._recorder.place(cfg.checkpoint_path, output_folder(save_checkpoint_fn))
         self.history = self._recorder.records
@@ -149,6 +151,7 @@ class PluginTrainer(KeptRun, ShardedRun):
                 return sae
         finally:
             self._sparse_steps.finish()
+            self.close_tensorboard()
 
     def _way_out(self) -> str:
         return how_to_resume(self._last_good())
@@ -188,7 +191,7 @@ class PluginTrainer(KeptRun, ShardedRun):
         return output
 
     def _recorded_step(self, batch: Tensor) -> TrainStepOutput:
-        self._recorder.start_clock()
+        self._recorder.start_clock(self.n_training_samples)
         self._gradient_norm = None
         if not self._is_recorded(len(batch)):
             return super().step(batch)
@@ -215,7 +218,27 @@ class PluginTrainer(KeptRun, ShardedRun):
             features=features,
         )
         self._recorder.record(output, facts, silence)
+        self._to_tensorboard()
         return output
+
+    def _to_tensorboard(self) -> None:
+        folder = self._recorder.folder
+        if folder is not None and not self.cfg.logger.log_to_wandb:
+            record = self._recorder.records[-1]
+            values = all_of(record, self._recorder.tokens_per_second)
+            self._tensorboard.write(folder, record["step"] - 1, values)  # as SAELens counts a step after it is logged
+
+    def close_tensorboard(self) -> None:
+        """To be called when training ends, also by an error: what waits in memory is written."""
+        self._tensorboard.close()
+
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """What goes to W&B of a step: SAELens's values, and beside them what the record of this step holds."""
+        logged = super().build_train_step_log_dict(output, n_training_samples)
+        records = self._recorder.records
+        if not records or records[-1]["step"] != self.steps_done():
+            return logged  # called by somebody else, between the steps that are recorded
+        return {**beside_saelens(records[-1], self._recorder.tokens_per_second), **logged}
 
     def check_finite(self) -> None:
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
@@ -234,6 +257,21 @@ class PluginTrainer(KeptRun, ShardedRun):
         is_last = self.n_training_samples + n_samples >= self.cfg.total_training_samples
         every = self.cfg.logger.wandb_log_frequency
         return is_last or (every > 0 and (self.steps_done() + 1) % every == 0)
+
+    def _update_pbar(self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100) -> None:
+        """SAELens's bar moves every so many steps; here with each, unless the user has another one."""
+        stock = super()._update_pbar
+        if stock.__func__ is SAETrainer._update_pbar:  # type: ignore[attr-defined]
+            self._bar.move(pbar, self.n_training_samples, lambda: {"": self.standing(step_output)})
+        else:
+            stock(step_output, pbar)
+
+    def standing(self, output: TrainStepOutput) -> Standing:
+        """How training stands after a step, for the bar."""
+        if self.shard.is_whole:
+            return standing(self, output)
+        last = self._recorder.records[-1] if self._recorder.records else None
+        return standing_of_record(output, last, self.shard.d_sae)
 
     def steps_done(self) -> int:
         """The schedule counts what ``n_training_steps`` misses: SAELens's checkpoints hold one step too few of it."""

@@ -70,7 +70,7 @@ ONLY_IN_NEWER = frozenset({"transformer_lens.model_bridge"})
 MEMBERS = {
     f"{_TRAINER}:SAETrainer": (
         *("fit", "step", "load_trainer_state", "save_checkpoint", "set_final_sae_metadata", "save_trainer_state"),
-        *("maybe_reset_sparsity", "_checkpoint_if_needed"),
+        *("maybe_reset_sparsity", "_checkpoint_if_needed", "_update_pbar", "build_train_step_log_dict"),
         *("_train_step", "_is_logging_step", "get_coefficients", "autocast_if_enabled"),
         *("cfg", "sae", "data_provider", "evaluator", "activation_scaler", "checkpoint_thresholds"),
         *("optimizer", "lr_scheduler", "coefficient_schedulers", "n_training_steps", "n_training_samples"),
@@ -78,7 +78,7 @@ MEMBERS = {
     ),
     "sae_lens.training.multi_sae_trainer:MultiSAETrainer": (
         *("fit", "load_checkpoint", "save_checkpoint", "_estimate_scaling_factors", "_maybe_log_sparsity"),
-        *("_checkpoint_if_needed", "n_training_steps", "saes", "cfg", "trainers", "hook_names"),
+        *("_checkpoint_if_needed", "_update_pbar", "n_training_steps", "saes", "cfg", "trainers", "hook_names"),
         *("data_provider", "evaluator", "save_checkpoint_fn", "checkpoint_thresholds", "n_training_samples"),
     ),
     f"{_STORE}:ActivationsStore": (
@@ -147,6 +147,9 @@ FIELDS = {
 PARAMETERS = {
     f"{_TRAINER}:SAETrainer.__init__": ("cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"),
     f"{_TRAINER}:SAETrainer._train_step": ("sae", "sae_in"),
+    f"{_TRAINER}:SAETrainer._update_pbar": ("step_output", "pbar"),
+    f"{_TRAINER}:SAETrainer.build_train_step_log_dict": ("output", "n_training_samples"),
+    "sae_lens.training.multi_sae_trainer:MultiSAETrainer._update_pbar": ("step_outputs", "pbar"),
     f"{_SAE}:TrainStepInput": (*("sae_in", "coefficients", "dead_neuron_mask", "n_training_steps", "is_logging_step"),),
     f"{_STORE}:ActivationsStore.get_batch_tokens": ("batch_size",),
     f"{_STORE}:ActivationsStore.get_filtered_llm_batch": ("raise_on_epoch_end",),

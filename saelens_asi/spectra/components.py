@@ -94,6 +94,7 @@ def loss_recovered(
     batch_size: int = 4,
     exclude_special_tokens: bool | Sequence[int] = True,
     exclude_positions: Sequence[int] = (),
+    progress: bool = True,
 ) -> ComponentLosses:
     """How much of a model's predictions the top principal components of a hook carry (arXiv 2508.16929 v1, sec. 4.2).
 
@@ -109,6 +110,7 @@ def loss_recovered(
         batch_size: windows in a forward pass.
         exclude_special_tokens: as in ``activation_spectra``.
         exclude_positions: as in ``activation_spectra``.
+        progress: show a progress bar.
     """
     if spectrum is None:
         (spectrum,) = activation_spectra(
@@ -129,7 +131,14 @@ def loss_recovered(
     functions: dict[str, Writer] = {"zero": torch.zeros_like, "mean": _projection(spectrum, 0)}
     functions |= {str(k): _projection(spectrum, k) for k in numbers}
     losses = replacement_losses(
-        model, tokens, hook_name, functions, replaced=keep, predicted=predicted, batch_size=batch_size
+        model,
+        tokens,
+        hook_name,
+        functions,
+        replaced=keep,
+        predicted=predicted,
+        batch_size=batch_size,
+        progress="Loss by components" if progress else None,
     )
     return ComponentLosses(
         hook_name,

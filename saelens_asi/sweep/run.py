@@ -91,9 +91,7 @@ def train_cell(
     torch.manual_seed(cell.seed)
     sae = _untrained(cell, d_in, training.device)
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
-    # The estimate reads the same activations that training reads next.
     stop = _StopWatch()
-    batches = itertools.chain(_batches(activations, training, n_estimate), _batches(activations, training))
     trainer: SAETrainer
 
     def between_steps() -> None:
@@ -101,7 +99,8 @@ def train_cell(
         if watch and trainer.n_training_samples:
             watch(trainer.n_training_samples, sae)
 
-    trainer = SAETrainer(_trainer_config(cell, training), sae, _watched(batches, between_steps, stop))
+    batches = _CachedBatches(activations, training, n_estimate, stop.outside(between_steps))
+    trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
     stop.go_on()
     trainer.fit()
     seconds = stop.halt()
@@ -127,14 +126,15 @@ class _StopWatch:
         self._cpu_seconds += time.process_time()
         return {"seconds": self._seconds, "cpu_seconds": self._cpu_seconds}
 
+    def outside(self, act: Callable[[], None]) -> Callable[[], None]:
+        """The same, as a break."""
 
-def _watched(batches: Iterator[Tensor], watch: Callable[[], None], stop: _StopWatch) -> Iterator[Tensor]:
-    """The batches, with ``watch`` called before each."""
-    for batch in batches:
-        stop.halt()
-        watch()
-        stop.go_on()
-        yield batch
+        def acting() -> None:
+            self.halt()
+            act()
+            self.go_on()
+
+        return acting
 
 
 def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
@@ -191,6 +191,25 @@ def measure(trainer: SAETrainer, training: SweepTraining, held_out: Tensor) -> d
         "silent_fraction": float(silent.double().mean()),
         "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
     }
+
+
+class _CachedBatches(Iterator[Tensor]):
+    """What a cell is trained on, without end; the estimate reads the same activations before."""
+
+    def __init__(
+        self, activations: Tensor, training: SweepTraining, n_estimate: int, before_each: Callable[[], None]
+    ) -> None:
+        self._batches = _batches(activations, training)
+        self._of_estimate = _batches(activations, training, n_estimate)
+        self._before_each = before_each
+
+    def __next__(self) -> Tensor:
+        self._before_each()
+        return next(self._batches)
+
+    def second_look(self) -> Iterator[Tensor]:
+        """As ``plugin.stream.LooksTwice`` has it; where few are cached, they come round again, as in training."""
+        return itertools.chain(self._of_estimate, self)
 
 
 def _batches(activations: Tensor, training: SweepTraining, n: int | None = None) -> Iterator[Tensor]:

@@ -163,11 +163,13 @@ def test_what_is_logged_is_of_all_features(architecture: str, monkeypatch: pytes
     expected, metadata = _logged(architecture)
     assert any(any("ce_loss_score" in name for name in values) for values in expected)
     (found, found_metadata), _ = in_processes(2, _logged, architecture)
+    assert any("metrics/nmse/" in values and "details/gradient_norm/" in values for values in found)
     assert found_metadata == pytest.approx(metadata)
     assert len(found) == len(expected) > 4
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
-        numbers = [name for name, value in other.items() if isinstance(value, int | float)]
+        assert one.get("details/tokens_per_second/", 1) > 0
+        numbers = [name for name, value in other.items() if isinstance(value, int | float) and "second" not in name]
         assert [one[name] for name in numbers] == pytest.approx([other[name] for name in numbers], rel=1e-4, abs=1e-5)
 
 

@@ -217,3 +217,27 @@ def test_the_seed_alone_decides_the_directions():
 
     assert torch.equal(decoder(1), decoder(1))
     assert not torch.equal(decoder(1), decoder(2))
+
+
+def test_a_provider_with_a_second_look_is_not_used_up(caplog):
+    class Twice:
+        def __init__(self):
+            self.batches = tiny.batches()
+
+        def __next__(self):
+            return next(self.batches)
+
+        def __iter__(self):
+            return self
+
+        def second_look(self):
+            return tiny.batches()
+
+    trainer = tiny.trainer(provider=Twice(), initializer=ActiveSubspaceInit(d_init=4, n_tokens=256))
+    seen = []
+    stock = trainer.step
+    trainer.step = lambda batch: (seen.append(batch), stock(batch))[1]
+    trainer.fit()
+    assert "no second look" not in caplog.text
+    assert trainer.sae.cfg.metadata["active_subspace_init"]["n_tokens_taken_from_training"] == 0
+    assert all(torch.equal(batch, expected) for batch, expected in zip(seen, tiny.batches(), strict=False))

@@ -65,6 +65,55 @@ def test_losses_are_those_computed_directly(any_model):
         assert predictions.kl == pytest.approx(float(divergence), rel=1e-4), name
 
 
+def test_logits_are_made_where_a_next_token_counts_and_nowhere_else(any_model):
+    made = []
+    handle = any_model.unembed.register_forward_hook(lambda module, inputs, output: made.append(output[..., 0].numel()))
+    predicted = torch.rand(len(TOKENS), tiny.CONTEXT - 1, generator=torch.Generator().manual_seed(0)) < 0.3
+    everywhere = torch.ones_like(TOKENS, dtype=torch.bool)
+    functions = {"zero": torch.zeros_like, "same": lambda x: x}
+    found = replacement_losses(
+        any_model, TOKENS, HOOK, functions, replaced=everywhere, predicted=predicted, batch_size=24
+    )
+    handle.remove()
+    assert made == [int(predicted.sum())] * 3
+    assert found["same"] == (pytest.approx(found["clean"].cross_entropy, rel=1e-6), pytest.approx(0, abs=1e-7))
+    with pytest.MonkeyPatch.context() as patch:  # as for a model whose unembedding cannot be told
+        patch.setattr("saelens_asi.activations.hooks.nn.Module", type(None))
+        whole = replacement_losses(
+            any_model, TOKENS, HOOK, functions, replaced=everywhere, predicted=predicted, batch_size=24
+        )
+    for name, one in found.items():
+        assert one == pytest.approx(whole[name], rel=1e-6, abs=1e-7)
+
+
+def test_what_is_replaced_in_the_unembedding_itself_is_seen_whole(model):
+    """All logits are the same: each word is as likely as the other."""
+    everywhere = torch.ones_like(TOKENS, dtype=torch.bool)
+    for hook in ("unembed.hook_in", "unembed.hook_out"):
+        found = replacement_losses(model, TOKENS, hook, {"zero": torch.zeros_like}, replaced=everywhere)
+        if hook == "unembed.hook_out":
+            assert found["zero"].cross_entropy == pytest.approx(math.log(tiny.N_WORDS), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_words_at_once", [1, 7 * tiny.N_WORDS, 10**6])
+def test_chunks_of_tokens_change_nothing(model, n_words_at_once, monkeypatch):
+    everywhere = torch.ones_like(TOKENS, dtype=torch.bool)
+    expected = replacement_losses(model, TOKENS, HOOK, {"zero": torch.zeros_like}, replaced=everywhere)
+    monkeypatch.setattr("saelens_asi.activations.replacement._CHUNK", n_words_at_once)
+    found = replacement_losses(model, TOKENS, HOOK, {"zero": torch.zeros_like}, replaced=everywhere)
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_a_bar_tells_how_far_it_is(model, capsys):
+    loss_recovered(model, TOKENS, HOOK, [4, 8])
+    shown = capsys.readouterr().err
+    assert "Loss by components: 100%" in shown
+    assert f"{TOKENS.numel() * 5 / 1000:.2f}k/" in shown
+    loss_recovered(model, TOKENS, HOOK, [4], progress=False)
+    assert "Loss by components" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("hook", [HOOK, "blocks.0.attn.hook_z", "blocks.1.hook_resid_post"])
 def test_all_components_recover_everything_and_more_components_more(any_model, hook):
     result = loss_recovered(any_model, TOKENS, hook, [16, 1, 4, 8, 4])

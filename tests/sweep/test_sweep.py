@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, SAETrainer
 
 from saelens_asi import cli
 from saelens_asi.cli.sweep import write_report
@@ -105,6 +106,24 @@ def test_every_architecture_trains(architecture, train):
     assert trainer.sae.cfg.architecture() == architecture
     assert took["d_init_used"] >= 1
     assert took["seconds"] >= 0
+
+
+@pytest.mark.parametrize("n_cached", [600, 300])
+def test_the_estimate_reads_a_cache_a_second_time(n_cached, caplog):
+    """It says nothing of activations that are used up, and training has the bits of a stream read once."""
+    activations, cell = tiny.activations(n_cached) + 1, Cell(initializer="active_subspace", **SIZES)
+    trainer, _ = train_cell(cell, TRAINING, activations)
+    assert "no second look" not in caplog.text
+    assert trainer.sae.cfg.metadata["active_subspace_init"]["n_tokens_taken_from_training"] == 0
+
+    torch.manual_seed(cell.seed)
+    sae = run._untrained(cell, tiny.D_MODEL, "cpu")
+    n = cell.initializer_settings().tokens_for(tiny.D_MODEL)
+    once = chain(run._batches(activations, TRAINING, n), run._batches(activations, TRAINING))
+    SAETrainer(run._trainer_config(cell, TRAINING), sae, once).fit()
+    assert "no second look" in caplog.text
+    for name, param in sae.named_parameters():
+        assert torch.equal(param, trainer.sae.get_parameter(name)), name
 
 
 def test_rows_tell_what_was_measured(data, tmp_path):
