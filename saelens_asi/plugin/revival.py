@@ -56,6 +56,9 @@ _MIN_DEAD = 1e-3
 # a row by about a learning rate a step, and a row that came too late would stay what a single token has made it.
 _LAST_SHARE = 0.2
 
+# Directions that are drawn at least.
+_MIN_DRAWN = 256
+
 # Tokens that are encoded at a time: their scores are the largest tensor of a round.
 _TOKENS = 256
 
@@ -162,8 +165,8 @@ class Revival:
         self._moments = forgetting(self._moments, sample.residual)
         n = min(len(rows), scoring.most_at_once(len(sample.x)))
         generator = torch.Generator().manual_seed(steps_done)
-        # Twice as many as are needed: duplicates are left out, and of the rest the best are taken.
-        drawn = residual_directions(sample, self._moments, 2 * n, generator)
+        # More than are needed: duplicates are left out, and of the rest the best are taken.
+        drawn = residual_directions(sample, self._moments, max(2 * n, _MIN_DRAWN), generator)
         W_dec, magnitude = self._sae.W_dec.detach(), scoring.magnitude
         near = largest_cosines(drawn, W_dec, ~dead, magnitude, self._shard.features) > MAX_COSINE
         revived, gain = placed(drawn[apart(drawn, near, magnitude)], sample, scoring)

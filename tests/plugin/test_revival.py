@@ -33,9 +33,13 @@ D_SAE, BATCH = 48, 512
 class Batches(kept_run.Batches):
     """Enough tokens that silence of 20 steps rules out a hundredth of the mean rate."""
 
+    def __init__(self, d_active: int = 5) -> None:
+        super().__init__()
+        self.d_active = d_active
+
     def __next__(self) -> Tensor:
         self.n += 1
-        return tiny.activations(BATCH, seed=self.n)
+        return tiny.activations(BATCH, d_active=self.d_active, seed=self.n)
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +75,8 @@ def _watched(trainer: Any) -> list[tuple[int, list[int]]]:
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_features_that_die_come_back(architecture, optimizer):
     """A planted dying feature is revived, fires, and starts with fresh moments and counters."""
-    flags = {"initializer": ActiveSubspaceInit(d_init=5, n_tokens=512), "optimizer": optimizer}
-    trainer = _trainer(architecture, **flags)
+    flags = {"initializer": ActiveSubspaceInit(d_init=12, n_tokens=512), "optimizer": optimizer}
+    trainer = _trainer(architecture, provider=Batches(d_active=12), **flags)
     planted, stock_step = slice(10, 14), trainer.step
 
     def step(batch: Tensor) -> Any:
