@@ -346,6 +346,35 @@ def test_many_processes_revive_as_one(batch_shards):
             torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-8, atol=1e-8, msg=name)
 
 
+class WideBatches(Batches):
+    def __next__(self) -> Tensor:
+        return super().__next__().double()
+
+
+def _kept(folder: str) -> tuple[dict[str, Tensor], int]:
+    """A run that goes on from what its folder holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(revival, "ROUND_STEPS", 5)
+        torch.manual_seed(0)
+        own = {"optimizer": "sparse_adam", "dtype": "float64", "resume": "latest"}
+        trainer = _trainer(provider=WideBatches(), n_steps=40, checkpoint_path=folder, n_checkpoints=5, **own)
+        _kill_(trainer.sae, slice(0, 10))  # the first of each process
+        trainer.fit()
+        return many.whole_state(trainer), trainer.revival.n_revived
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    (expected, n_expected), _ = in_processes(2, _kept, str(tmp_path))
+    assert n_expected > 0
+    paths = sorted((path.parent for path in tmp_path.glob(f"*/{MANIFEST}")), key=lambda path: int(path.name))
+    for later in paths[2:]:
+        shutil.rmtree(later)
+    found, n_found = _kept(str(tmp_path))
+    assert n_found == n_expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-8, msg=name)
+
+
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "matching_pursuit"])
 def test_other_architectures_are_refused(architecture):
     with pytest.raises(ValueError, match=r"revive='auto' does not suit .*topk.*revive='off'"):
