@@ -78,7 +78,8 @@ def read_history(path: str | Path) -> list[Record]:
     - ``dead_features`` and ``dead_fraction``: silent for more than ``dead_feature_window`` steps, as SAELens counts,
       and that window in tokens (``dead_window_tokens``);
     - ``silent_features``: from a number of tokens to how many features have not fired within the last so many, once
-      they have been seen; ``never_fired``: since the run began; ``d_sae``: of how many.
+      they have been seen; ``never_fired``: since the run began; ``d_sae``: of how many;
+    - ``revived_features``, with ``revive="auto"``: how many were revived before this step, each as often as it was.
 
     Args:
         path: the file, or the folder that holds it: of checkpoints, of one checkpoint, of the finished SAE, of a Lorsa.

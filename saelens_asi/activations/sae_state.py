@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -34,6 +35,25 @@ def feature_dim(name: str, tensor: Tensor, n_features: int) -> int | None:
         return _FEATURE_DIMS[name]
     dims = [dim for dim, size in enumerate(tensor.shape) if size == n_features]
     return dims[0] if len(dims) == 1 else None
+
+
+class RowGroup(TypedDict):
+    """A parameter group of ``SparseAdam``: ``row_dim`` is the dimension along which features lie, None for none."""
+
+    params: list[nn.Parameter]
+    row_dim: int | None
+
+
+def feature_row_groups(sae: nn.Module) -> list[RowGroup]:
+    """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
+
+    One without such a dimension (see ``feature_dim``) is updated as a whole.
+    """
+    d_sae: int = sae.cfg.d_sae  # type: ignore[assignment, union-attr]
+    by_dim: dict[int | None, list[nn.Parameter]] = {}
+    for name, param in sae.named_parameters():
+        by_dim.setdefault(feature_dim(name, param, d_sae), []).append(param)
+    return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]
 
 
 def take_statistics(sae: object) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
+from saelens_asi.activations.sae_state import feature_row_groups
 from saelens_asi.dead_features.firings import Firings
 from saelens_asi.history import TRAINING_HISTORY, read_history
-from saelens_asi.plugin.sparse_steps import feature_row_groups
 from saelens_asi.resume import MANIFEST, damage
 
 TRAINER_STATE = "trainer_state.pt"  # SAELens's name for it
@@ -300,7 +300,7 @@ def _parameter_names(sae: SAE, state: OptimizerState) -> list[str]:
     That of ``named_parameters()``, but for the groups that a trainer makes for SparseAdam, by where features lie.
     """
     names = {parameter: name for name, parameter in sae.named_parameters() if parameter.requires_grad}
-    own = feature_row_groups(sae)  # type: ignore[arg-type]  # an inference SAE has the same parameters
+    own = feature_row_groups(sae)
     shapes = [(group["row_dim"], len(group["params"])) for group in own]
     of_state = [(group.get("row_dim"), len(group["params"])) for group in state.groups]
     if any("row_dim" in group for group in state.groups) and shapes == of_state:

@@ -19,7 +19,7 @@ _BESIDE_SAELENS = {
     "metrics/nmse": "nmse",
     "metrics/explained_variance": "explained_variance",
     "sparsity/never_fired": "never_fired",
-    "sparsity/revived": "n_revived",
+    "sparsity/revived": "revived_features",
     "details/gradient_norm": "grad_norm",
     "details/skipped_tokens": "n_skipped_tokens",
 }

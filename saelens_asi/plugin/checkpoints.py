@@ -40,7 +40,7 @@ Reason = Literal["interval", "interrupt", "failure", "asked for"]
 _FREE = {
     *("metadata", "device", "initializer", "sae_lens_version", "sae_lens_training_version", "decoder_init_norm"),
     *("checkpoint_minutes", "keep_checkpoints", "checkpoint_buffer", "max_skipped_fraction", "resume"),
-    "batch_shards",
+    *("batch_shards", "revive"),
 }
 # Of its metadata: what the activations are.
 _DATA_METADATA = ("hook_name", "hook_head_index", "model_name", "dataset_path", "context_size", "prepend_bos")

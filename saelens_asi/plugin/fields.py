@@ -1,4 +1,4 @@
-"""The plugin's fields of SAELens's training configs, added in place: the two flags, and how a flagged run is kept.
+"""The plugin's fields of SAELens's training configs, added in place: the flags, and how a flagged run is kept.
 
 The class objects stay the same, so that registries, isinstance checks, third-party subclasses and the command line
 see them. A config that leaves all of them at their defaults is saved exactly as before.
@@ -22,8 +22,8 @@ from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
 # Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
 AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
-FLAGS = {"initializer": "default", "optimizer": "adam"}
-# Of a run with one of the flags, or with one of these: when it is saved, and what stops it.
+FLAGS = {"initializer": "default", "optimizer": "adam", "revive": "off"}
+# Of a run with one of the flags set, or with one of these: when it is saved, and what stops it.
 KEEPING = {
     "checkpoint_minutes": 10.0,
     "keep_checkpoints": 2,
@@ -35,6 +35,7 @@ KEEPING = {
 DEFAULTS: dict[str, Any] = {**FLAGS, **KEEPING}
 INITIALIZERS = ("default", INITIALIZER_NAME)
 OPTIMIZERS = ("adam", "sparse_adam")
+REVIVALS = ("off", "auto")
 
 _HELP = {
     "checkpoint_minutes": "Minutes between checkpoints of a run with initializer, optimizer or one of these set, and "
@@ -77,9 +78,9 @@ def _checked_initializer(value: object, d_in: int | None) -> str | ActiveSubspac
     raise ValueError(f"initializer={value!r} must be one of {INITIALIZERS}, or a saelens_asi.ActiveSubspaceInit(...)")
 
 
-def _checked_optimizer(value: object) -> str:
-    if value not in OPTIMIZERS:
-        raise ValueError(f"optimizer={value!r} must be one of {OPTIMIZERS}")
+def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {choices}")
     return value  # type: ignore[return-value]
 
 
@@ -113,6 +114,7 @@ def add_fields() -> None:
     TrainingSAEConfig.__annotations__.update(
         initializer=Any,
         optimizer=str,
+        revive=str,
         checkpoint_minutes=float,
         keep_checkpoints=int,
         checkpoint_buffer=float,
@@ -132,6 +134,13 @@ def add_fields() -> None:
         choices=list(OPTIMIZERS),
         type=str,
         help="'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps weights and moments.",
+    )
+    TrainingSAEConfig.revive = simple_parsing.field(  # type: ignore[attr-defined]
+        default=DEFAULTS["revive"],
+        choices=list(REVIVALS),
+        type=str,
+        help="'off', or 'auto': features whose silence is evidence that they are dead start again where the error is, "
+        "while training goes on. Of the TopK family.",
     )
     for name, help_text in _HELP.items():
         kind = TrainingSAEConfig.__annotations__[name]
@@ -188,7 +197,9 @@ def _wrap_methods() -> None:
         if name == "initializer":
             value = _checked_initializer(value, self.__dict__.get("d_in"))
         elif name == "optimizer":
-            value = _checked_optimizer(value)
+            value = _checked_choice(name, value, OPTIMIZERS)
+        elif name == "revive":
+            value = _checked_choice(name, value, REVIVALS)
         elif name in KEEPING:
             value = _checked_keeping(name, value)
         object.__setattr__(self, name, value)

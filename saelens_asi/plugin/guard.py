@@ -121,6 +121,13 @@ class Progress:
         self._moved = True
 
     @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What is written in it between two steps is written whole, or the state is that of none."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
+
+    @contextmanager
     def of_step(self) -> Iterator[None]:
         """A step that fails before weights have moved counts as not begun; one that fails while they do, as neither."""
         samples, steps, self._moved = self._trainer.n_training_samples, self._trainer.steps_done(), False

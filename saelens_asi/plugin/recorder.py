@@ -40,6 +40,7 @@ class StepFacts:
         coefficients: of the losses, by SAELens's names.
         l0: features that fired on a token, the mean over the batch; a tensor without dimensions.
         n_skipped: activations of the run so far that were left out, because they were not finite.
+        n_revived: features that were revived before this step; None in a run without revival.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepFacts:
     coefficients: Mapping[str, float]
     l0: Tensor
     n_skipped: int
+    n_revived: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Recorder:
                 **_measured(output),
                 "l0": float(facts.l0),
                 **_counted(silence, facts),
+                **({} if facts.n_revived is None else {"revived_features": facts.n_revived}),
             }
         )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -14,12 +14,12 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from saelens_asi.activations.sae_state import feature_dim
+from saelens_asi.activations.sae_state import feature_row_groups
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.fused_steps import FusedSteps, takes_fused
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
-from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms, shared_workspace
+from saelens_asi.sparse.rows import RowGradient, Workspace, row_norms, shared_workspace, update_row_norms_
 from saelens_asi.sparse.screens import AdaptiveScreen
 from saelens_asi.sparse.topk import Encoder
 from saelens_asi.sparse_adam import SparseAdam
@@ -172,6 +172,24 @@ class SparseSteps:
             torch.equal(found, kept) if found.device.type == "cpu" else torch.allclose(found, kept, rtol=1e-5, atol=0)
         )
 
+    @contextmanager
+    def rows_written(self, sae: TopKTrainingSAE, rows: Tensor) -> Iterator[None]:
+        """Within it some rows of encoder and decoder are written, and nothing else: what is kept of them is renewed."""
+        W_dec = sae.W_dec.detach()
+        is_known = self.decoder_norms is None or self._decoder_seen == (W_dec.data_ptr(), W_dec._version)
+        if self.screen is not None:
+            is_known &= self.screen.knows(encoder_of(sae, self.decoder_norms))
+        yield
+        self._fused.invalidate()
+        if not is_known:  # somebody else has written before
+            self.invalidate()
+            return
+        if self.decoder_norms is not None:
+            update_row_norms_(self.decoder_norms, W_dec, rows)
+            self._decoder_seen = (W_dec.data_ptr(), sae.W_dec._version)
+        if self.screen is not None:
+            self.screen.rows_changed(encoder_of(sae, self.decoder_norms), rows)
+
     def invalidate(self) -> None:
         """Forget what is kept of the weights, after somebody has written to them through ``.data``."""
         self.decoder_norms = self.screen = self._decoder_seen = None
@@ -238,21 +256,3 @@ def make_optimizer(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
     return SparseAdam(
         [{**group} for group in feature_row_groups(sae)], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2)
     )
-
-
-class RowGroup(TypedDict):
-    """A parameter group of ``SparseAdam``: ``row_dim`` is the dimension along which features lie, None for none."""
-
-    params: list[nn.Parameter]
-    row_dim: int | None
-
-
-def feature_row_groups(sae: AnyTrainingSAE) -> list[RowGroup]:
-    """Parameter groups for ``SparseAdam``: every parameter with the dimension along which its features lie.
-
-    One without such a dimension (see ``feature_dim``) is updated as a whole.
-    """
-    by_dim: dict[int | None, list[nn.Parameter]] = {}
-    for name, param in sae.named_parameters():
-        by_dim.setdefault(feature_dim(name, param, sae.cfg.d_sae), []).append(param)
-    return [{"params": params, "row_dim": row_dim} for row_dim, params in by_dim.items()]

@@ -94,6 +94,11 @@ def is_topk(sae: AnyTrainingSAE) -> TypeGuard[TopKTrainingSAE]:
     return isinstance(sae, TopKTrainingSAE)
 
 
+def is_of_family(sae: AnyTrainingSAE) -> TypeGuard[TopKTrainingSAE]:
+    """Whether an SAE is of one of SAELens's own classes of the family: a subclass may encode in another way."""
+    return type(sae) in _STOCK
+
+
 def dense_path_reason(sae: AnyTrainingSAE, sae_in: Tensor) -> str | None:
     """Why this SAE cannot be trained on the sparse path as it stands; None when it can, or is not a TopK at all."""
     if type(sae) not in _STOCK:

@@ -48,11 +48,12 @@ from saelens_asi.plugin.recorder import (
     count_firings,
     output_folder,
 )
+from saelens_asi.plugin.revival import REVIVAL, Counters, Revival, check_revival
 from saelens_asi.plugin.sharded_run import ShardedRun
 from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, shard_of, whole_config
 from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
-from saelens_asi.resume import write_json
+from saelens_asi.resume import save_tensors, write_json
 from saelens_asi.spectra.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,9 @@ GUARD = "guard.json"
 
 
 class PluginTrainer(KeptRun, ShardedRun):
-    """What a run with ``initializer`` or ``optimizer`` set does beyond SAELens; mixed into the trainer's class.
+    """What a run with a flag set does beyond SAELens; mixed into the trainer's class.
 
-    Beside the two flags, for these runs only: checkpoints are whole and hold all that the rest of the run follows from,
+    Beside the flags, for these runs only: checkpoints are whole and hold all that the rest of the run follows from,
     a signal lets the step end and is saved after, what is not finite stays out, a missing ``lr_end`` takes its
     documented default, and the user's config object is left as it was.
 
@@ -80,6 +81,8 @@ class PluginTrainer(KeptRun, ShardedRun):
     data_provider: DataProvider
     unsaved_spectrum: Spectrum | None = None
     history: list[Record]  # where a subclass has a history of its own, this one is in the file only
+    revival: Revival | None = None
+    _sae_in: Tensor | None = None  # of the step under way, the whole batch
     _gradient_norm: Tensor | None = None  # of the step under way: SAELens's step() hands on the output alone
 
     def __init__(
@@ -93,6 +96,7 @@ class PluginTrainer(KeptRun, ShardedRun):
     ) -> None:
         refuse_known_failures(cfg, sae)
         check_device(cfg.device)
+        check_revival(sae)
         shard_(sae)
         self.shard = shard_of(sae)
         cfg = self._alike(cfg, sae)
@@ -118,6 +122,7 @@ class PluginTrainer(KeptRun, ShardedRun):
             check_settings(settings, sae)
         if sae.cfg.optimizer == "sparse_adam":
             self._use_sparse_adam()
+        self.revival = None if sae.cfg.revive == "off" else Revival(self.cfg, sae)
         self.progress.watch(self.optimizer)
         self._keep(KeepSettings.of(sae.cfg), sae.cfg.resume, self.data_provider, self.evaluator, self.shard.world)
 
@@ -187,6 +192,7 @@ class PluginTrainer(KeptRun, ShardedRun):
             output = self._recorded_step(kept)
             self.n_training_samples += len(batch) - len(kept)
             self.guard.check_step(output.loss, self._gradient_norm, self._last_good())
+            self._revive()
         self.data_state.trained_on(batch)
         return output
 
@@ -209,6 +215,7 @@ class PluginTrainer(KeptRun, ShardedRun):
             coefficients=self.get_coefficients(),
             l0=self._l0,
             n_skipped=self.guard.n_skipped,
+            n_revived=None if self.revival is None else self.revival.n_revived,
         )
         silence = Silence(
             self.n_forward_passes_since_fired,
@@ -239,6 +246,20 @@ class PluginTrainer(KeptRun, ShardedRun):
         if not records or records[-1]["step"] != self.steps_done():
             return logged  # called by somebody else, between the steps that are recorded
         return {**beside_saelens(records[-1], self._recorder.tokens_per_second), **logged}
+
+    def _revive(self) -> None:
+        """Take in the step that was just made, and revive features where that is due."""
+        if self.revival is None or self._sae_in is None:
+            return
+        silent, steps_done = self.n_forward_passes_since_fired, self.steps_done()
+        self.revival.see(self._sae_in, silent)
+        self._sae_in = None
+        found = self.revival.find(steps_done, silent) if self.revival.is_due(steps_done) else None
+        if found is None:
+            return
+        with self.progress.writing():
+            counters = Counters(silent, self.act_freq_scores)
+            self.revival.write_(found, self.optimizer, self._sparse_steps, counters, steps_done)
 
     def check_finite(self) -> None:
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())
@@ -278,7 +299,7 @@ class PluginTrainer(KeptRun, ShardedRun):
         return self.lr_scheduler.last_epoch
 
     def _train_step(self, sae: AnyTrainingSAE, sae_in: Tensor) -> TrainStepOutput:
-        stock = super()._train_step
+        stock, self._sae_in = super()._train_step, sae_in
         is_stock = stock.__func__ is SAETrainer._train_step  # type: ignore[attr-defined]
         if not self.shard.is_whole:
             self.pace.settle()
@@ -356,20 +377,27 @@ class PluginTrainer(KeptRun, ShardedRun):
         if base is None or self.coordinator is not None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             if base is not None:
-                self._add_own_files(Path(base) / checkpoint_name)
+                self._add_own_files(Path(base) / checkpoint_name, self._revival_state())
             return
         self._save_whole(checkpoint_name, "asked for", Path(base), wandb_aliases)
 
     def _write(self, folder: Path, wandb_aliases: list[str] | None) -> None:
+        of_revival = self._revival_state()
         if self.shard.is_whole:
             super().save_checkpoint(folder.name, folder.parent, wandb_aliases)
         else:
             self._write_shards(folder)
         if self.shard.world.is_first:
-            self._add_own_files(folder)
+            self._add_own_files(folder, of_revival)
 
-    def _add_own_files(self, folder: Path) -> None:
+    def _revival_state(self) -> dict[str, Tensor]:
+        """Of all features, to which all processes contribute."""
+        return {} if self.revival is None else self.revival.state()
+
+    def _add_own_files(self, folder: Path, of_revival: dict[str, Tensor]) -> None:
         self._recorder.copy_to(folder)
+        if of_revival:
+            save_tensors(folder / REVIVAL, of_revival)
         if self.unsaved_spectrum is not None:
             path = self.unsaved_spectrum.save(folder / SPECTRUM_FILENAME)
             logger.info("wrote the spectrum of the estimate to %s", path)
@@ -405,6 +433,9 @@ class PluginTrainer(KeptRun, ShardedRun):
         if (path / GUARD).exists():
             self.guard.n_skipped = json.loads((path / GUARD).read_text())["n_skipped"]
         self.pace.load(path)
+        if self.revival is not None:
+            with said_of(path):
+                self.revival.load(path, self.steps_done(), self.n_forward_passes_since_fired)
         self._dead_watch = DeadWatch()
         self._take_over_provenance(path / SAE_CFG_FILENAME)
         self._has_resumed(path)
@@ -415,6 +446,8 @@ class PluginTrainer(KeptRun, ShardedRun):
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
         self.sae.cfg.metadata["n_skipped_tokens"] = self.guard.n_skipped
+        if self.revival is not None:
+            self.sae.cfg.metadata["n_revived_features"] = self.revival.n_revived
         self._sparse_steps.finish()
         self._recorder.finish()
 
@@ -524,14 +557,14 @@ def plugin_trainer_class(base: type[SAETrainer[Any, Any]]) -> type[SAETrainer[An
 
 
 def take_flags_from_runner(sae: AnyTrainingSAE, save_checkpoint_fn: SaveCheckpointFn | None) -> None:
-    """Carry the optimizer of a runner's config over to an SAE that the runner loaded from ``from_pretrained_path``.
+    """Carry optimizer and revival of a runner's config over to an SAE loaded from ``from_pretrained_path``.
 
     SAELens ignores ``cfg.sae`` there. Loaded weights are never initialised again.
     """
     cfg = getattr(getattr(save_checkpoint_fn, "__self__", None), "cfg", None)
     if not isinstance(cfg, LanguageModelSAERunnerConfig) or cfg.from_pretrained_path is None:
         return
-    sae.cfg.optimizer = cfg.sae.optimizer
+    sae.cfg.optimizer, sae.cfg.revive = cfg.sae.optimizer, cfg.sae.revive
     if sae.cfg.initializer != "default" or cfg.sae.initializer != "default":
         logger.info("weights come from %s: initializer is not applied", cfg.from_pretrained_path)
         sae.cfg.initializer = "default"

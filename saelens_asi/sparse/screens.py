@@ -577,6 +577,10 @@ class AdaptiveScreen:
             self.approximation.update_(encoder, rows)
             self._seen = _versions(encoder)
 
+    def knows(self, encoder: Encoder) -> bool:
+        """Whether nobody has written to the encoder since this last looked, other than through ``.data``."""
+        return self.approximation is None or self._seen == _versions(encoder)
+
     def invalidate(self) -> None:
         """Forget what is kept of the weights, after somebody has written to them through ``.data``."""
         self._seen = None
