@@ -72,10 +72,7 @@ def cache_activations(
             activations that float16 does not hold.
         OSError: where the disk is full. What was saved before stays.
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens={n_tokens} must be at least 1")
-    if dtype not in _DESCRIPTIONS:
-        raise ValueError(f"dtype={dtype!r} must be one of {list(_DESCRIPTIONS)}")
+    _check(n_tokens, dtype)
     folder = Path(folder)
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     settings = {
@@ -109,6 +106,13 @@ def cache_activations(
             files.fill(text, progress)
         verify = False  # what was written just now, and compared before where it was there
     return {name: _read_back(folder, name, state, n_tokens, verify) for name in state.files}
+
+
+def _check(n_tokens: int, dtype: str) -> None:
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens={n_tokens} must be at least 1")
+    if dtype not in _DESCRIPTIONS:
+        raise ValueError(f"dtype={dtype!r} must be one of {list(_DESCRIPTIONS)}")
 
 
 # Of NumPy, in the header of a file, by name.

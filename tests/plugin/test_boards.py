@@ -211,7 +211,7 @@ def test_a_field_that_a_record_lacks_is_left_out_and_one_that_comes_is_taken() -
     assert "details/gradient_norm" not in values
     assert "sparsity/revived" not in values
     assert values["sparsity/live_features_64_tokens"] == 40
-    assert beside_saelens({**record, "n_revived": 5}, 7.0)["sparsity/revived"] == 5
+    assert beside_saelens({**record, "revived_features": 5}, 7.0)["sparsity/revived"] == 5
     every = all_of(record, 7.0)
     assert values.items() <= every.items()
     assert {"metrics/own": 2.0, "details/l1_coefficient": 3.0, "sparsity/dead_features": 2}.items() <= every.items()
@@ -253,6 +253,7 @@ def test_wandb_offline_holds_them(model: Any, dataset: Any, tmp_path: Path, monk
         monkeypatch.setenv(f"WANDB_{name}", value)
     logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=3, eval_every_n_wandb_logs=1000)
     tiny.run(tiny.runner_config(tiny.sae_config(**FLAGS), tmp_path, logger=logger), model, dataset)
+    wandb.teardown()  # its own process has then written what it holds
 
     found: dict[int, dict[str, Any]] = {}
     (path,) = tmp_path.rglob("*.wandb")
