@@ -18,15 +18,17 @@ _ALIKE = 0.9
 def largest_cosines(rows: Tensor, others: Tensor, own: Tensor | None = None) -> Tensor:
     """(n,) the largest cosine of each of ``rows`` (n, d) to one of ``others`` (m, d).
 
-    Costs 2 n m d operations, and memory for 2^25 cosines at a time.
+    Costs 2 n m d operations, and memory for 2^25 cosines at a time. Where there are no others it is minus infinity.
 
     Args:
         rows: of any length.
         others: of any length.
         own: (n,) where in ``others`` a row itself is, which is no other.
     """
+    if not len(others):
+        return torch.full((len(rows),), -math.inf)
     others, found = normalize(others, dim=1), []
-    size = max(1, _BLOCK // max(1, len(others)))
+    size = max(1, _BLOCK // len(others))
     for start in range(0, len(rows), size):
         cosines = normalize(rows[start : start + size], dim=1) @ others.T
         if own is not None:
@@ -68,11 +70,6 @@ def density(firing_counts: Tensor, n_tokens: int) -> dict[str, float]:
     logs = (counts / n_tokens).log10()
     quantiles = {f"log10_rate_{q:g}": float(logs.quantile(q)) for q in _QUANTILES} if len(logs) else {}
     return {**quantiles, "effective_features": float((-(shares * shares.log()).sum()).exp()) if len(logs) else 0.0}
-
-
-def without_counterpart(rows: Tensor, others: Tensor, threshold: float) -> Tensor:
-    """(n,) bool, which of ``rows`` (n, d) have no row of ``others`` (m, d) at a cosine of ``threshold`` or more."""
-    return largest_cosines(rows, others) < threshold if len(others) else torch.ones(len(rows), dtype=torch.bool)
 
 
 # Weights that hold one entry a feature, and along which dimension.

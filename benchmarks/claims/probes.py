@@ -70,9 +70,14 @@ def split(labels: np.ndarray, documents: np.ndarray, most: tuple[int, int], seed
         ValueError: where a class is missing on one side.
     """
     rng = np.random.default_rng(seed)
-    names = rng.permutation(np.unique(documents[labels >= 0]))
-    tested = np.isin(documents, names[: round(_TEST_SHARE * len(names))])
+    tested = np.isin(documents, documents_to_test(documents[labels >= 0], rng))
     return Split(_balanced(labels, ~tested, most[0], rng), _balanced(labels, tested, most[1], rng))
+
+
+def documents_to_test(documents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Three tenths of the documents (n,), at random; each once."""
+    names: np.ndarray = rng.permutation(np.unique(documents))
+    return names[: round(_TEST_SHARE * len(names))]
 
 
 def _balanced(labels: np.ndarray, among: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:

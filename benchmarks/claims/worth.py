@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from scipy.sparse import csr_array, vstack
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benchmarks.claims import probes, tasks
 from benchmarks.claims.evidence import RESULTS, chosen_rates
-from benchmarks.claims.features import density, redundancy, restricted, silent, without_counterpart
+from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent
 from benchmarks.claims.grid import CACHE, HOOK
 from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
 from saelens_asi import evaluate
@@ -94,9 +95,9 @@ class Dictionary:
         """(n,) features that fire on at least one held-out activation."""
         return self.counts.nonzero().squeeze(1)
 
-    def rows(self, features: Tensor | None = None) -> Tensor:
-        """(n, d) decoder directions, of the live features unless told."""
-        return self.sae.W_dec.detach()[self.live if features is None else features]
+    def rows(self) -> Tensor:
+        """(n, d) decoder directions of the live features."""
+        return self.sae.W_dec.detach()[self.live]
 
 
 # ---- geometry and firings
@@ -120,17 +121,18 @@ def novelty(dictionary: Dictionary, baseline: Dictionary) -> tuple[Record, Tenso
     Beside their number, how much of all firings is theirs.
     """
     record: Record = {}
+    nearest = largest_cosines(dictionary.rows(), baseline.rows())
+    nearest_here = largest_cosines(baseline.rows(), dictionary.rows())
+    firings = dictionary.counts[dictionary.live].double()
     for threshold in (LOOSE, STRICT):
-        new = without_counterpart(dictionary.rows(), baseline.rows(), threshold)
-        lost = without_counterpart(baseline.rows(), dictionary.rows(), threshold)
-        firings = dictionary.counts[dictionary.live].double()
+        new, lost = nearest < threshold, nearest_here < threshold
         record[f"below_{threshold:g}"] = {
             "added": int(new.sum()),
             "share_of_live": float(new.double().mean()),
             "share_of_firings": float((firings * new).sum() / firings.sum()),
             "share_of_baseline_lost": float(lost.double().mean()),
         }
-    return record, dictionary.live[new]
+    return record, dictionary.live[nearest < STRICT]
 
 
 # ---- what a part of the features carries
@@ -401,6 +403,9 @@ def main() -> None:
     args = parser.parse_args()
     sweep = args.sweeps / args.sweep
     folders = {name: Path(folder) for name, _, folder in (one.partition("=") for one in args.sae)}
+    missing = [str(folder) for folder in folders.values() if not (folder / SAE_CFG_FILENAME).exists()]
+    if missing:
+        parser.error(f"--sae takes NAME=FOLDER of an SAE, and there is none in {', '.join(missing)}")
     source: Record = {"model": "smollm2", "dataset": "linux-doc", "context_size": 128}
     if not folders:
         folders = saved_saes(sweep, args.hook, args.d_sae, args.baseline)

@@ -13,7 +13,7 @@ from sae_lens import SAE
 from scipy.sparse import csr_array
 from torch.nn.functional import normalize
 
-from benchmarks.claims import features, probes, tasks, worth
+from benchmarks.claims import features, probes, sae_bench_probing, tasks, worth
 from saelens_asi.sweep import METHODS, Cell
 from saelens_asi.sweep.cells import SweepStore
 from saelens_asi.sweep.run import sae_folder
@@ -289,6 +289,39 @@ def test_examples_are_means_over_a_window_and_single_tokens():
     assert single.of(csr_array(activations)).toarray()[:, 0].tolist() == [16, 25, 81]
     assert single.documents.tolist() == [3, 3, 8]
     assert single.labels["two"].tolist() == [1, 0, 1]
+
+
+# ---- SAEBench's probes
+
+
+def test_classes_for_sae_bench_are_of_one_size_and_share_no_document():
+    documents = np.repeat(np.arange(20), 3)
+    windows = tasks.Windows(torch.zeros(60, 4, dtype=torch.long), documents, np.zeros((60, 3, 2)))
+    labels = {"a": documents % 4 == 0, "b": documents % 4 == 1}
+    activations = torch.from_numpy(documents).repeat_interleave(4)[:, None] * 1.0  # which document it is from
+    activations[::4] = -1  # BOS
+    train, test = sae_bench_probing.by_class(activations, windows.pooled(labels, 0), most=(9, 3))
+    assert {name: len(one) for name, one in test.items()} == {"a": 3, "b": 3}
+    assert len(train["a"]) == len(train["b"]) <= 9
+    assert train["a"].shape[1:] == (3, 1)
+    assert (train["a"] % 4 == 0).all()
+    assert (test["b"] % 4 == 1).all()
+    assert not {*train["a"].unique().tolist()} & {*test["a"].unique().tolist()}
+    whole, _ = sae_bench_probing.by_class(activations, windows.pooled({"a": labels["a"]}, 0), most=(9, 3))
+    assert whole.keys() == {"a", "not a"}
+    assert (whole["not a"] % 4 != 0).all()
+
+
+def test_sae_bench_finds_what_our_probes_find(tmp_path):
+    pytest.importorskip("sae_bench")
+    windows = tasks.Windows(torch.zeros(60, 4, dtype=torch.long), np.arange(60), np.zeros((60, 3, 2)))
+    in_class, sae = np.arange(60) % 2 == 0, inference_sae("topk", tmp_path)
+    activations = random_rows(240, tiny.D_MODEL)
+    activations[np.repeat(in_class, 4)] += 4 * normalize(sae.W_dec.detach()[:1], dim=1)
+    told_apart = {"planted": windows.pooled({"planted": in_class}, 0)}
+    found = sae_bench_probing.sae_bench_scores({"ours": sae}, activations, told_apart, most=(20, 8))
+    assert found["planted"]["ours"]["llm_test_accuracy"] > 0.9
+    assert found["planted"]["ours"]["sae_top_20_test_accuracy"] > 0.8
 
 
 # ---- all of it
