@@ -129,7 +129,8 @@ def _fit_and_score(x: np.ndarray, y: np.ndarray, rows: Split, penalty: float) ->
 
 
 def _columns(x: csr_array, rows: Split, columns: np.ndarray | slice) -> np.ndarray:
-    return x[np.concatenate(rows)][:, columns].toarray().astype(np.float64)
+    dense: np.ndarray = x[np.concatenate(rows)][:, columns].toarray()
+    return dense.astype(np.float64)
 
 
 def sparse_probe(x: csr_array, y: np.ndarray, rows: Split, k: int, candidates: np.ndarray) -> tuple[Score, np.ndarray]:

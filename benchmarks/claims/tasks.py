@@ -133,7 +133,9 @@ def classes_of_tokens(windows: Windows, texts: Mapping[int, str]) -> np.ndarray:
     classes = np.zeros(windows.spans.shape[:2], dtype=np.int8)
     for i, number in enumerate(windows.documents):
         characters = of_text[number]
-        for j, (start, end) in enumerate(windows.spans[i] if characters is not None else ()):
+        if characters is None:
+            continue
+        for j, (start, end) in enumerate(windows.spans[i]):
             present = np.unique(characters[start:end])
             present = present[present > 0]
             classes[i, j] = present[0] if len(present) == 1 else 0

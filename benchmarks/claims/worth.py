@@ -6,6 +6,8 @@
 Reads SAEs that a sweep kept (``--save-saes``) and writes results/claims/worth.json, method by method. Features of two
 SAEs do not correspond, so a feature counts as *added* where no live feature of the baseline has its decoder direction:
 no cosine of 0.7 or more. A second seed of the baseline says how many features are new without any cure.
+
+Where sae-bench is installed (``benchmarks.claims.sae_bench_probing`` says how), its own sparse probing runs too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from scipy.sparse import csr_array, vstack
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.claims import probes, tasks
@@ -31,8 +33,10 @@ from benchmarks.claims.evidence import RESULTS, chosen_rates
 from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent
 from benchmarks.claims.grid import CACHE, HOOK
 from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
+from benchmarks.claims.sae_bench_probing import sae_bench_scores
 from saelens_asi import evaluate
 from saelens_asi.activations.cache import cache_activations
+from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.evaluation.saes import chunk_size
 from saelens_asi.sweep import Cell, read_sweep
@@ -40,6 +44,7 @@ from saelens_asi.sweep.run import sae_folder
 
 # Cosines of decoder rows from which on a feature has a counterpart; the second decides which are added.
 LOOSE, STRICT = 0.5, 0.7
+_SETTINGS = {one.name for one in fields(Cell)}
 Record = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
 
@@ -97,7 +102,8 @@ class Dictionary:
 
     def rows(self) -> Tensor:
         """(n, d) decoder directions of the live features."""
-        return self.sae.W_dec.detach()[self.live]
+        weights: Tensor = self.sae.W_dec.detach()
+        return weights[self.live]
 
 
 # ---- geometry and firings
@@ -152,7 +158,7 @@ def parts(dictionary: Dictionary, added: Tensor, draws: int) -> dict[str, SAE]:
 
 
 def carried(
-    dictionary: Dictionary, added: Tensor, model: nn.Module, text: Any, hook_name: str, context: int, sizes: Sizes
+    dictionary: Dictionary, added: Tensor, model: HookedModel, text: Any, hook_name: str, context: int, sizes: Sizes
 ) -> Record:
     """Error and predictions with each part in place; of the random ones the mean. ``features`` is how many there are.
 
@@ -183,7 +189,7 @@ def _mean(values: list[float | None]) -> float | None:
 @torch.no_grad()
 def encoded(encode: Encode, activations: Tensor, size: int) -> csr_array:
     """(n, d_sae) feature activations, those that are not zero, ``size`` rows at a time."""
-    parts = [csr_array(encode(x.float()).numpy()) for x in activations.split(size)]
+    parts = [csr_array(encode(x.float()).numpy()) for x in torch.split(activations, size)]
     return csr_array(vstack(parts, format="csr"))
 
 
@@ -284,7 +290,7 @@ class Text:
         context: tokens in a window.
     """
 
-    model: nn.Module
+    model: HookedModel
     held_out: Any
     activations: Tensor
     probed: Tensor
@@ -321,9 +327,23 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
         }
         d_sae, k = dictionary.sae.cfg.d_sae, int(getattr(dictionary.sae.cfg, "k", 32))
         result["random_dictionary"][f"d_sae={d_sae}, k={k}"] = control(d_sae, k)
-        if out is not None:
-            out.write_text(json.dumps(result, indent=1) + "\n")
+        _write(result, out)
+    result["sae_bench"] = _sae_bench({name: one.sae for name, one in loaded.items()}, text, sizes)
+    _write(result, out)
     return result
+
+
+def _write(result: Record, out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _sae_bench(saes: Mapping[str, SAE], text: Text, sizes: Sizes) -> Record:
+    """SAEBench's own probes on the same text; why not, where it is not installed."""
+    try:
+        return {**sae_bench_scores(saes, text.probed, text.told_apart, sizes.most)}
+    except ImportError as error:
+        return {"left_out": str(error)}
 
 
 def _scores_of(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Scores:
@@ -350,7 +370,8 @@ def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[s
     found: dict[str, Path] = {}
     for row in chosen_rates(rows):
         name = row["method"] if row["seed"] == 0 else f"{row['method']} seed {row['seed']}"
-        folder = sae_folder(sweep, Cell(**{one.name: row[one.name] for one in fields(Cell)}), hook_name)
+        settings: Record = {name: value for name, value in row.items() if name in _SETTINGS}
+        folder = sae_folder(sweep, Cell(**settings), hook_name)
         if name in found:
             raise ValueError(f"{sweep} has several cells of {name} at d_sae={d_sae}: name folders with --sae")
         if (row["seed"] == 0 or name == f"{baseline} seed 1") and folder.exists():

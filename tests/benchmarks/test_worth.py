@@ -368,6 +368,7 @@ def test_every_method_gets_a_record(text, tmp_path):
     assert "auc_less_baseline" not in baseline["probing"]["planted"]["best, k=1"]
     assert found["raw_activations"]["planted"]["dense"]["auc"]["mean"] > 0.9
     assert found["random_dictionary"].keys() == {"d_sae=48, k=4"}
+    assert found["sae_bench"]
     with pytest.raises(ValueError, match="baseline='auxk' is not among"):
         worth.worth(folders, "auxk", text, SIZES)
 
