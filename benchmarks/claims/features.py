@@ -37,6 +37,39 @@ def largest_cosines(rows: Tensor, others: Tensor, own: Tensor | None = None) -> 
     return torch.cat(found) if found else rows.new_zeros(0)
 
 
+def unmatched(rows: Tensor, others: Tensor) -> Tensor:
+    """(n,) bool, which of ``rows`` (n, d) are left when each of ``others`` (m, d) has taken one: n - m, or none.
+
+    The pair with the largest cosine of all is taken first, then that of the largest among what is left, and so on.
+    Takes a few times as long as ``largest_cosines``: all pairs that are the best of both their sides go at once.
+    """
+    rows, others = normalize(rows, dim=1), normalize(others, dim=1)
+    left, waiting = torch.arange(len(rows)), torch.arange(len(others))
+    while len(left) and len(waiting):
+        wanted, by = _best_of_both(others[waiting], rows[left])
+        mutual = by[wanted] == torch.arange(len(waiting))
+        taken = torch.zeros(len(left), dtype=torch.bool).index_fill(0, wanted[mutual], True)
+        left, waiting = left[~taken], waiting[~mutual]
+    return torch.zeros(len(rows), dtype=torch.bool).index_fill(0, left, True)
+
+
+def _best_of_both(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Of unit rows: (n,) where in ``others`` the nearest to each of ``rows`` is, and (m,) the other way round.
+
+    Of equally near ones the first.
+    """
+    size = max(1, _BLOCK // len(others))
+    nearest = []
+    best, best_at = rows.new_full((len(others),), -math.inf), torch.zeros(len(others), dtype=torch.long)
+    for start in range(0, len(rows), size):
+        cosines = rows[start : start + size] @ others.T
+        nearest.append(cosines.argmax(dim=1))
+        values, at = cosines.max(dim=0)
+        best_at = torch.where(values > best, at + start, best_at)
+        best = torch.maximum(best, values)
+    return torch.cat(nearest), best_at
+
+
 def redundancy(rows: Tensor, sample: int, among: int | None = None, seed: int = 0) -> dict[str, float]:
     """Largest cosines to another feature: quantiles and the share above 0.9, of a sample of features.
 

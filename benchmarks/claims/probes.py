@@ -19,7 +19,7 @@ from scipy.stats import rankdata, t
 
 SPARSITIES = (1, 5, 20)
 # Penalties that a probe on all dimensions chooses from, on a part of its training documents.
-_PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 _TEST_SHARE = 0.3
 
 

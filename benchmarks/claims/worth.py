@@ -3,9 +3,14 @@
     python -m benchmarks.claims.worth [--sweeps FOLDER] [--out FILE]
     python -m benchmarks.claims.worth --sae topk=FOLDER "topk seed 1"=FOLDER asi_sparse_adam=FOLDER
 
-Reads SAEs that a sweep kept (``--save-saes``) and writes results/claims/worth.json, method by method. Features of two
-SAEs do not correspond, so a feature counts as *added* where no live feature of the baseline has its decoder direction:
-no cosine of 0.7 or more. A second seed of the baseline says how many features are new without any cure.
+Reads SAEs that a sweep kept (``--save-saes``) and writes results/claims/worth.json, method by method.
+
+Which features of an SAE are those that it has and the baseline lacks? Where both started from the same directions (one
+seed, one subspace), feature i of one is feature i of the other: those that live here and are dead there. Elsewhere
+features do not correspond: hardly one of a short run is found in another seed of itself. There each live feature of the
+baseline takes the feature that is nearest to it, one each, and *added* are those that are left: as many as the SAE has
+more, those that are least like any of the baseline's. Shares of features without a counterpart at a cosine of 0.5 and
+0.7 stand beside them; a second seed of the baseline shows what these are without any cure.
 
 Where sae-bench is installed (``benchmarks.claims.sae_bench_probing`` says how), its own sparse probing runs too.
 """
@@ -30,7 +35,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.claims import probes, tasks
 from benchmarks.claims.evidence import RESULTS, chosen_rates
-from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent
+from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent, unmatched
 from benchmarks.claims.grid import CACHE, HOOK
 from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
 from benchmarks.claims.sae_bench_probing import sae_bench_scores
@@ -42,8 +47,10 @@ from saelens_asi.evaluation.saes import chunk_size
 from saelens_asi.sweep import Cell, read_sweep
 from saelens_asi.sweep.run import sae_folder
 
-# Cosines of decoder rows from which on a feature has a counterpart; the second decides which are added.
-LOOSE, STRICT = 0.5, 0.7
+# Cosines of decoder rows from which on a feature has a counterpart.
+COUNTERPART = (0.5, 0.7)
+# Median cosine of features of one number from which on two SAEs started from the same directions.
+SAME_START = 0.5
 _SETTINGS = {one.name for one in fields(Cell)}
 Record = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
@@ -121,24 +128,34 @@ def shape(dictionary: Dictionary, fewest: int, sizes: Sizes) -> Record:
     }
 
 
-def novelty(dictionary: Dictionary, baseline: Dictionary) -> tuple[Record, Tensor]:
-    """How many live features have no counterpart in the baseline, and the other way round; (n,) those of this one.
+def added_features(dictionary: Dictionary, baseline: Dictionary) -> tuple[str, Tensor]:
+    """How those that the baseline lacks were told, by number or by match, and their numbers (n,)."""
+    live, other = dictionary.live, baseline.live
+    both = live[torch.isin(live, other)]
+    one, two = dictionary.sae.W_dec.detach(), baseline.sae.W_dec.detach()
+    if one.shape == two.shape and len(both):
+        cosines = torch.cosine_similarity(one[both], two[both], dim=1)
+        if float(cosines.median()) >= SAME_START:
+            return "number", live[~torch.isin(live, other)]
+    return "match", live[unmatched(dictionary.rows(), baseline.rows())]
 
-    Beside their number, how much of all firings is theirs.
-    """
-    record: Record = {}
+
+def novelty(dictionary: Dictionary, baseline: Dictionary) -> tuple[Record, Tensor]:
+    """How many features are added, their share of all firings, how many have no counterpart; and the added (n,)."""
+    told_by, added = added_features(dictionary, baseline)
+    firings = dictionary.counts.double()
+    record: Record = {
+        "told_by": told_by,
+        "added": len(added),
+        "share_of_live": len(added) / max(1, len(dictionary.live)),
+        "share_of_firings": float(firings[added].sum() / firings.sum()),
+    }
     nearest = largest_cosines(dictionary.rows(), baseline.rows())
     nearest_here = largest_cosines(baseline.rows(), dictionary.rows())
-    firings = dictionary.counts[dictionary.live].double()
-    for threshold in (LOOSE, STRICT):
-        new, lost = nearest < threshold, nearest_here < threshold
-        record[f"below_{threshold:g}"] = {
-            "added": int(new.sum()),
-            "share_of_live": float(new.double().mean()),
-            "share_of_firings": float((firings * new).sum() / firings.sum()),
-            "share_of_baseline_lost": float(lost.double().mean()),
-        }
-    return record, dictionary.live[nearest < STRICT]
+    for threshold in COUNTERPART:
+        record[f"without_counterpart_{threshold:g}"] = float((nearest < threshold).double().mean())
+        record[f"baseline_without_counterpart_{threshold:g}"] = float((nearest_here < threshold).double().mean())
+    return record, added
 
 
 # ---- what a part of the features carries
@@ -316,12 +333,13 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
     scores: dict[str, Scores] = {}
     for name in sorted(loaded, key=lambda one: one != baseline):  # what the others are compared with comes first
         dictionary = loaded[name]
+        print(f"{name}: {len(dictionary.live):,} live features of {len(dictionary.counts):,}", flush=True)
         new, added = novelty(dictionary, loaded[baseline])
         scores[name] = _scores_of(dictionary, added, text, sizes)
         result["methods"][name] = {
             "folder": str(folders[name]),
             **shape(dictionary, fewest, sizes),
-            "without_counterpart_in_baseline": new,
+            "beside_baseline": new,
             "carried": carried(dictionary, added, text.model, text.held_out, text.hook_name, text.context, sizes),
             "probing": summary(scores[name], None if name == baseline else scores[baseline]),
         }
@@ -335,7 +353,14 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
 
 def _write(result: Record, out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """With five significant digits: more than intervals allow."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _sae_bench(saes: Mapping[str, SAE], text: Text, sizes: Sizes) -> Record:

@@ -82,28 +82,56 @@ def dictionary(rows: torch.Tensor, counts: torch.Tensor) -> worth.Dictionary:
     return worth.Dictionary(SimpleNamespace(W_dec=rows), counts, {"n_tokens": 100})
 
 
-def test_counterparts_are_found_among_live_features_alone():
+def test_every_feature_of_the_baseline_takes_the_one_it_became():
     rows = random_rows(20, 64)
-    ours = torch.cat([2 * rows + 0.1 * random_rows(20, 64, seed=1), random_rows(10, 64, seed=2)])
+    ours = torch.cat([random_rows(10, 64, seed=2), 2 * rows + 0.1 * random_rows(20, 64, seed=1)])
+    assert features.unmatched(ours, rows).nonzero().squeeze(1).tolist() == list(range(10))
+    assert not features.unmatched(rows, ours).any()
+    assert features.unmatched(ours, rows[:0]).all()
+
+
+def test_pairs_are_taken_in_the_order_of_their_cosines(monkeypatch):
+    rows, others = random_rows(40, 6), random_rows(25, 6, seed=1)
+    cosines = normalize(rows, dim=1) @ normalize(others, dim=1).T
+    left = torch.ones(40, dtype=torch.bool)
+    for _ in range(25):
+        row, other = divmod(int(cosines.argmax()), 25)
+        cosines[row], cosines[:, other], left[row] = -9, -9, False
+    monkeypatch.setattr(features, "_BLOCK", 7 * 40)
+    assert features.unmatched(rows, others).equal(left)
+
+
+def test_features_are_matched_among_live_ones_alone():
+    rows = random_rows(20, 64)
+    ours = torch.cat([2 * rows + 0.1 * random_rows(20, 64, seed=1), random_rows(10, 64, seed=2)]).flip(0)
     baseline = dictionary(rows, torch.tensor([5] * 15 + [0] * 5))
     counts = torch.ones(30, dtype=torch.long)
-    counts[[0, 29]] = 0
-    counts[25] = 29
+    counts[0] = 0
+    counts[3] = 29
     record, added = worth.novelty(dictionary(ours, counts), baseline)
-    # Those at 15 to 19 have a counterpart that is dead; 20 to 28 have none.
-    assert added.tolist() == list(range(15, 29))
-    assert record["below_0.7"]["added"] == 14
-    assert record["below_0.7"]["share_of_live"] == pytest.approx(14 / 28)
-    assert record["below_0.7"]["share_of_firings"] == pytest.approx((13 + 29) / (27 + 29))
-    # The baseline's first feature has a counterpart here that is dead.
-    assert record["below_0.7"]["share_of_baseline_lost"] == pytest.approx(1 / 15)
+    # Features 10 to 14 have a counterpart that is dead, 1 to 9 have none, 0 is dead itself.
+    assert added.tolist() == list(range(1, 15))
+    assert (record["told_by"], record["added"]) == ("match", 14)
+    assert record["share_of_live"] == pytest.approx(14 / 29)
+    assert record["share_of_firings"] == pytest.approx((13 + 29) / (28 + 29))
+    assert record["without_counterpart_0.7"] == pytest.approx(14 / 29)
+    assert record["baseline_without_counterpart_0.7"] == 0
+
+
+def test_after_one_start_features_go_by_their_numbers():
+    rows = random_rows(30, 64)
+    ours = dictionary(rows + 0.5 * random_rows(30, 64, seed=1), torch.tensor([1] * 25 + [0] * 5))
+    baseline = dictionary(rows, torch.tensor([0] * 5 + [1] * 15 + [0] * 5 + [1] * 5))
+    told_by, added = worth.added_features(ours, baseline)
+    assert told_by == "number"
+    assert added.tolist() == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
 
 
 def test_a_dictionary_adds_nothing_to_itself():
     one = dictionary(random_rows(20, 64), torch.ones(20, dtype=torch.long))
     record, added = worth.novelty(one, one)
     assert not len(added)
-    assert record["below_0.5"]["share_of_baseline_lost"] == 0
+    assert record["baseline_without_counterpart_0.5"] == 0
 
 
 @pytest.mark.parametrize("architecture", ["topk", "abstopk", "jumprelu", "batchtopk"])
@@ -347,18 +375,19 @@ def text(model) -> worth.Text:
 def test_every_method_gets_a_record(text, tmp_path):
     for name in ("topk", "ours"):
         inference_sae("topk", tmp_path / name)
-    ours = SAE.load_from_disk(tmp_path / "ours")
-    ours.W_dec.data[:24] = random_rows(24, tiny.D_MODEL, seed=11)
-    ours.save_model(str(tmp_path / "ours"))
+    baseline_sae = SAE.load_from_disk(tmp_path / "topk")
+    baseline_sae.b_enc.data[:24] = -1e3  # dead
+    baseline_sae.save_model(str(tmp_path / "topk"))
     folders = {name: tmp_path / name for name in ("ours", "topk")}
     found = worth.worth(folders, "topk", text, SIZES, tmp_path / "worth.json")
     assert json.loads((tmp_path / "worth.json").read_text()).keys() == found.keys()
     assert found["methods"].keys() == {"topk", "ours"}
     baseline, own = found["methods"]["topk"], found["methods"]["ours"]
-    assert baseline["without_counterpart_in_baseline"]["below_0.7"]["added"] == 0
+    assert baseline["beside_baseline"]["added"] == 0
     assert {"all", "none", "others"} <= baseline["carried"].keys()
     assert "added" not in baseline["carried"]
-    added = own["without_counterpart_in_baseline"]["below_0.7"]["added"]
+    added = own["beside_baseline"]["added"]
+    assert own["beside_baseline"]["told_by"] == "number"
     assert 0 < added <= 24
     assert own["carried"]["added"]["features"] == own["carried"]["as many as added, at random"]["features"] == added
     assert own["carried"]["none"]["l0"] == own["carried"]["none"]["features"] == 0
