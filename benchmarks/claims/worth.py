@@ -1,0 +1,469 @@
+"""Whether the features that a cure revives are worth having: how redundant, how dense, what they carry and know.
+
+    python -m benchmarks.claims.worth [--sweeps FOLDER] [--out FILE]
+    python -m benchmarks.claims.worth --sae topk=FOLDER "topk seed 1"=FOLDER asi_sparse_adam=FOLDER
+
+Reads SAEs that a sweep kept (``--save-saes``) and writes results/claims/worth.json, method by method.
+
+Which features of an SAE are those that it has and the baseline lacks? Where both started from the same directions (one
+seed, one subspace), feature i of one is feature i of the other: those that live here and are dead there. Elsewhere
+features do not correspond: hardly one of a short run is found in another seed of itself. There each live feature of the
+baseline takes the feature that is nearest to it, one each, and *added* are those that are left: as many as the SAE has
+more, those that are least like any of the baseline's. Shares of features without a counterpart at a cosine of 0.5 and
+0.7 stand beside them; a second seed of the baseline shows what these are without any cure.
+
+Where sae-bench is installed (``benchmarks.claims.sae_bench_probing`` says how), its own sparse probing runs too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+from scipy.sparse import csr_array, vstack
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.claims import probes, tasks
+from benchmarks.claims.evidence import RESULTS, chosen_rates
+from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent, unmatched
+from benchmarks.claims.grid import CACHE, HOOK
+from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
+from benchmarks.claims.sae_bench_probing import sae_bench_scores
+from saelens_asi import evaluate
+from saelens_asi.activations.cache import cache_activations
+from saelens_asi.activations.hooks import HookedModel
+from saelens_asi.activations.loading import load_documents, load_model
+from saelens_asi.evaluation.saes import chunk_size
+from saelens_asi.sweep import Cell, read_sweep
+from saelens_asi.sweep.run import sae_folder
+
+# Cosines of decoder rows from which on a feature has a counterpart.
+COUNTERPART = (0.5, 0.7)
+# Median cosine of features of one number from which on two SAEs started from the same directions.
+SAME_START = 0.5
+_SETTINGS = {one.name for one in fields(Cell)}
+Record = dict[str, Any]
+Encode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        held_out: activations by which features count as live.
+        sampled: features whose largest cosine is looked for.
+        part_tokens: tokens of text on which parts of a dictionary reconstruct.
+        loss_tokens: of these, tokens on which predictions are compared.
+        draws: random parts of each size.
+        splits: of the documents, for the probes.
+        most: examples of a class to fit on, and to test on.
+        text: that is probed.
+    """
+
+    held_out: int = 200_000
+    sampled: int = 8192
+    part_tokens: int = 16_384
+    loss_tokens: int = 4096
+    draws: int = 2
+    splits: int = 5
+    most: tuple[int, int] = (500, 250)
+    text: tasks.TextSizes = field(default_factory=tasks.TextSizes)
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """An SAE, and what it does on held-out activations.
+
+    Attributes:
+        sae: in its form for inference.
+        counts: (d_sae,) on how many of the activations each feature fires.
+        measures: over these activations.
+    """
+
+    sae: SAE
+    counts: Tensor
+    measures: Record
+
+    @classmethod
+    def load(cls, folder: Path, held_out: Tensor) -> Dictionary:
+        sae = SAE.load_from_disk(folder)
+        found = evaluate(sae, activations=held_out, ranks=False, progress=False)
+        names = ("n_tokens", "d_sae", "dead_fraction", "nmse", "l0")
+        return cls(sae, found.firing_counts, {name: getattr(found, name) for name in names})
+
+    @property
+    def live(self) -> Tensor:
+        """(n,) features that fire on at least one held-out activation."""
+        return self.counts.nonzero().squeeze(1)
+
+    def rows(self) -> Tensor:
+        """(n, d) decoder directions of the live features."""
+        weights: Tensor = self.sae.W_dec.detach()
+        return weights[self.live]
+
+
+# ---- geometry and firings
+
+
+def shape(dictionary: Dictionary, fewest: int, sizes: Sizes) -> Record:
+    """Redundancy among all live features, and among as many as the SAE with the fewest has; density of firings."""
+    rows, n = dictionary.rows(), int(dictionary.measures["n_tokens"])
+    return {
+        **dictionary.measures,
+        "live": len(rows),
+        "redundancy": redundancy(rows, sizes.sampled),
+        "redundancy_at_equal_number": redundancy(rows, sizes.sampled, among=fewest),
+        "density": density(dictionary.counts, n),
+    }
+
+
+def added_features(dictionary: Dictionary, baseline: Dictionary) -> tuple[str, Tensor]:
+    """How those that the baseline lacks were told, by number or by match, and their numbers (n,)."""
+    live, other = dictionary.live, baseline.live
+    both = live[torch.isin(live, other)]
+    one, two = dictionary.sae.W_dec.detach(), baseline.sae.W_dec.detach()
+    if one.shape == two.shape and len(both):
+        cosines = torch.cosine_similarity(one[both], two[both], dim=1)
+        if float(cosines.median()) >= SAME_START:
+            return "number", live[~torch.isin(live, other)]
+    return "match", live[unmatched(dictionary.rows(), baseline.rows())]
+
+
+def novelty(dictionary: Dictionary, baseline: Dictionary) -> tuple[Record, Tensor]:
+    """How many features are added, their share of all firings, how many have no counterpart; and the added (n,)."""
+    told_by, added = added_features(dictionary, baseline)
+    firings = dictionary.counts.double()
+    record: Record = {
+        "told_by": told_by,
+        "added": len(added),
+        "share_of_live": len(added) / max(1, len(dictionary.live)),
+        "share_of_firings": float(firings[added].sum() / firings.sum()),
+    }
+    nearest = largest_cosines(dictionary.rows(), baseline.rows())
+    nearest_here = largest_cosines(baseline.rows(), dictionary.rows())
+    for threshold in COUNTERPART:
+        record[f"without_counterpart_{threshold:g}"] = float((nearest < threshold).double().mean())
+        record[f"baseline_without_counterpart_{threshold:g}"] = float((nearest_here < threshold).double().mean())
+    return record, added
+
+
+# ---- what a part of the features carries
+
+
+def parts(dictionary: Dictionary, added: Tensor, draws: int) -> dict[str, SAE]:
+    """The SAE with all features, with none, with those added, with the other live ones, and with as many at random."""
+    live = dictionary.live
+    chosen = {"added": added, "others": live[~torch.isin(live, added)]}
+    made: dict[str, Tensor] = {name: features for name, features in chosen.items() if len(features)}
+    for name, features in list(made.items()):
+        for draw in range(draws):
+            order = torch.randperm(len(live), generator=torch.Generator().manual_seed(draw))
+            made[f"as many as {name}, at random #{draw}"] = live[order[: len(features)]].sort().values
+    sae = dictionary.sae
+    return {"all": sae, "none": silent(sae), **{name: restricted(sae, features) for name, features in made.items()}}
+
+
+def carried(
+    dictionary: Dictionary, added: Tensor, model: HookedModel, text: Any, hook_name: str, context: int, sizes: Sizes
+) -> Record:
+    """Error and predictions with each part in place; of the random ones the mean. ``features`` is how many there are.
+
+    ``none`` is what the decoder's bias recovers by itself: a part carries what it recovers beyond that.
+    """
+    made = parts(dictionary, added, sizes.draws)
+    found = evaluate(
+        made, model, text, hook_name=hook_name, n_tokens=sizes.part_tokens, loss_tokens=sizes.loss_tokens,
+        ranks=False, context_size=context, progress=False,
+    )  # fmt: skip
+    values: dict[str, list[Record]] = {}
+    for name, one in found.items():
+        loss = one.loss.to_dict() if one.loss else {}
+        own = {"features": 0 if name == "none" else made[name].cfg.d_sae, "nmse": one.nmse, "l0": one.l0}
+        own |= {key: loss[key] for key in ("recovered", "kl_recovered") if key in loss}
+        values.setdefault(name.split(" #")[0], []).append(own)
+    return {name: {key: _mean([one[key] for one in of]) for key in of[0]} for name, of in values.items()}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+# ---- what features know
+
+
+@torch.no_grad()
+def encoded(encode: Encode, activations: Tensor, size: int) -> csr_array:
+    """(n, d_sae) feature activations, those that are not zero, ``size`` rows at a time."""
+    parts = [csr_array(encode(x.float()).numpy()) for x in torch.split(activations, size)]
+    return csr_array(vstack(parts, format="csr"))
+
+
+def random_dictionary(mean: Tensor, d_sae: int, k: int) -> Encode:
+    """A control that nobody trained: random directions about a mean (d,), the k largest of which are active."""
+    generator = torch.Generator().manual_seed(0)
+    directions = normalize(torch.randn(d_sae, len(mean), generator=generator), dim=1)
+
+    def encode(x: Tensor) -> Tensor:
+        values, indices = ((x - mean) @ directions.T).topk(k, dim=1)
+        return torch.zeros(len(x), d_sae).scatter_(1, indices, values.relu())
+
+    return encode
+
+
+# Scores of probes by task, by what was probed, one for each split.
+Scores = dict[str, dict[str, list[Score]]]
+Probe = Callable[[csr_array, np.ndarray, np.ndarray, Split, int], dict[str, Score]]
+
+
+def probe_all(activations: csr_array, told_apart: Mapping[str, Examples], probe: Probe, sizes: Sizes) -> Scores:
+    """What a probe scores on each task, for each split of the documents. Splits are the same for all activations."""
+    scores: Scores = {}
+    for kind, examples in told_apart.items():
+        x = examples.of(activations)
+        for task, labels in examples.labels.items():
+            name = task if task == kind or len(examples.labels) == 1 else f"{kind}: {task}"
+            for seed in range(sizes.splits):
+                rows = probes.split(labels, examples.documents, sizes.most, seed)
+                for what, score in probe(x, labels, examples.documents, rows, seed).items():
+                    scores.setdefault(name, {}).setdefault(what, []).append(score)
+    return scores
+
+
+def probe_features(candidates: Mapping[str, np.ndarray]) -> Probe:
+    """Sparse probes on the best of some features, for each set of them that holds enough, and on random ones."""
+
+    def probe(x: csr_array, y: np.ndarray, documents: np.ndarray, rows: Split, seed: int) -> dict[str, Score]:
+        found = {}
+        for k in SPARSITIES:
+            for name, features in candidates.items():
+                if len(features) >= k:
+                    found[f"{name}, k={k}"], _ = probes.sparse_probe(x, y, rows, k, features)
+            found[f"at random, k={k}"] = probes.random_probe(x, y, rows, k, seed)
+        return found
+
+    return probe
+
+
+def probe_raw(x: csr_array, y: np.ndarray, documents: np.ndarray, rows: Split, seed: int) -> dict[str, Score]:
+    """The best dimensions of raw activations, and all of them."""
+    own = np.arange(x.shape[1])
+    found = {f"best, k={k}": probes.sparse_probe(x, y, rows, k, own)[0] for k in SPARSITIES}
+    return {**found, "dense": probes.dense_probe(x, y, documents, rows, seed)}
+
+
+def summary(scores: Scores, against: Scores | None = None) -> Record:
+    """Mean and interval of accuracy and AUC by task and over all tasks; beside them AUC less that of ``against``."""
+    whole = {**scores, "all tasks": _over_tasks(scores)}
+    other = {} if against is None else {**against, "all tasks": _over_tasks(against)}
+    return {task: {what: _summed_up(own, other.get(task, {}).get(what)) for what, own in of.items()}
+            for task, of in whole.items()}  # fmt: skip
+
+
+def _over_tasks(scores: Scores) -> dict[str, list[Score]]:
+    """Of each split the mean over tasks, for what was probed in all of them."""
+    shared = set.intersection(*(set(of) for of in scores.values()))
+    return {
+        what: [Score(*np.mean(one, axis=0).tolist()) for one in zip(*(of[what] for of in scores.values()), strict=True)]
+        for what in next(iter(scores.values()))
+        if what in shared
+    }
+
+
+def _summed_up(scores: list[Score], against: list[Score] | None) -> Record:
+    names = Score._fields
+    found: Record = {name: probes.interval([getattr(one, name) for one in scores]) for name in names}
+    if against:
+        pairs = zip(scores, against, strict=True)
+        found["auc_less_baseline"] = probes.interval([one.auc - other.auc for one, other in pairs])
+    return found
+
+
+# ---- all of it
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What SAEs of one hook are looked at with.
+
+    Attributes:
+        model: a TransformerBridge.
+        held_out: documents for the predictions.
+        activations: (n, d) held-out ones.
+        probed: (n_tokens, d) activations of the text that is told apart.
+        told_apart: examples made of these, by kind.
+        hook_name: where all this is read.
+        context: tokens in a window.
+    """
+
+    model: HookedModel
+    held_out: Any
+    activations: Tensor
+    probed: Tensor
+    told_apart: Mapping[str, Examples]
+    hook_name: str
+    context: int = 128
+
+
+def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, out: Path | None = None) -> Record:
+    """The record of each SAE by method, and of what they are compared with; written to ``out`` after each.
+
+    Raises:
+        ValueError: where the baseline is not among the SAEs.
+    """
+    if baseline not in folders:
+        raise ValueError(f"baseline={baseline!r} is not among the SAEs {list(folders)}")
+    loaded = {name: Dictionary.load(folder, text.activations) for name, folder in folders.items()}
+    fewest = min(len(one.live) for one in loaded.values())
+    raw = summary(probe_all(csr_array(text.probed.float().numpy()), text.told_apart, probe_raw, sizes))
+    settings = {**asdict(sizes), "baseline": baseline, "hook_name": text.hook_name, "context_size": text.context}
+    result: Record = {"settings": settings, "raw_activations": raw, "random_dictionary": {}, "methods": {}}
+    control = functools.cache(lambda d_sae, k: _control(text, sizes, d_sae, k))
+    scores: dict[str, Scores] = {}
+    for name in sorted(loaded, key=lambda one: one != baseline):  # what the others are compared with comes first
+        dictionary = loaded[name]
+        print(f"{name}: {len(dictionary.live):,} live features of {len(dictionary.counts):,}", flush=True)
+        new, added = novelty(dictionary, loaded[baseline])
+        scores[name] = _scores_of(dictionary, added, text, sizes)
+        result["methods"][name] = {
+            "folder": str(folders[name]),
+            **shape(dictionary, fewest, sizes),
+            "beside_baseline": new,
+            "carried": carried(dictionary, added, text.model, text.held_out, text.hook_name, text.context, sizes),
+            "probing": summary(scores[name], None if name == baseline else scores[baseline]),
+        }
+        d_sae, k = dictionary.sae.cfg.d_sae, int(getattr(dictionary.sae.cfg, "k", 32))
+        result["random_dictionary"][f"d_sae={d_sae}, k={k}"] = control(d_sae, k)
+        _write(result, out)
+    result["sae_bench"] = _sae_bench({name: one.sae for name, one in loaded.items()}, text, sizes)
+    _write(result, out)
+    return result
+
+
+def _write(result: Record, out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """With five significant digits: more than intervals allow."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _sae_bench(saes: Mapping[str, SAE], text: Text, sizes: Sizes) -> Record:
+    """SAEBench's own probes on the same text; why not, where it is not installed."""
+    try:
+        return {**sae_bench_scores(saes, text.probed, text.told_apart, sizes.most)}
+    except ImportError as error:
+        return {"left_out": str(error)}
+
+
+def _scores_of(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Scores:
+    sae, live = dictionary.sae, dictionary.live
+    others = live[~torch.isin(live, added)]
+    candidates = {"best": np.arange(sae.cfg.d_sae), "best of added": added.numpy(), "best of others": others.numpy()}
+    activations = encoded(sae.encode, text.probed, chunk_size(sae))
+    return probe_all(activations, text.told_apart, probe_features(candidates), sizes)
+
+
+def _control(text: Text, sizes: Sizes, d_sae: int, k: int) -> Record:
+    encode = random_dictionary(text.activations.float().mean(dim=0), d_sae, k)
+    activations = encoded(encode, text.probed, max(1, 2**25 // d_sae))
+    return summary(probe_all(activations, text.told_apart, probe_features({"best": np.arange(d_sae)}), sizes))
+
+
+def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[str, Path]:
+    """Folders of the SAEs that a sweep kept: of each method at its chosen rate the first seed, of the baseline two.
+
+    Raises:
+        ValueError: where two of them have one name, or none was kept.
+    """
+    rows = [row for row in read_sweep(sweep) if (row["hook_name"], row["d_sae"]) == (hook_name, d_sae)]
+    found: dict[str, Path] = {}
+    for row in chosen_rates(rows):
+        name = row["method"] if row["seed"] == 0 else f"{row['method']} seed {row['seed']}"
+        settings: Record = {name: value for name, value in row.items() if name in _SETTINGS}
+        folder = sae_folder(sweep, Cell(**settings), hook_name)
+        if name in found:
+            raise ValueError(f"{sweep} has several cells of {name} at d_sae={d_sae}: name folders with --sae")
+        if (row["seed"] == 0 or name == f"{baseline} seed 1") and folder.exists():
+            found[name] = folder
+    if not found:
+        raise ValueError(f"{sweep} kept no SAE of {d_sae} features on {hook_name}: train it with --save-saes")
+    return found
+
+
+def read_text(model_name: str, dataset: str, hook_name: str, given: Path | None, context: int, sizes: Sizes) -> Text:
+    """Model, documents and activations; these are cached beside those of the sweeps.
+
+    Args:
+        model_name: of ``load_model``.
+        dataset: of ``load_documents``.
+        hook_name: where activations are read.
+        given: held-out activations (n, d) as a sweep's cache holds them; they are read anew unless told.
+        context: tokens in a window.
+        sizes: how much.
+    """
+    model = load_model(model_name)
+    _, held_out = load_documents(dataset, 4 * sizes.held_out)
+    tokens, told_apart = tasks.probed_text(model.tokenizer, sizes.text)
+    read = functools.partial(cache_activations, model=model, hook_names=hook_name, dtype="float16")
+    own = f"{model_name}_{hook_name}".replace(".", "_")
+    (probed,) = read(
+        CACHE / f"{own}_{len(tokens)}_probed", data=tokens, n_tokens=tokens.numel(), exclude_special_tokens=False,
+        context_size=sizes.text.length,
+    ).values()  # fmt: skip
+    if given is not None:
+        activations = torch.from_numpy(np.load(given, mmap_mode="c"))[: sizes.held_out]
+    else:
+        folder = CACHE / f"{own}_{dataset}_{sizes.held_out}_worth"
+        (activations,) = read(folder, data=held_out, n_tokens=sizes.held_out, context_size=context).values()
+    return Text(model, held_out, activations, probed, told_apart, hook_name, context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims", help="folder of the sweeps' folders")
+    parser.add_argument("--sweep", default="d_sae", help="which of them")
+    parser.add_argument("--d-sae", type=int, default=8192)
+    parser.add_argument("--sae", nargs="*", default=[], metavar="NAME=FOLDER", help="SAEs instead of a sweep's")
+    parser.add_argument("--baseline", default="topk")
+    parser.add_argument("--hook", default=HOOK)
+    parser.add_argument("--model", help="the sweep's unless told, or smollm2")
+    parser.add_argument("--dataset", help="the sweep's unless told, or linux-doc")
+    parser.add_argument("--held-out", type=Path, metavar="FILE.npy", help="held-out activations that are cached")
+    parser.add_argument("--out", type=Path, default=RESULTS / "claims" / "worth.json")
+    args = parser.parse_args()
+    sweep = args.sweeps / args.sweep
+    folders = {name: Path(folder) for name, _, folder in (one.partition("=") for one in args.sae)}
+    missing = [str(folder) for folder in folders.values() if not (folder / SAE_CFG_FILENAME).exists()]
+    if missing:
+        parser.error(f"--sae takes NAME=FOLDER of an SAE, and there is none in {', '.join(missing)}")
+    source: Record = {"model": "smollm2", "dataset": "linux-doc", "context_size": 128}
+    if not folders:
+        folders = saved_saes(sweep, args.hook, args.d_sae, args.baseline)
+        source |= json.loads((sweep / "sweep.json").read_text())
+    sizes = Sizes()
+    text = read_text(
+        args.model or source["model"], args.dataset or source["dataset"], args.hook, args.held_out,
+        source["context_size"], sizes,
+    )  # fmt: skip
+    worth(folders, args.baseline, text, sizes, args.out)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
