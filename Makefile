@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install test capabilities wheel demo ablation train_step gpu spectra lorsa claims kills sharding format clean
+.PHONY: docs install test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims kills sharding format \
+	clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,18 @@ capabilities: install
 		$(BIN)/python -m pytest -m bits $(TWO)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE TEST_THREADS=1 \
 		$(BIN)/python -m pytest -m bits $(TWO)
+
+# Other versions, in an environment of its own, with the tests that tell most of what SAELens and torch have inside:
+#   make lane SAE_LENS=sae-lens==6.54.9
+#   make lane PYTHON=python3.10 TORCH=torch==2.6.0
+LANE = $(addprefix tests/plugin/test_,$(addsuffix .py,upstream fields configs trainer runners stream bar boards \
+	normalization provenance))
+
+lane:
+	rm -rf $(VENV)-lane
+	$(MAKE) install VENV=$(VENV)-lane
+	$(VENV)-lane/bin/python -m pip list | grep -iE "^(sae-lens|torch|transformer-lens|transformers) "
+	$(VENV)-lane/bin/python -m pytest $(TWO) $(LANE)
 
 demo: install
 	$(BIN)/saelens-asi demo
@@ -103,4 +116,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel dist demo_output site
+	rm -rf $(VENV) $(VENV)-lane $(VENV)-wheel dist demo_output site

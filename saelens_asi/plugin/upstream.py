@@ -66,6 +66,9 @@ IMPORTED = {
 # Modules that only newer releases have, and only some commands need.
 ONLY_IN_NEWER = frozenset({"transformer_lens.model_bridge"})
 
+# Where newer releases have what stands elsewhere in the oldest; TransformerLens 4 has it nowhere else.
+MOVED = {"transformer_lens.hook_points:HookedRootModule": "transformer_lens.HookedRootModule:HookedRootModule"}
+
 # From classes to what they have: methods, class attributes, and what their methods set on an object.
 MEMBERS = {
     f"{_TRAINER}:SAETrainer": (
@@ -232,6 +235,9 @@ def _module(name: str) -> ModuleType | None:
 
 def _resolve(place: str) -> Any:
     """What stands at ``module:name`` or ``module:Class.name``; None where nothing does."""
+    newer = MOVED.get(place, "")
+    if newer and _module(newer.partition(":")[0]) is not None:
+        place = newer
     module, _, path = place.partition(":")
     thing: Any = _module(module)
     for name in path.split("."):

@@ -155,6 +155,31 @@ def test_one_message_comes_before_any_failing_import():
     assert ": sae_lens.util.get_special_token_ids changed" in done.stderr
 
 
+def test_a_release_that_lacks_a_module_is_named_by_its_version_before_any_import_of_that_module():
+    """As sae-lens 6.52.0, which has no ``saes.abstopk_sae``: bounds come first, and then what is inside."""
+    program = """if True:
+        import sys
+        from importlib import metadata
+        import sae_lens
+        stock = metadata.version
+        metadata.version = lambda name: "6.52.0" if name == "sae-lens" else stock(name)
+        sys.modules["sae_lens.saes.abstopk_sae"] = None
+        import saelens_asi
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    bounds = upstream.REQUIREMENTS["sae-lens"]
+    assert last == (f"ImportError: saelens_asi needs sae-lens{bounds}, found 6.52.0: pip install 'sae-lens{bounds}'")
+
+
+def test_the_bounds_are_those_of_the_metadata_and_of_the_readme():
+    root = Path(__file__).parents[2]
+    project, readme = (root / "pyproject.toml").read_text(), (root / "README.md").read_text()
+    for package, bounds in upstream.REQUIREMENTS.items():
+        assert f'"{package}{bounds}"' in project
+        assert f"`{package}{bounds}`" in readme
+
+
 def _imports() -> Iterator[tuple[str, str]]:
     """Module and name of everything that the package imports from the two packages, ``import sae_lens`` included."""
     for tree in TREES.values():
