@@ -67,8 +67,8 @@ def _strict(value: Any) -> Any:
 def read_history(path: str | Path) -> list[Record]:
     """The records of a training run, of an SAE or of a Lorsa.
 
-    A run with ``initializer`` or ``optimizer`` set writes a record every ``logger.wandb_log_frequency`` steps, with or
-    without W&B, and one at its end. What is not finite is null.
+    A run with ``initializer``, ``optimizer`` or ``revive`` set writes a record every ``logger.wandb_log_frequency``
+    steps, with or without W&B, and one at its end. What is not finite is null.
 
     - ``step`` (steps done), ``n_tokens`` (activations drawn), ``n_skipped_tokens`` (of them left out, because they were
       not finite), ``seconds`` of training, ``lr``, ``coefficients``,
