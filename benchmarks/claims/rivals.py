@@ -78,7 +78,7 @@ RIVALS: dict[str, Rival] = {
         partial(train_with, KAnnealing),
         changes=_TOPK,
         knob="share of the steps in which k falls",
-        tries=(0.5, 0.2),
+        tries=(0.2, 0.5),
     ),
     "authors_sparse_adam": Rival(
         "authors' SparseAdam, the cell's start",
@@ -98,7 +98,7 @@ RIVALS: dict[str, Rival] = {
         partial(train_with, Resampling),
         changes=_TOPK,
         knob="norm of a new encoder row, in mean norms of the live ones",
-        tries=(0.2, 1.0),
+        tries=(0.2, 0.5),
     ),
 }
 

@@ -163,7 +163,7 @@ def test_k_falls_from_the_width_to_the_cells(activations):
         used.append(self.sae.activation_fn.k)
 
     with mock.patch.object(KAnnealing, "between", between):
-        sae, _ = train_rival("k_annealing", CELL, TRAINING, activations)
+        sae, _ = train_rival("k_annealing", CELL, TRAINING, activations, setting=0.5)
     assert used[0] == D_IN
     # As update_annealed_k of dictionary_learning has it, with k_anneal_steps = 12.
     assert used == [int(D_IN * (1 - r) + K * r) for r in (min(t, 12) / 12 for t in range(TRAINING.steps + 1))]
