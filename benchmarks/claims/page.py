@@ -56,7 +56,8 @@ TEXTS = {
     "plan": """
 Every contender of the comparison gets the same activations in the same order, batches of 1,024, k = 32, the same
 schedule, and four tries in a pilot at a tenth of the tokens: learning rates 0.0005, 0.001, 0.002 and 0.004; of AuxK
-two rates with two windows. The try of the lowest error goes into the comparison, however many features it leaves
+two rates with two windows (51,200 and 102,400 tokens).
+The try of the lowest error goes into the comparison, however many features it leaves
 dead. SAELens's own settings are its norm of 0.1, its coefficient of 1 and its window of 1,000 steps. Models run in
 bfloat16 over windows of 128 tokens. *Dead* features fire on none of the held-out tokens; *silent* ones on none of
 these and of the last 40 % of training either. What is not trained yet stands here as a number; the command goes on

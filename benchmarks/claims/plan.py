@@ -191,11 +191,11 @@ AFTER_THE_PILOT = {
 }
 
 PARTS = {
-    "rivals": rivals,
+    "pilot": pilot,
     "pilot_rivals": pilot_rivals,
     "factorial": factorial,
+    "rivals": rivals,
     "elsewhere": elsewhere,
-    "pilot": pilot,
     "d_init": d_init,
     "d_init_aside": d_init_aside,
 }
