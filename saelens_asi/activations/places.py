@@ -16,5 +16,5 @@ def package_folder(module: str, install: str) -> Path:
     """Folder of an installed package. Raises ImportError with the command that installs it."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"what needs no model hub is in the package {module}, which is not installed: {install}")
+        raise ImportError(f"a model or text without a hub needs the package {module}: {install}")
     return Path(next(iter(spec.submodule_search_locations)))
