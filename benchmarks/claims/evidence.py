@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.claims.records import lines
 from benchmarks.claims.statistics import Pair, seed_deviation
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import SweepRow
@@ -53,9 +54,9 @@ class ResultFiles:
         spectra = pd.read_csv(results / "spectra.csv", float_precision="round_trip")
         self.spectra: list[Record] = spectra.to_dict("records")
         self.losses = json.loads((results / "spectra_losses.json").read_text())
-        self.lorsa = _lines(results / "lorsa.jsonl")
-        self.factors = _lines(results / "factors.jsonl")
-        self.bias = _lines(results / "bias.jsonl")
+        self.lorsa = lines(results / "lorsa.jsonl")
+        self.factors = lines(results / "factors.jsonl")
+        self.bias = lines(results / "bias.jsonl")
         self.sweeps = {path.parent.name: read_sweep(path.parent) for path in results.glob("claims/*/cells.jsonl")}
         # What all cells of a sweep share, by sweep.
         self.shared = {path.parent.name: json.loads(path.read_text()) for path in results.glob("claims/*/sweep.json")}
@@ -64,7 +65,7 @@ class ResultFiles:
         middle = [row for row in self.sweeps["d_sae"] if row["d_sae"] == 8192]
         self.sweeps["frontier"] += [row for row in middle if row["method"] in methods]
         # Parts of the plan (plan.py).
-        self.parts = {path.stem: _lines(path) for path in sorted(results.glob("claims/*.jsonl"))}
+        self.parts = {path.stem: lines(path) for path in sorted(results.glob("claims/*.jsonl"))}
         self.steps = json.loads((results / "claims" / "steps.json").read_text())
         self.evaluations = json.loads((results / "claims" / "evaluations.json").read_text())
 
@@ -76,23 +77,21 @@ class ResultFiles:
         return chosen_rates(rows)
 
     @cached_property
-    def _relative_deviation(self) -> float:
-        """Of the error of one seed, over all cells that have several."""
+    def _deviations(self) -> dict[str, float]:
+        """Of one seed, over all cells that have several: of the error relative to it, of dead shares as they are."""
         rows = [row for rows in self.sweeps.values() for row in rows]
-        return seed_deviation(rows, "nmse", lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"]))
-
-    @cached_property
-    def _dead_deviation(self) -> float:
-        rows = [row for rows in self.sweeps.values() for row in rows]
-        settings = lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"])  # noqa: E731
-        return seed_deviation(rows, "dead_fraction", settings, relative=False)
+        return {
+            measure: seed_deviation(
+                rows, measure, lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"]), measure == "nmse"
+            )
+            for measure in ("nmse", "dead_fraction")
+        }
 
     def pair(self, ours: Sequence[SweepRow], theirs: Sequence[SweepRow], measure: Measure = "nmse") -> Pair:
         """Two contenders, by seed; the claim is that ours is lower."""
         values = [{row["seed"]: row[measure] for row in rows} for rows in (ours, theirs)]
-        mean = sum(values[1].values()) / len(values[1])
-        deviation = self._relative_deviation * mean if measure == "nmse" else self._dead_deviation
-        return Pair(values[0], values[1], deviation)
+        scale = sum(values[1].values()) / len(values[1]) if measure == "nmse" else 1.0
+        return Pair(values[0], values[1], scale * self._deviations[measure])
 
     def by_layer(self, kind: str, column: str) -> dict[int, float]:
         return {row["layer"]: row[column] for row in self.spectra if row["kind"] == kind}
@@ -112,7 +111,3 @@ def chosen_rates(rows: Iterable[SweepRow]) -> list[SweepRow]:
     alive = best_rates(row for row in rows if row["method"].startswith("asi") and row["dead_fraction"] < ALIVE)
     chosen = {settings_but_rate(row) for row in alive}
     return alive + best_rates(row for row in rows if settings_but_rate(row) not in chosen)
-
-
-def _lines(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -15,13 +15,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from benchmarks.claims.evidence import RESULTS
+from benchmarks.claims.sources import CACHE, MAIN_HOOK
 from saelens_asi.sweep import Cell, grid
 
-CACHE = Path(__file__).parent.parent.parent / "sweep_activations"
-HOOK = "blocks.15.hook_attn_out"
+HOOK = MAIN_HOOK["smollm2"]
 COMPARED = ("asi_sparse_adam", "topk", "auxk")
 
 Axes = Mapping[str, Sequence[float | str]]

@@ -22,7 +22,12 @@ def results_file(part: str) -> Path:
 def read(part: str) -> list[dict[str, Any]]:
     """The finished lines of a part."""
     path = results_file(part)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines(path) if path.exists() else []
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What a file of JSON, line by line, holds."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def is_among(rows: Iterable[Mapping[str, Any]], key: Mapping[str, Any]) -> bool:

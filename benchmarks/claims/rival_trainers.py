@@ -15,16 +15,15 @@ from sae_lens import SAETrainer, TrainingSAE
 from torch import Tensor
 
 from saelens_asi import SparseAdam
-from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.sweep.cells import Cell
 from saelens_asi.sweep.run import (
-    _PROVENANCE,
     SweepTraining,
     Watch,
     _batches,
     _StopWatch,
     _trainer_config,
     _untrained,
+    training_record,
 )
 
 # Of SAELens's own default, which a short run does not have.
@@ -101,9 +100,7 @@ def train_with(method_class: type[Method], run: Run, watch: Watch | None) -> tup
     stop.go_on()
     trainer.fit()
     method.between(training.steps)
-    seconds = {name: round(value, 1) for name, value in stop.halt().items()}
-    provenance = trainer.sae.cfg.metadata.get(METADATA_KEY) or {}
-    return trainer.sae, {**seconds, **{_PROVENANCE[key]: provenance[key] for key in _PROVENANCE if key in provenance}}
+    return trainer.sae, training_record(trainer.sae, stop)
 
 
 def _n_estimate_batches(run: Run) -> int:

@@ -9,7 +9,7 @@ from benchmarks.claims.evidence import Record, ResultFiles
 from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
 from benchmarks.claims.records import is_among
 from benchmarks.claims.rivals import RIVALS
-from benchmarks.claims.rule import RULES, at, by_hook
+from benchmarks.claims.rule import by_hook, judged
 from benchmarks.claims.statistics import interval
 from saelens_asi.evaluation.tables import markdown_table
 
@@ -96,22 +96,17 @@ def hooks(rows: Sequence[Record]) -> list[str]:
 
 def rules(rows: Sequence[Record]) -> list[str]:
     """Every rule over all hooks."""
-    found = by_hook(rows)
-    lines = []
-    for name, rule in RULES.items():
-        values = [at(own, rule(own[0])) for own in found.values()]
-        errors, silent = [error for error, _ in values], [share for _, share in values]
-        met = sum(error <= 0.01 and share < 0.02 for error, share in values)
-        lines.append(
-            (
-                name,
-                f"{sum(errors) / len(errors):.1%}",
-                f"{max(errors):.1%}",
-                f"{sum(silent) / len(silent):.1%}",
-                f"{max(silent):.1%}",
-                f"{met} of {len(values)}",
-            )
+    lines = [
+        (
+            name,
+            f"{sum(one.errors) / len(one.errors):.1%}",
+            f"{max(one.errors):.1%}",
+            f"{sum(one.dead) / len(one.dead):.1%}",
+            f"{max(one.dead):.1%}",
+            f"{one.n_met} of {len(one.errors)}",
         )
+        for name, one in judged(by_hook(rows).values()).items()
+    ]
     header = ["d_init", "error over the lowest", "at most", "silent", "at most", "within 1 % and under 2 %"]
     return [markdown_table(header, lines, align="lrrrrr"), ""]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from saelens_asi.evaluation.results import rank_correlation
+
 HOLDS, PARTLY, FAILS, UNJUDGED = "holds", "partly", "does not hold here", "not judged: one seed"
 
 # Of Student's distribution, two-sided 95 %, by degrees of freedom; beyond the last the normal one's.
@@ -110,14 +112,7 @@ def seed_deviation(
 
 def partial_correlation(x: Sequence[float], y: Sequence[float], given: Sequence[float]) -> float:
     """Rank correlation of x and y with that of both with ``given`` taken out."""
-    a, b, c = (_ranks(values) for values in (x, y, given))
-    ab, ac, bc = (float(np.corrcoef(*pair)[0, 1]) for pair in ((a, b), (a, c), (b, c)))
+    ab, ac, bc = (rank_correlation(*pair) for pair in ((x, y), (x, given), (y, given)))
+    if ab is None or ac is None or bc is None:
+        raise ValueError("ranks of fewer than three points, or of one value alone, have no correlation")
     return (ab - ac * bc) / math.sqrt(max((1 - ac**2) * (1 - bc**2), 1e-12))
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Ranks from 0 on; equal values share the mean of theirs."""
-    array = np.asarray(values, dtype=float)
-    below = (array[None] < array[:, None]).sum(axis=1)
-    equal = (array[None] == array[:, None]).sum(axis=1)
-    return np.asarray(below + (equal - 1) / 2)

@@ -36,9 +36,10 @@ from torch.nn.functional import normalize
 from benchmarks.claims import probes, tasks
 from benchmarks.claims.evidence import RESULTS, chosen_rates
 from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent, unmatched
-from benchmarks.claims.grid import CACHE, HOOK
+from benchmarks.claims.grid import HOOK
 from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
 from benchmarks.claims.sae_bench_probing import sae_bench_scores
+from benchmarks.claims.sources import CACHE
 from saelens_asi import evaluate
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import HookedModel

@@ -103,10 +103,14 @@ def train_cell(
     trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
     stop.go_on()
     trainer.fit()
-    seconds = stop.halt()
+    return trainer, training_record(sae, stop)
+
+
+def training_record(sae: TrainingSAE, stop: _StopWatch) -> dict[str, float]:
+    """Seconds of a training that has just ended, and what initialized the SAE."""
     provenance = sae.cfg.metadata.get(METADATA_KEY) or {}
-    return trainer, {
-        **{name: round(value, 1) for name, value in seconds.items()},
+    return {
+        **{name: round(value, 1) for name, value in stop.halt().items()},
         **{name: provenance[key] for key, name in _PROVENANCE.items() if key in provenance},
     }
 
@@ -172,8 +176,8 @@ def run_cell(
     cell: Cell, training: SweepTraining, activations: Tensor, held_out: Tensor
 ) -> tuple[TrainingSAE, dict[str, float]]:
     """Train the SAE of ``cell`` and ``measure`` it on (n, d_in) held-out activations."""
-    trainer, training_record = train_cell(cell, training, activations)
-    return trainer.sae, {**measure(trainer, training, held_out), **training_record}
+    trainer, record = train_cell(cell, training, activations)
+    return trainer.sae, {**measure(trainer, training, held_out), **record}
 
 
 def measure(trainer: SAETrainer, training: SweepTraining, held_out: Tensor) -> dict[str, float]:
