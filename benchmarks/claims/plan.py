@@ -143,6 +143,20 @@ def d_init_aside() -> Iterator[Item]:
     yield from d_init(BY_HOOK_ASIDE, "d_init_aside")
 
 
+# Does the dimension depend on how many features there are? At the main hooks, with the rate that suits each size.
+D_INIT_SIZES = {2048: 0.001, 32_768: 0.0005, 65_536: 0.0005}
+
+
+def d_init_sizes() -> Iterator[Item]:
+    for d_sae, lr in D_INIT_SIZES.items():
+        for source in BY_HOOK:
+            for share in D_INIT_SHARES:
+                yield _item(
+                    "d_init_sizes", "SparseAdam, mean, active", source.model, source.text, D_INIT_TOKENS,
+                    hook=MAIN_HOOK[source.model], d_init=share, d_sae=d_sae, lr=lr,
+                )  # fmt: skip
+
+
 # The main comparison: three seeds on the main source; one on the second model, and on the second text.
 SEEDS = (0, 1, 2)
 ELSEWHERE = (("gemma3-270m", "linux-doc"), ("smollm2", "python"))
@@ -198,6 +212,7 @@ PARTS = {
     "elsewhere": elsewhere,
     "d_init": d_init,
     "d_init_aside": d_init_aside,
+    "d_init_sizes": d_init_sizes,
 }
 
 
