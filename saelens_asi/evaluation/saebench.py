@@ -58,8 +58,7 @@ MEASURES: dict[str, tuple[str, str, str]] = {
     "live features": (
         "misc_metrics",
         "frac_alive",
-        "the same share, but of fewer tokens where the last windows fill no batch; sae-bench counts positive "
-        "activations alone",
+        "the same share, over whole batches of windows; sae-bench counts positive activations alone",
     ),
     "CE recovered": (
         "model_performance_preservation",
