@@ -86,9 +86,10 @@ def _source(folder: Path) -> SAESource:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the folder of a saved SAE")
     found = find_saes([str(folder)])
-    if len(found) > 1 or found[0].folder is None or found[0].folder.resolve() != folder.resolve():
+    own = next((one for one in found if one.folder is not None and one.folder.resolve() == folder.resolve()), None)
+    if own is None:
         raise ValueError(f"{folder} is not the folder of one SAE: below it are {', '.join(one.name for one in found)}")
-    return found[0]
+    return own
 
 
 def _with_results(facts: CardFacts, source: SAESource, flags: CardFlags) -> CardFacts:

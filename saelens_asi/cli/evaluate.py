@@ -4,7 +4,8 @@ SAES are folders that SAELens wrote (a folder of such folders stands for all of 
 release/sae_id, release/pattern with *, or owner/repository/path on the hub. Writes results.json, results.md, firing
 counts and figures. Interrupted, the same command continues with the SAEs that are missing. SAEs that cannot be loaded
 or evaluated are left out and named with the reason; the command then ends with an error, after the others. With
---saebench, sae-bench's own core metrics stand beside ours, in saebench.json, saebench.md and files of its own.
+--saebench, sae-bench's own core metrics stand beside ours, in saebench.json, saebench.md and files of its own; they
+are measured anew each time.
 """
 
 from __future__ import annotations

@@ -39,11 +39,11 @@ def agree(found: SAEBenchCore, measure: str) -> bool:
     return found.value(measure) == pytest.approx(found.counted_alike[measure], rel=ROUNDING, abs=slack)
 
 
-def saved(architecture: str, folder: Path, **settings: Any) -> Path:
+def saved(architecture: str, folder: Path, hook_name: str = tiny.ATTN_OUT, **settings: Any) -> Path:
     """A few training steps on activations of one hook, then as SAELens saves it."""
     sae = tiny.trainer(architecture, n_steps=4, **settings).fit()
     metadata = sae.cfg.metadata
-    metadata.hook_name, metadata.model_name, metadata.context_size = tiny.ATTN_OUT, "tiny", tiny.CONTEXT
+    metadata.hook_name, metadata.model_name, metadata.context_size = hook_name, "tiny", tiny.CONTEXT
     sae.save_inference_model(folder)
     return folder
 
@@ -64,7 +64,7 @@ def with_special_tokens() -> torch.Tensor:
 
 
 @needs_sae_bench
-@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "matching_pursuit"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_its_numbers_are_ours_counted_as_it_counts(architecture: str, bridge: Any, tmp_path: Path) -> None:
     found = compared(saved(architecture, tmp_path), bridge)
     assert (found.n_tokens, found.n_loss_tokens, found.batch_size) == (640, 256, 8)
@@ -81,6 +81,15 @@ def test_both_kinds_of_model_give_its_numbers(hooked_llama: Any, bridge: Any, tm
     for measure in MEASURES:
         assert first.value(measure) == pytest.approx(other.value(measure), rel=1e-3)
         assert agree(first, measure), measure
+
+
+@needs_sae_bench
+@pytest.mark.parametrize("kind", ["hooked_llama", "bridge"])
+def test_heads_side_by_side(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = saved("topk", tmp_path, "blocks.1.attn.hook_z", reshape_activations="hook_z")
+    found = compared(folder, request.getfixturevalue(kind))
+    for measure in MEASURES:
+        assert agree(found, measure), measure
 
 
 @needs_sae_bench
