@@ -102,9 +102,8 @@ def write_card(folder: Path, facts: CardFacts, *, figure: bool, force: bool = Fa
     """
     check_writable(folder, force)
     front, body = front_matter(facts), card_body(facts, figure)
-    mark = (
-        f"<!-- Written by saelens-asi card, {_checksum(front + body)}. Changed by hand, it is not written over. -->\n"
-    )
+    checksum = _checksum(front + body)
+    mark = f"<!-- Written by saelens-asi card, {checksum}. Once changed by hand, it is not written over. -->\n"
     with written_whole(folder / CARD) as unfinished:
         unfinished.write_text(front + mark + body)
     return folder / CARD
@@ -164,13 +163,14 @@ def _metrics(facts: CardFacts) -> str:
             rows[name] = "-" if shares[key] is None else f"{shares[key]:.4g}"
     on = facts.evaluated_on
     text = f" of {on['dataset']}" if on.get("dataset") else ""
-    held_out = "" if on.get("all_text") else " that were held out"
+    # Whether the SAE was trained on them, only its user knows.
+    which = "" if on.get("all_text") else " (the documents that saelens-asi's own commands hold out)"
     lines = [
         "## Metrics",
         "",
         markdown_table(["measure", "value"], [[key, value] for key, value in rows.items()], align="lr"),
         "",
-        f"On {found.n_tokens:,} tokens{text}{held_out}, special tokens left out (`saelens-asi evaluate`). Dead: fires "
+        f"On {found.n_tokens:,} tokens{text}{which}, special tokens left out (`saelens-asi evaluate`). Dead: fires "
         "on none of them. Normalized MSE: E|x - x_hat|^2 / E|x - E x|^2; explained variance is 1 less that.",
     ]
     if found.loss is not None:
@@ -190,7 +190,7 @@ def _loading(hook: str) -> str:
             "from sae_lens import SAE",
             "",
             f'sae = SAE.from_pretrained("{REPOSITORY}", "{SAE_ID}")  # or, from a folder: SAE.load_from_disk("folder")',
-            f"features = sae.encode(activations)  # (..., {'{d_in}'}) at {hook} -> (..., d_sae)",
+            f"features = sae.encode(activations)  # (..., d_in) at {hook} -> (..., d_sae)",
             "```",
             "",
             "`pip install sae-lens` is enough: nothing of `saelens_asi` is needed to load or use it.",
