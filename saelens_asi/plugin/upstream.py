@@ -30,7 +30,7 @@ IMPORTED = {
         *("MultiSAETrainingRunner", "MultiSAETrainingRunnerConfig", "SAE", "SAEConfig", "SAETrainer", "TrainingSAE"),
         *("AbsTopKTrainingSAEConfig", "BatchTopKTrainingSAEConfig", "GatedTrainingSAEConfig"),
         *("JumpReLUTrainingSAEConfig", "MatchingPursuitTrainingSAEConfig", "MatryoshkaBatchTopKTrainingSAEConfig"),
-        *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig"),
+        *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig", "upload_saes_to_huggingface"),
     ),
     "sae_lens.config": ("LanguageModelSAERunnerConfig", "SAETrainerConfig"),
     "sae_lens.constants": (

@@ -342,6 +342,7 @@ def test_classes_for_sae_bench_are_of_one_size_and_share_no_document():
 
 def test_sae_bench_finds_what_our_probes_find(tmp_path):
     pytest.importorskip("sae_bench")
+    pytest.importorskip("sklearn")
     windows = tasks.Windows(torch.zeros(60, 4, dtype=torch.long), np.arange(60), np.zeros((60, 3, 2)))
     in_class, sae = np.arange(60) % 2 == 0, inference_sae("topk", tmp_path)
     activations = random_rows(240, tiny.D_MODEL)
