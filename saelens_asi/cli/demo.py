@@ -42,9 +42,9 @@ from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.run import evaluate_each
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import AUTO_TOKENS_PER_DIMENSION, METADATA_KEY
-from saelens_asi.plugin.stock_cache import StockCache, stock_cache
+from saelens_asi.plugin.stock_cache import StockCache, read_all, stock_cache
 from saelens_asi.resume import is_unfinished, one_writer
-from saelens_asi.spectra.hook_spectra import activation_spectra
+from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 
 _RUNS: dict[str, dict[str, Any]] = {
@@ -63,9 +63,6 @@ _COLUMNS = {
 
 # SAELens's cached activations, below ``--out``.
 _ACTIVATIONS = "activations"
-
-# Enough for the spectrum under the figure; all held-out tokens would be a second whole pass.
-_FIGURE_TOKENS_PER_DIMENSION = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +115,7 @@ def run_demo(settings: DemoSettings) -> dict[str, dict[str, float]]:
             raise ValueError("; ".join(found.left_out.values()))
         records = found.records
         rows = {name: _row(records[name], 1000 * seconds[name] / settings.training_tokens) for name in saes}
-        n_figure = min(settings.held_out_tokens, _FIGURE_TOKENS_PER_DIMENSION * d_in)
-        spectra = activation_spectra(model, held_out, hook_name, n_figure, context_size=settings.context_size)
-        written = _write(settings, hook_name, rows, saes, records, spectra[hook_name])
+        written = _write(settings, hook_name, rows, saes, records, _spectrum(configs["stock"], model, training))
         _say(rows, written, cache, next(iter(records.values())).n_tokens)
         return rows
 
@@ -158,6 +153,15 @@ def _say(rows: Mapping[str, Mapping[str, float]], written: Sequence[Path], cache
     print(
         f"  {cache.folder} ({cache.n_bytes / 1e6:,.0f} MB of activations: the next demo starts there; delete at will)"
     )
+
+
+def _spectrum(cfg: LanguageModelSAERunnerConfig[Any], model: Any, text: Dataset) -> Spectrum:
+    """Of what both were trained on."""
+    moments = RunningMoments.zeros(cfg.sae.d_in)
+    with _without_hints():
+        for batch in read_all(cfg, model, text):
+            moments.update_(batch)
+    return Spectrum.from_moments(moments)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from sae_lens import (
     cache_activations_runner,
 )
 from sae_lens.cache_activations_runner import load_model
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
 
 from saelens_asi.activations.fingerprint import fingerprints
 from saelens_asi.activations.hooks import HookedModel
@@ -90,6 +92,17 @@ def stock_cache(
     manifest = read_manifest(folder) or {}
     n_bytes = sum(file["bytes"] for file in manifest["files"].values())
     return StockCache(folder, manifest["n_tokens"], n_bytes, replaced, is_new)
+
+
+def read_all(cfg: LanguageModelSAERunnerConfig[Any], model: HookedModel, text: Dataset) -> Iterator[Tensor]:
+    """All that the cache of ``cfg`` holds, special tokens excepted where training leaves them out; the model rests.
+
+    Batches (n, d_in), in the order of the text.
+    """
+    store = ActivationsStore.from_config(model, cfg, override_dataset=text)  # type: ignore[arg-type]
+    with suppress(StopIteration):
+        while True:
+            yield store.get_filtered_llm_batch(raise_on_epoch_end=True)
 
 
 def _n_tokens(cfg: LanguageModelSAERunnerConfig[Any], n_estimate: int) -> int:

@@ -11,10 +11,11 @@ import torch
 from datasets import Dataset
 from sae_lens import cache_activations_runner
 from sae_lens.load_model import load_model
+from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.plugin.stock_cache import StockCache, stock_cache
+from saelens_asi.plugin.stock_cache import StockCache, read_all, stock_cache
 from tests.helpers import tiny
 
 FLAGS = {"initializer": ActiveSubspaceInit(d_init=5, n_tokens=200), "optimizer": "sparse_adam"}
@@ -68,6 +69,17 @@ def test_the_next_run_does_without_the_model(
     monkeypatch.setattr(type(model), "run_with_cache", None)
     second = stock_cache(_cfg(tmp_path, FLAGS), model, text)
     assert second == StockCache(first.folder, first.n_tokens, first.n_bytes, replaced=None, is_new=False)
+
+
+def test_all_of_it_is_read_once_and_in_the_order_of_the_text(model: Any, text: Dataset, tmp_path: Path) -> None:
+    cfg = _cfg(tmp_path, exclude_special_tokens=False)
+    cache = stock_cache(cfg, model, text)
+    batches = list(read_all(cfg, model, text))
+    assert sum(map(len, batches)) == cache.n_tokens
+    live = ActivationsStore.from_config(model, _cfg(tmp_path, use_cached_activations=False), override_dataset=text)
+    assert all(torch.equal(batch, live.get_raw_llm_batch()[0]) for batch in batches)
+    no_special = sum(map(len, read_all(_cfg(tmp_path), model, text)))
+    assert cache.n_tokens * 14 / 16 <= no_special < cache.n_tokens
 
 
 def test_another_text_and_another_hook_are_computed_anew_and_said(model: Any, text: Dataset, tmp_path: Path) -> None:
