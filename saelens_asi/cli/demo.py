@@ -136,7 +136,7 @@ def _activations(cfg: LanguageModelSAERunnerConfig[Any], model: Any, text: Datas
     if cache.replaced is not None:
         print(f"Those in {cache.folder} were not taken: {cache.replaced}")
     done = f"computed in {time.perf_counter() - start:.0f} s" if cache.is_new else "found"
-    print(f"{cache.n_tokens:,} tokens, {cache.n_bytes / 1e6:,.0f} MB in {cache.folder}: {done}", flush=True)
+    print(f"{cache.n_tokens:,} tokens, {cache.n_bytes / 1e6:,.1f} MB in {cache.folder}: {done}", flush=True)
     return cache
 
 
@@ -151,7 +151,7 @@ def _say(rows: Mapping[str, Mapping[str, float]], written: Sequence[Path], cache
     print("Written too:")
     print("\n".join(f"  {path}" for path in others))
     print(
-        f"  {cache.folder} ({cache.n_bytes / 1e6:,.0f} MB of activations: the next demo starts there; delete at will)"
+        f"  {cache.folder} ({cache.n_bytes / 1e6:,.1f} MB of activations: the next demo starts there; delete at will)"
     )
 
 

@@ -27,6 +27,16 @@ from saelens_asi.resume import damage, differences, folder_written_whole, read_m
 
 _FLOAT32 = 4  # bytes
 
+# Settings of training that SAELens's caching runner lacks, or that what it writes cannot be read with.
+_NOT_CACHED = {
+    "hook_head_index": None,
+    "disable_concat_sequences": False,
+    "sequence_separator_token": "bos",
+    "seqpos_slice": (None,),
+    "use_chat_formatting": False,
+    "dtype": "float32",
+}
+
 
 @dataclass(frozen=True)
 class StockCache:
@@ -60,18 +70,21 @@ def stock_cache(
     token, and there are a buffer and a batch of windows more than ``training_tokens``.
 
     Args:
-        cfg: a config with ``use_cached_activations``. No checks are made for what SAELens's caching runner has no
-            setting for: ``hook_head_index``, ``disable_concat_sequences``, ``sequence_separator_token``.
+        cfg: a config with ``use_cached_activations``.
         model: as for ``override_model``.
         text: as for ``override_dataset``.
         n_estimate: activations that are read from the beginning before training, as by the initialization.
 
     Raises:
-        ValueError: where ``cfg`` uses no cached activations, or names a folder that was not written here.
+        ValueError: where ``cfg`` uses no cached activations, has settings that SAELens caches nothing for, or names a
+            folder that was not written here.
         OSError: where the disk is full; nothing is left then.
     """
     if not cfg.use_cached_activations or cfg.cached_activations_path is None:
         raise ValueError("use_cached_activations=False: SAELens would not read what is cached")
+    for name, default in _NOT_CACHED.items():
+        if getattr(cfg, name) != default:
+            raise ValueError(f"{name}={getattr(cfg, name)!r} has no counterpart in SAELens's cached activations")
     folder = Path(cfg.cached_activations_path)
     n_tokens = _n_tokens(cfg, n_estimate)
     facts = {
@@ -84,8 +97,9 @@ def stock_cache(
         "dtype": cfg.dtype,
         "sae_lens": cfg.sae_lens_version,
     }
-    replaced = _why_not(folder, facts, n_tokens) if folder.exists() else None
-    is_new = replaced is not None or not folder.exists()
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    replaced = None if is_empty else _why_not(folder, facts, n_tokens)
+    is_new = is_empty or replaced is not None
     if is_new:
         with folder_written_whole(folder, {"n_tokens": n_tokens, "made_of": facts}) as unfinished:
             _write(_cache_config(cfg, unfinished, n_tokens), model, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_a_damaged_one_is_computed_anew(model: Any, text: Dataset, tmp_path: Pat
 
 def test_a_folder_of_something_else_stays_as_it_is(model: Any, text: Dataset, tmp_path: Path) -> None:
     (tmp_path / "activations").mkdir()
+    assert stock_cache(_cfg(tmp_path), model, text).replaced is None  # of nothing there is nothing to lose
+    shutil.rmtree(tmp_path / "activations")
+    (tmp_path / "activations").mkdir()
     (tmp_path / "activations" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"cached_activations_path=.*holds something else"):
         stock_cache(_cfg(tmp_path), model, text)
@@ -133,3 +137,5 @@ def test_an_interruption_leaves_nothing_and_saelens_as_it_was(
 def test_a_config_that_would_not_read_it_is_refused(model: Any, text: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_cached_activations=False"):
         stock_cache(_cfg(tmp_path, use_cached_activations=False), model, text)
+    with pytest.raises(ValueError, match="hook_head_index=1 has no counterpart"):
+        stock_cache(_cfg(tmp_path, hook_head_index=1), model, text)
