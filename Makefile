@@ -104,9 +104,10 @@ gemma: install
 
 # The grids go on where they stopped (benchmarks/claims/grid.py and plan.py: what they hold, and how to measure anew).
 claims: install gemma
-	for part in grid steps saes sources; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
+	for part in grid steps saes sources universality; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_aside
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.worth
 	$(BIN)/python -m benchmarks.claims.page
 
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
