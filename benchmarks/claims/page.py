@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.claims import of_activations, of_lorsa, of_training
+from benchmarks.claims import batchtopk, of_activations, of_lorsa, of_training
 from benchmarks.claims.evidence import Claim, ResultFiles
 from benchmarks.claims.sections import sections
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
@@ -103,6 +103,7 @@ def claims_page(e: ResultFiles) -> str:
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
+    lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     for name, caption in CAPTIONS.items():
         lines += [f"## {caption}", "", f"![{caption}](claims/{name})", ""]
     return "\n".join(lines)
