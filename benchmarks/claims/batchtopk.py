@@ -42,11 +42,11 @@ EDGE = 0.2
 RARE = 1e-4
 
 TEXT = """
-SmolLM2-135M and Gemma-3 270M, the attention output of the main source, 292 steps of 1,024 activations, learning rate
-0.002 unless a name says otherwise; 60,000 tokens of other documents. *At k*: at the threshold with which L0 is k. The
-saved SAE's own is a moving average that SAELens starts at 0: after n steps it is too low by a share of 0.99^n, more
-features fire, and fewer seem dead. *Rare* features fire on under one token in 10,000; *silent* ones on none of the
-last 40 % of training.
+The attention output of each main source as far as it is trained, 292 steps of 1,024 activations, d_init 0.25, learning
+rate 0.002 unless a name says otherwise; 60,000 tokens of other documents. *At k*: at the threshold with which L0 is k.
+The saved SAE's own is a moving average that SAELens starts at 0: after n steps it is too low by a share of 0.99^n,
+more features fire, and fewer seem dead. *Rare* features fire on under one token in 10,000; *silent* ones on none of
+the last 40 % of training.
 """
 
 
