@@ -97,7 +97,7 @@ def train_cell(
     """
     d_in, initializer = activations.shape[1], cell.initializer_settings()
     torch.manual_seed(cell.seed)
-    sae = _untrained(cell, d_in, training.device, settings or {})
+    sae = _untrained(cell, d_in, training.device, settings)
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
     stop = _StopWatch()
     trainer: SAETrainer
@@ -151,7 +151,7 @@ class _StopWatch:
         return acting
 
 
-def _untrained(cell: Cell, d_in: int, device: str, further: Mapping[str, Any]) -> TrainingSAE:
+def _untrained(cell: Cell, d_in: int, device: str, further: Mapping[str, Any] | None = None) -> TrainingSAE:
     if cell.architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={cell.architecture!r} must be one of {ARCHITECTURES}: they share k")
     sae_class, config_class = get_sae_training_class(cell.architecture)
@@ -163,7 +163,7 @@ def _untrained(cell: Cell, d_in: int, device: str, further: Mapping[str, Any]) -
         "initializer": cell.initializer_settings() or "default",
         "optimizer": cell.optimizer,
         "aux_loss_coefficient": cell.aux_loss_coefficient,
-        **further,
+        **(further or {}),
     }
     if cell.architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
