@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sae_lens import SAE, SAETrainer, TrainingSAE
@@ -96,7 +95,7 @@ def train_cell(
     """
     d_in, initializer = activations.shape[1], cell.initializer_settings()
     torch.manual_seed(cell.seed)
-    sae = _untrained(cell, d_in, training.device, settings)
+    sae = _untrained(cell, d_in, training.device)
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
     stop = _StopWatch()
     trainer: SAETrainer

@@ -10,9 +10,10 @@ from saelens_asi.sweep.run import train_cell
 from tests.helpers import tiny
 
 
-def trained(architecture, **changes):
-    cell = Cell(architecture=architecture, d_sae=64, k=4, d_init=5, lr=3e-3)
-    return train_cell(cell, SweepTraining(training_tokens=60 * 64, batch_size=64), tiny.activations(1024), **changes)[0]
+def trained(architecture, prepare=None, **changes):
+    cell = Cell(architecture=architecture, d_sae=64, k=4, d_init=5, lr=3e-3, **changes)
+    training = SweepTraining(training_tokens=60 * 64, batch_size=64)
+    return train_cell(cell, training, tiny.activations(1024), prepare=prepare)[0]
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk"])
@@ -33,7 +34,7 @@ def test_at_k_as_many_features_fire_as_were_asked_for():
 
 def test_what_is_tried_gets_into_the_training():
     seen = []
-    trainer = trained("batchtopk", settings={"revive": "auto"}, prepare=seen.append)
+    trainer = trained("batchtopk", revive="auto", prepare=seen.append)
     assert seen == [trainer]
     assert trainer.sae.cfg.revive == "auto"
     item = batchtopk.Item(contender="", model="", cell=Cell(), bias_correction="per_row")
