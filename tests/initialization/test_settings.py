@@ -173,9 +173,8 @@ def test_auto_without_a_number_of_features_holds_exactly_90_percent_or_more():
 
 def test_auto_is_an_eighth_of_d_in_and_more_for_crowds():
     flat = with_variances([1.0] * 512)
-    chosen = [choose_d_init(ActiveSubspaceInit(), flat, d_sae) for d_sae in (64, 512, 14 * 512, 8 * 14 * 512)]
-    assert chosen == [64, 64, 64, 128]
-    assert choose_d_init(ActiveSubspaceInit(), flat, 2**30) == 507  # all that hold 99 %
+    chosen = [choose_d_init(ActiveSubspaceInit(), flat, d_sae) for d_sae in (64, 14 * 512, 2 * 14 * 512, 2**30)]
+    assert chosen == [64, 64, 91, 128]
     assert choose_d_init(ActiveSubspaceInit(d_init=3), flat, 2**30) == 3
 
 
