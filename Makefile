@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills sharding format \
+.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills sharding format \
 	clean
 
 install: $(VENV)/installed
@@ -108,6 +108,10 @@ claims: install gemma
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# All notebooks anew from their scripts, executed: tutorials/NAME.py -> tutorials/NAME.ipynb. One: NOTEBOOKS=one_flag
+notebooks: install
+	$(BIN)/python tutorials/notebooks.py $(NOTEBOOKS)
 
 # The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
 wheel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -17,9 +18,17 @@ from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tutorials"
-_SPEC = importlib.util.spec_from_file_location("notebooks", FOLDER / "notebooks.py")
-notebooks = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(notebooks)
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+notebooks = _module(FOLDER / "notebooks.py")
+site = _module(ROOT / "docs" / "_notebooks.py")
 SCRIPTS = notebooks.scripts()
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
@@ -33,6 +42,11 @@ SMALL = {
     "K": 4,
     "STEPS": 110,
     "FEATURES_PER_HEAD": 16,
+    "SIZES": (32, 64),
+    "ACTIVE": (2, 4),
+    "BUDGET_HOURS": 0.1,
+    "MEMORY": "8GiB",
+    "PILOTS": {"d_sae": (32, 64), "k": (2, 4), "steps": 20, "batch": 32, "held_out": 128, "timed_d_sae": 0},
 }
 
 # What each notebook must have printed on the tiny model, and how many figures it must have shown.
@@ -41,6 +55,7 @@ PRINTED = {
     "why_features_die": ["| why | dead features |", "stock      dead ", "+ subspace dead "],
     "revive": ["revived so far", "with revive      dead ", "the initializer  dead "],
     "spectral_analysis": [tiny.ATTN_OUT, "of the variance lies in", "components of 16"],
+    "what_can_i_afford": ["pilot:     32 features, k = 2", "| d_sae |", "sae=TopKTrainingSAEConfig(", "10 million"],
     "lorsa": [
         "layer 1: 4 query heads, 2 key-value heads",
         "tied per head  dead ",
@@ -48,7 +63,14 @@ PRINTED = {
         "most of it from",
     ],
 }
-FIGURES = {"one_flag": 1, "why_features_die": 2, "revive": 2, "spectral_analysis": 3, "lorsa": 1}
+FIGURES = {
+    "one_flag": 1,
+    "why_features_die": 2,
+    "revive": 2,
+    "spectral_analysis": 3,
+    "what_can_i_afford": 1,
+    "lorsa": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +131,7 @@ def test_the_notebook_runs_in_a_kernel_and_shows_its_figures(
     # Samples as small as these are warned of; and the notebook before this one has left its names.
     made.cells.insert(0, nbformat.v4.new_code_cell("%reset -f\nimport warnings\nwarnings.simplefilter('ignore')"))
     done = notebooks.executed(made, km=kernel, timeout=120)
+    assert notebooks.complaints(done) == ""
     assert [text for text in PRINTED[script.stem] if text not in printed(done)] == []
     assert len(images(done)) == FIGURES[script.stem]
 
@@ -131,6 +154,7 @@ def test_the_committed_notebook_can_be_shown(script: Path) -> None:
     assert path.stat().st_size < 400_000
     shown = printed(nbformat.read(path, as_version=4))
     assert shown
+    assert notebooks.complaints(nbformat.read(path, as_version=4)) == ""
     # Folders of a machine, hosts, progress, warnings.
     assert re.findall(r"/home|/tmp|/root|/work|https?:|Warning|\d%\||\x1b", shown) == []
 
@@ -146,6 +170,18 @@ def test_the_notebook_is_short_and_begins_with_what_a_reader_changes(script: Pat
     assert chosen == parameters(made)
     assert {"MODEL", "DATASET", "HOOK"} <= assigned(chosen.source)
     assert not any({"MODEL", "DATASET", "HOOK"} & assigned(re.sub(r"(?m)^\s*%.*$", "", one.source)) for one in later)
+
+
+@each
+def test_the_site_shows_what_the_committed_notebook_shows(script: Path) -> None:
+    document = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    text, shown = site.page(script.with_suffix(".ipynb"))
+    assert [cell.source for cell in document.cells if cell.source not in text] == []
+    assert [base64.b64encode(image) for image in shown.values()] == [
+        "".join(image.split()).encode() for image in images(document)
+    ]
+    assert all(f"]({name})" in text for name in shown)
+    assert "<Figure" not in text
 
 
 def test_the_readme_and_the_site_name_every_notebook() -> None:

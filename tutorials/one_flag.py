@@ -18,7 +18,7 @@ if find_spec("google") and find_spec("google.colab"):
 # %% tags=["parameters"]
 # Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
 MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
-N_TOKENS, CONTEXT, BATCH = 24_576, 128, 512
+N_TOKENS, CONTEXT, BATCH = 16_384, 128, 512
 D_SAE, K = 4096, 32
 
 # %%
