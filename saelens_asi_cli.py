@@ -22,6 +22,10 @@ COMMANDS = {
         "which hooks of a model are low-rank, why, and what it means for an SAE",
         "--model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out mlp_out --out folder",
     ),
+    "plan": (
+        "which SAE a budget affords: error, dead features, hours and memory by size, before a run",
+        "--model gpt2 --dataset NeelNanda/pile-10k --hooks attn_out --budget-hours 12 --memory 24GiB",
+    ),
     "evaluate": (
         "dead features, error and loss of any SAEs that SAELens loads",
         "folder_of_saes --n-tokens 1000000 --out folder",

@@ -13,6 +13,7 @@ from saelens_asi.evaluation import SAEEvaluation, evaluate
 from saelens_asi.history import read_history
 from saelens_asi.initialization import ActiveSubspaceInit, Initialization, initialize_, package_version
 from saelens_asi.lorsa import Lorsa, LorsaConfig, LorsaInit, LorsaTraining, initialize_lorsa_, train_lorsa
+from saelens_asi.planning import Plan, plan
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.spectra.attention import AttentionDecomposition, decompose_attention_output
 from saelens_asi.spectra.components import ComponentLosses, loss_recovered
@@ -30,6 +31,7 @@ __all__ = [
     "LorsaConfig",
     "LorsaInit",
     "LorsaTraining",
+    "Plan",
     "RunningMoments",
     "SAEEvaluation",
     "SparseAdam",
@@ -41,6 +43,7 @@ __all__ = [
     "initialize_",
     "initialize_lorsa_",
     "loss_recovered",
+    "plan",
     "principal_angles",
     "read_history",
     "register",

@@ -29,6 +29,7 @@ ENTRIES = {
     "spectra",
     *("initialization.py", "evaluation"),
     *("plugin", "configs.py", "dead_features", "lorsa", "sweep"),
+    "planning",
     "plots",
     "cli",
     *("__init__.py", "__main__.py", "py.typed"),

@@ -9,6 +9,7 @@ from saelens_asi.plots.evaluation import (
     training_history,
 )
 from saelens_asi.plots.lorsa import plot_reading
+from saelens_asi.plots.plan import plan_figure
 from saelens_asi.plots.spectra import (
     attention_decomposition,
     loss_by_components,
@@ -28,6 +29,7 @@ __all__ = [
     "firing_rate_map",
     "firing_rates",
     "loss_by_components",
+    "plan_figure",
     "plot_reading",
     "ranks_across_layers",
     "relative_singular_values",

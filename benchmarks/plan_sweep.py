@@ -1,0 +1,219 @@
+"""What the plan's figures are fitted on beside the sweeps of the claims: pilots and SAEs at every hook that is cached.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep            # goes on where it stopped
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep --list     # what is missing
+
+Rounds: the pilots of all hooks, then one size after the other, so that what is there is always even over the hooks.
+Hooks whose activations are not on the disk are left out, unless --read has the model read the texts of ``OWN``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.claims import sources
+from benchmarks.claims.sources import BY_HOOK, MAIN, Source
+from benchmarks.claims.train import processor
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.planning.pilots import QUANTILES, run_pilot
+from saelens_asi.planning.recipe import recommended
+from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
+from saelens_asi.sweep.run import SweepTraining, train_cell
+
+RESULTS = Path(__file__).parent / "results" / "plan"
+PILOTS, CELLS = RESULTS / "pilots.jsonl", RESULTS / "cells.jsonl"
+
+# A second model and two more texts; small, since a pilot takes 41 thousand activations.
+OWN = (
+    Source("smollm2", "bible", ("blocks.15.hook_attn_out", "blocks.15.hook_mlp_out"), 110_000, 20_000),
+    Source(
+        "smollm2",
+        "linux-doc",
+        (
+            "blocks.5.hook_attn_out",
+            "blocks.15.hook_attn_out",
+            "blocks.25.hook_attn_out",
+            "blocks.15.attn.hook_z",
+            "blocks.5.hook_mlp_out",
+            "blocks.25.hook_resid_post",
+        ),
+        64_000,
+        10_000,
+    ),
+    Source("smollm2", "python", ("blocks.20.hook_attn_out", "blocks.20.hook_resid_post"), 64_000, 10_000),
+)
+PILOT_SIZES = ((4096, 32), (8192, 32), (4096, 64))
+
+# Of gemma3-270m: every kind of hook, early, in the middle and late.
+HOOKS = (
+    "4.hook_attn_out",
+    "9.hook_attn_out",
+    "14.hook_attn_out",
+    "9.attn.hook_z",
+    "4.hook_mlp_out",
+    "14.hook_resid_post",
+)
+
+# Features, active ones, tokens; (8,192, 32, 200,000) is among the claims' cells at every hook of BY_HOOK.
+ROUNDS = ((2048, 16, 100_000), (16384, 64, 100_000), (4096, 32, 300_000), (8192, 16, 200_000))
+LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000), (16384, 32, 300_000))
+ELSEWHERE = (8192, 32, 200_000)
+HELD_OUT = 20_000
+MOST = 800_000  # of the main source
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training: a pilot where ``tokens`` is 0."""
+
+    source: Source
+    hook: str
+    d_sae: int
+    k: int
+    tokens: int = 0
+
+    def key(self) -> dict[str, Any]:
+        of_source = {"model": self.source.model, "text": self.source.text, "hook": self.hook}
+        return {**of_source, "d_sae": self.d_sae, "k": self.k, **({"tokens": self.tokens} if self.tokens else {})}
+
+    @property
+    def path(self) -> Path:
+        return CELLS if self.tokens else PILOTS
+
+
+def places() -> list[tuple[Source, str]]:
+    """Sources and hooks."""
+    by_hook = [(source, f"blocks.{name}") for source in BY_HOOK for name in HOOKS if source.model == "gemma3-270m"]
+    return [(MAIN, MAIN.hooks[0]), *by_hook, *((source, hook) for source in OWN for hook in source.hooks)]
+
+
+def work() -> Iterator[Work]:
+    """All of it, in order."""
+    yield from (Work(*place, *size) for place in places() for size in PILOT_SIZES)
+    for i, size in enumerate(ROUNDS):
+        yield from (Work(*place, *size) for place in places())
+        if i == 0:
+            yield from (Work(source, hook, *ELSEWHERE) for source in OWN[::2] for hook in source.hooks)
+        if i == 1:
+            yield from (Work(*places()[0], *size) for size in LONG)
+
+
+def is_cached(source: Source) -> bool:
+    """Whether both splits are whole on the disk; of the main source, enough of the first."""
+    if source is MAIN:
+        path = source.folder("training") / "cache.json"
+        return path.exists() and json.loads(path.read_text())["n_kept"] >= MOST
+    states = [source.folder(split) / "cache.json" for split in ("training", "held_out")]
+    return all(path.exists() and json.loads(path.read_text()).get("complete") for path in states)
+
+
+@lru_cache(maxsize=1)
+def activations(source: Source, hook: str) -> tuple[Tensor, Tensor]:
+    """Activations to train on, and ``HELD_OUT`` spread evenly over the held-out ones."""
+    if source is MAIN:  # its pass takes an hour: what is there of it will do, the end of it held out
+        state = json.loads((source.folder("training") / "cache.json").read_text())
+        rows = np.load(source.folder("training") / state["files"][hook], mmap_mode="c")
+        train, held_out = torch.from_numpy(rows)[: min(state["n_kept"], MOST)].tensor_split([-2 * HELD_OUT])
+    else:
+        train, held_out = sources.activations(source, hook)
+    every = math.ceil(len(held_out) / HELD_OUT)
+    return train, held_out[::every][:HELD_OUT].float()
+
+
+@lru_cache(maxsize=1)
+def spectrum_of(source: Source, hook: str) -> tuple[Spectrum, Path]:
+    """From 32 activations for each dimension, spread evenly; and its file."""
+    train, _ = activations(source, hook)
+    every = max(1, len(train) // (32 * train.shape[1]))
+    moments = RunningMoments.zeros(train.shape[1])
+    for part in train[::every][: 32 * train.shape[1]].split(8192):
+        moments.update_(part.float())
+    spectrum = Spectrum.from_moments(moments)
+    folder = Path(tempfile.gettempdir()) / "plan_sweep_spectra"
+    folder.mkdir(exist_ok=True)
+    return spectrum, spectrum.save(folder / f"{source.model}_{source.text}_{hook}.safetensors")
+
+
+def facts(source: Source, hook: str) -> dict[str, float]:
+    spectrum, _ = spectrum_of(source, hook)
+    return {
+        "d_in": spectrum.d,
+        "effective_rank": spectrum.effective_rank,
+        "gamma": spectrum.gamma,
+        **{f"dimension_{share}": spectrum.intrinsic_dimension(share) for share in (0.5, 0.9, 0.99)},
+        "variance_in_32": spectrum.variance_explained(32),
+    }
+
+
+def done(one: Work) -> bool:
+    rows = map(json.loads, one.path.read_text().splitlines()) if one.path.exists() else ()
+    return any(all(row.get(name) == value for name, value in one.key().items()) for row in rows)
+
+
+def measure(one: Work) -> dict[str, Any]:
+    train, held_out = activations(one.source, one.hook)
+    _, spectrum = spectrum_of(one.source, one.hook)
+    if not one.tokens:
+        return run_pilot(train, held_out[::2][:8192], one.d_sae, one.k, spectrum=spectrum).to_dict()
+    training = SweepTraining(training_tokens=one.tokens, batch_size=1024)
+    cell = recommended(one.d_sae, one.k, spectrum)
+    trainer, record = train_cell(cell, training, train)
+    found = evaluate(trainer.sae, activations=held_out, ranks=False, progress=False)
+    counts = found.firing_counts.double()
+    last_steps = round(0.4 * training.steps)
+    silent = (counts == 0) & (trainer.n_forward_passes_since_fired >= last_steps)
+    relative = (counts / counts.mean()).quantile(torch.tensor(QUANTILES).double())
+    return {
+        **{name: value for name, value in cell.to_dict().items() if name != "spectrum"},
+        "nmse": found.nmse,
+        "dead_fraction": found.dead_fraction,
+        "n_tokens": found.n_tokens,
+        "silent_fraction": float(silent.double().mean()),
+        "silent_tokens": found.n_tokens + last_steps * training.batch_size,
+        "rate_quantiles": [round(value, 5) for value in relative.tolist()],
+        **record,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
+    parser.add_argument("--read", action="store_true", help="read the texts of OWN with their models first")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.read:
+        for source in OWN:
+            sources.activations(source, source.hooks[0])
+    left = [one for one in work() if not done(one)]
+    while left:
+        one = next((one for one in left if is_cached(one.source)), None)
+        if one is None or args.list:
+            print(f"{len(left)} missing:", *left, sep="\n")
+            return
+        left.remove(one)
+        row = {**one.key(), **facts(one.source, one.hook), **measure(one), "processor": processor()}
+        with one.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            one.key(),
+            f"NMSE {row['nmse']:.4f}, dead {row['dead_fraction']:.2%}, {row['cpu_seconds']:.3g} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
