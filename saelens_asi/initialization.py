@@ -285,6 +285,10 @@ class Initialization:
     norm: float
     initial_nmse: float
 
+    def to_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
 
 @torch.no_grad()
 def initialize_(

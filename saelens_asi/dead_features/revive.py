@@ -89,6 +89,30 @@ def dead_features(silence: Silence, batch: int, mean_rate: float, d_sae: int) ->
     return silence.silent.double() * batch * torch.log1p(-rate) < math.log(ERROR / d_sae)
 
 
+# A start has failed where so many of all features were silent on tokens enough for so many firings each, and the mean
+# of what the encoder sees is longer than this share of its deviation.
+_MOST, _FIRINGS_MISSED, _FAR = 0.5, 100, 0.5
+
+
+def missed_all(silence: Silence, batch: int, mean_rate: float) -> Bool[Tensor, " n_features"]:
+    """Features silent on tokens on which one of average rate fires a hundred times."""
+    return silence.silent.double() * batch * mean_rate >= _FIRINGS_MISSED
+
+
+def start_has_failed(share_missed: float, seen: Spectrum) -> bool:
+    """Whether features start so badly that a new start is better than to revive them one by one.
+
+    Where most features never fire and the mean is still in what the encoder sees, it is the mean that decides who
+    fires: those along it do, on all tokens alike. What is placed beside them fails too, since the gradients of all
+    encoder rows share the mean's direction, and the first of Adam's steps lift or drown them together.
+
+    Args:
+        share_missed: of all features, those that ``missed_all``.
+        seen: of activations as the encoder sees them, without the decoder's bias where it is taken off.
+    """
+    return share_missed > _MOST and seen.gamma > _FAR
+
+
 class Sample(NamedTuple):
     """Tokens, and what an SAE makes of them at present.
 

@@ -153,7 +153,7 @@ class _Estimate:
         if self._space_is_raw() and self.settings.spectrum is None:
             self.trainer.unsaved_spectrum = spectrum.scaled(1 / (self.trainer.activation_scaler.scaling_factor or 1.0))
         sample = torch.cat(self.sample)
-        result = initialize_(self.sae, self.settings, spectrum, sample, _fit_activation_fn(self.sae))
+        result = initialize_(self.sae, self.settings, spectrum, sample, fit_activation_fn(self.sae))
         self._record(spectrum, result, self.n_drawn if is_training_stream else 0)
         self.trainer.initialization_pending = False
 
@@ -193,7 +193,7 @@ class _Estimate:
         )
 
 
-def _fit_activation_fn(sae: AnyTrainingSAE) -> TopKOfAll | None:
+def fit_activation_fn(sae: AnyTrainingSAE) -> TopKOfAll | None:
     """Under what the norm is fitted, where that is not the SAE's own activation function.
 
     Untrained features fire by the length of a vector: of a batch, the longest take hundreds each, and many nothing. A

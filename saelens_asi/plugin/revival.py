@@ -30,7 +30,9 @@ from saelens_asi.dead_features.revive import (
     placed,
     residual_directions,
 )
+from saelens_asi.initialization import Initialization, write_provenance
 from saelens_asi.plugin.fields import AnyTrainingSAE
+from saelens_asi.plugin.fresh_start import FreshStart
 from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.plugin.sparse_steps import SparseSteps
 from saelens_asi.plugin.topk_pass import encoder_of, is_of_family
@@ -120,19 +122,22 @@ class Revival:
         self._sample: Tensor | None = None
         self._n_sampled = 0
         self._moments: RunningMoments | None = None
+        self._fresh = FreshStart(cfg, sae)
 
     @property
     def _scoring(self) -> Scoring:
         cfg, is_magnitude = self._sae.cfg, isinstance(self._sae, AbsTopKTrainingSAE)
         return Scoring(cfg.k, self._shard.d_sae, cfg.rescale_acts_by_decoder_norm, is_magnitude)
 
-    def see(self, sae_in: Tensor, silent: Tensor) -> None:
+    def see(self, sae_in: Tensor, silent: Tensor, steps_done: int) -> None:
         """Take in a step that is done.
 
         Args:
             sae_in: (batch, d_in), scaled, all tokens of the batch.
             silent: (n_features,) steps since each feature that lies here has fired.
+            steps_done: of the run.
         """
+        self._fresh.see(sae_in, steps_done)
         self._fired += silent == 0
         if self._sample is None:
             self._sample = sae_in.new_zeros(_SAMPLE, sae_in.shape[-1])
@@ -154,9 +159,7 @@ class Revival:
 
         Collective.
         """
-        age = steps_done - self._born.long()
-        silence = Silence(age, self._fired.long(), torch.minimum(silent.long(), age))
-        scoring, d_sae = self._scoring, self._shard.d_sae
+        silence, scoring, d_sae = self._silence(steps_done, silent), self._scoring, self._shard.d_sae
         dead = dead_features(silence, self._batch, scoring.k / d_sae, d_sae)
         rows = self._of_all(dead, silence.silent)
         if self._sample is None or len(rows) < max(1.0, _MIN_DEAD * d_sae):
@@ -174,6 +177,47 @@ class Revival:
         best = best[gain[best] > 0]
         revived = self._as_first(Revived(*(one[best] for one in revived)))
         return self._own(rows[: len(revived.norm)], revived) if len(revived.norm) else None
+
+    def _silence(self, steps_done: int, silent: Tensor) -> Silence:
+        age = steps_done - self._born.long()
+        return Silence(age, self._fired.long(), torch.minimum(silent.long(), age))
+
+    def is_failed_start(self, steps_done: int, silent: Tensor) -> bool:
+        """Whether the SAE is to start anew, instead of a round. Collective."""
+        return self._fresh.is_needed(self._silence(steps_done, silent), self._scoring.k / self._shard.d_sae, steps_done)
+
+    def start_anew_(self, optimizer: Optimizer, steps: SparseSteps, counters: Counters, steps_done: int) -> None:
+        """Give all features new weights by Active Subspace Initialization, and moments and counters of a beginning.
+
+        Collective. The arguments are those of ``write_``.
+        """
+        if self._sample is None:
+            raise ValueError("no step was taken yet: there is nothing to look at")
+        begun = self._fresh.make_(self._sample[: self._n_sampled])
+        steps.invalidate()
+        forget_rows_(self._sae, optimizer, torch.arange(self._shard.n_features, device=self._fired.device))
+        state = optimizer.state.get(self._sae.b_dec) or {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                state[moment].zero_()
+        for counts in (*counters, self._fired):
+            counts.zero_()
+        self._born.fill_(steps_done)
+        self.n_revived += self._shard.d_sae
+        self._record(begun, steps_done)
+
+    def _record(self, begun: Initialization, steps_done: int) -> None:
+        record = {"settings": self._fresh.settings.to_dict(), "started_anew_after_steps": steps_done, **begun.to_dict()}
+        write_provenance(self._sae.cfg.metadata, record)
+        if self._shard.world.is_first:
+            logger.warning(
+                "most features do not fire, and the mean is in what the encoder sees: after %d steps the SAE starts "
+                "anew, by Active Subspace Initialization (%d dimensions, decoder norm %.3g). With "
+                "initializer='active_subspace' these steps would not have been lost",
+                steps_done,
+                begun.d_init,
+                begun.norm,
+            )
 
     def _of_all(self, dead: Tensor, silent: Tensor) -> Tensor:
         """Dead features of all processes by their numbers in the whole, those that have been silent longest first."""
@@ -260,13 +304,16 @@ class Revival:
 
     def state(self) -> dict[str, Tensor]:
         """All that later rounds follow from, of all features. Collective."""
-        numbers = [self._n_sampled, self.n_revived, 0 if self._moments is None else self._moments.n_tokens]
+        kept = {"residual": self._moments, "seen": self._fresh.moments}
+        moments = {name: of for name, of in kept.items() if of is not None}
+        counts = [0 if of is None else of.n_tokens for of in kept.values()]
+        numbers = [self._n_sampled, self.n_revived, self._fresh.last_step, *counts]
         tensors = {"fired": self._shard.of_all(self._fired), "born": self._shard.of_all(self._born)}
         tensors["numbers"] = torch.tensor(numbers)
         if self._sample is not None:
             tensors["sample"] = self._sample
-        if self._moments is not None:
-            tensors |= {"mean": self._moments.mean, "scatter": self._moments.scatter}
+        for name, of in moments.items():
+            tensors |= {f"{name}.mean": of.mean, f"{name}.scatter": of.scatter}
         return tensors
 
     def load(self, folder: Path, steps_done: int, silent: Tensor) -> None:
@@ -276,6 +323,7 @@ class Revival:
         """
         if not (folder / REVIVAL).exists():
             logger.info("%s is of a run without revive: firings are counted from here on", folder)
+            self._fresh.last_step = 0  # its first tokens are gone
             self._fired = (silent < steps_done).to(self._fired)
             return
         self._take(load_tensors(folder / REVIVAL))
@@ -283,11 +331,12 @@ class Revival:
     def _take(self, saved: Mapping[str, Tensor]) -> None:
         device = self._fired.device
         self._fired, self._born = (self._shard.own(saved[name]).to(device).clone() for name in ("fired", "born"))
-        self._n_sampled, self.n_revived, n_moments = saved["numbers"].tolist()
+        self._n_sampled, self.n_revived, self._fresh.last_step, *counts = saved["numbers"].tolist()
         self._sample = saved["sample"].to(device) if "sample" in saved else None
-        self._moments = None
-        if "mean" in saved:
-            self._moments = RunningMoments(n_moments, saved["mean"], saved["scatter"]).to(device)
+        self._moments, self._fresh.moments = (
+            RunningMoments(n, saved[f"{name}.mean"], saved[f"{name}.scatter"]).to(device) if n else None
+            for name, n in zip(("residual", "seen"), counts, strict=True)
+        )
 
 
 class Found(NamedTuple):

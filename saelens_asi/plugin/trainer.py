@@ -252,14 +252,19 @@ class PluginTrainer(KeptRun, ShardedRun):
         if self.revival is None or self._sae_in is None:
             return
         silent, steps_done = self.n_forward_passes_since_fired, self.steps_done()
-        self.revival.see(self._sae_in, silent)
+        self.revival.see(self._sae_in, silent, steps_done)
         self._sae_in = None
-        found = self.revival.find(steps_done, silent) if self.revival.is_due(steps_done) else None
-        if found is None:
+        if not self.revival.is_due(steps_done):
             return
-        with self.progress.writing():
-            counters = Counters(silent, self.act_freq_scores)
-            self.revival.write_(found, self.optimizer, self._sparse_steps, counters, steps_done)
+        kept = (self.optimizer, self._sparse_steps, Counters(silent, self.act_freq_scores), steps_done)
+        if self.revival.is_failed_start(steps_done, silent):
+            with self.progress.writing():
+                self.revival.start_anew_(*kept)
+            return
+        found = self.revival.find(steps_done, silent)
+        if found is not None:
+            with self.progress.writing():
+                self.revival.write_(found, *kept)
 
     def check_finite(self) -> None:
         self.guard.check_run(self.sae, self.optimizer, self.n_training_samples, self._last_good())

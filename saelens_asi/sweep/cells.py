@@ -61,6 +61,7 @@ class Cell:
         aux_loss_coefficient: weight of SAELens's auxiliary loss on dead features; 0 leaves it out.
         lr: learning rate.
         seed: of the weights. The order of the data is the same for all.
+        revive: ``"auto"``: features that die start again; ``"off"``.
     """
 
     architecture: str = "topk"
@@ -75,6 +76,7 @@ class Cell:
     aux_loss_coefficient: float = 0.0
     lr: float = 1e-3
     seed: int = 0
+    revive: str = "off"
 
     def __post_init__(self) -> None:
         if self.initializer not in ("default", "active_subspace"):
@@ -88,6 +90,8 @@ class Cell:
         for name in unused:
             object.__setattr__(self, name, None)
         self.initializer_settings()
+        if self.revive not in ("off", "auto"):
+            raise ValueError(f"revive={self.revive!r} must be 'off' or 'auto'")
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must be at least 1 and at most d_sae={self.d_sae}")
 
@@ -109,10 +113,11 @@ class Cell:
 
     def _method_settings(self) -> tuple[object, ...]:
         initialization = (self.initializer, *(getattr(self, name) for name in _INITIALIZATION))
-        return *initialization, self.optimizer, self.aux_loss_coefficient > 0
+        return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive
 
     def to_dict(self) -> dict[str, float | str | None]:
-        return asdict(self)
+        """Plain values, for JSON; ``revive`` where it is on, as rows of sweeps before it was a setting have none."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("revive", "off")}
 
 
 def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list[Cell]:
@@ -184,7 +189,7 @@ class SweepRow(_Measures, total=False):
 _MADE_OF = "fingerprints"
 
 # What a line has at least.
-_NEEDED = {"hook_name", *(field.name for field in fields(Cell))}
+_NEEDED = {"hook_name", *Cell().to_dict()}
 
 
 class SweepStore:
@@ -233,7 +238,7 @@ class SweepStore:
 
     def find(self, cell: Cell, hook_name: str) -> SweepRow | None:
         """The finished row of a cell on a hook."""
-        own = {"hook_name": hook_name, **cell.to_dict()}
+        own = {"hook_name": hook_name, "revive": None, **cell.to_dict()}
         return next((row for row in self.rows if all(row.get(name) == value for name, value in own.items())), None)
 
     def add(self, cell: Cell, measured: Mapping[str, str | float]) -> SweepRow:

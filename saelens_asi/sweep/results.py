@@ -46,7 +46,7 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
 
 def settings_but_rate(row: SweepRow) -> tuple[object, ...]:
     """All settings but learning rate and seed: equal for rows among which a rate is chosen."""
-    return itemgetter(*_SETTINGS)(row)
+    return tuple(row.get(name) for name in _SETTINGS)
 
 
 def best_rates(rows: Iterable[SweepRow]) -> list[SweepRow]:

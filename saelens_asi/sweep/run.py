@@ -153,6 +153,7 @@ def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
         "initializer": cell.initializer_settings() or "default",
         "optimizer": cell.optimizer,
         "aux_loss_coefficient": cell.aux_loss_coefficient,
+        "revive": cell.revive,
     }
     if cell.architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
@@ -335,5 +336,5 @@ def _line(cell: Cell, row: SweepRow) -> str:
 def describe(cell: Cell) -> str:
     """The settings in which a cell differs from the default one."""
     default, own = Cell().to_dict(), cell.to_dict()
-    changed = [f"{name}={value}" for name, value in own.items() if value != default[name] and value is not None]
+    changed = [f"{name}={value}" for name, value in own.items() if value != default.get(name) and value is not None]
     return " ".join(changed) or "defaults"

@@ -13,7 +13,8 @@ from sae_lens import LoggingConfig
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, read_history
-from saelens_asi.plugin import revival
+from saelens_asi.initialization import METADATA_KEY
+from saelens_asi.plugin import fresh_start, revival
 from saelens_asi.plugin.checkpoints import check_whole
 from saelens_asi.plugin.revival import REVIVAL, Revival
 from saelens_asi.plugin.sharded_sae import shard_of
@@ -44,7 +45,13 @@ class Batches(kept_run.Batches):
 
 @pytest.fixture(autouse=True)
 def _rounds_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revival, "ROUND_STEPS", 5)
+    _short(monkeypatch)
+
+
+def _short(patch: pytest.MonkeyPatch, first_share: float = 0.0) -> None:
+    """Rounds every few steps, and no new start but where a test is about one."""
+    patch.setattr(revival, "ROUND_STEPS", 5)
+    patch.setattr(fresh_start, "_FIRST_SHARE", first_share)
 
 
 def _trainer(architecture: str = "topk", n_steps: int = 60, **settings: Any) -> Any:
@@ -316,7 +323,7 @@ def test_off_is_what_it_was():
 
 def _spread(n_steps: int, settings: dict[str, Any]) -> tuple[Any, int]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(revival, "ROUND_STEPS", 5)
+        _short(patch)
         revived: list[int] = []
         stock = Revival.write_
 
@@ -354,7 +361,7 @@ class WideBatches(Batches):
 def _kept(folder: str) -> tuple[dict[str, Tensor], int]:
     """A run that goes on from what its folder holds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(revival, "ROUND_STEPS", 5)
+        _short(patch)
         torch.manual_seed(0)
         own = {"optimizer": "sparse_adam", "dtype": "float64", "resume": "latest"}
         trainer = _trainer(provider=WideBatches(), n_steps=40, checkpoint_path=folder, n_checkpoints=5, **own)
@@ -408,16 +415,155 @@ def _low_rank() -> Iterator[Tensor]:
         yield 4 * codes @ basis.T + 2.0 + 0.02 * torch.randn(BATCH, 32, generator=generator)
 
 
+def _failing(n_steps: int = 60, batches: Iterator[Tensor] | None = None, **settings: Any) -> Any:
+    """A start in all dimensions, of which most features never fire."""
+    torch.manual_seed(0)
+    own = {"d_in": 32, "d_sae": 256, "k": 8, "optimizer": "sparse_adam"}
+    return _trainer(provider=_low_rank() if batches is None else batches, n_steps=n_steps, **{**own, **settings})
+
+
 def test_saelens_own_start_ends_alive_with_revival_alone():
     """On low-rank activations around a mean, where most features of a start in all dimensions never fire."""
     dead, errors = {}, {}
     for revive in ("off", "auto"):
-        torch.manual_seed(0)
-        settings = {"d_in": 32, "d_sae": 256, "k": 8, "optimizer": "sparse_adam"}
-        trainer = _trainer(provider=_low_rank(), n_steps=200, revive=revive, **settings)
+        trainer = _failing(200, revive=revive)
         trainer.fit()
         dead[revive] = float((trainer.n_forward_passes_since_fired > 30).float().mean())
         errors[revive] = trainer.history[-1]["nmse"]
     assert dead["off"] > 0.5
     assert dead["auto"] < 0.3 * dead["off"]
     assert errors["auto"] < errors["off"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_a_start_that_failed_is_made_anew(architecture, optimizer, monkeypatch, caplog):
+    """Once, with all that a start has, and said: in the log, in the SAE's metadata, in the history."""
+    _short(monkeypatch, 0.2)
+    trainer = _failing(150, architecture=architecture, optimizer=optimizer, lr=1e-3)
+    began: list[int] = []
+    stock = trainer.revival.start_anew_
+
+    def start_anew_(*args: Any) -> None:
+        stock(*args)
+        began.append(args[-1])
+        sae = trainer.sae
+        assert not trainer.n_forward_passes_since_fired.any()
+        assert not trainer.act_freq_scores.any()
+        assert not any(trainer.optimizer.state[param]["exp_avg"].any() for param in sae.parameters())
+        norms = sae.W_dec.detach().norm(dim=1)
+        torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+        torch.testing.assert_close(sae.W_enc.detach(), sae.W_dec.detach().T)
+        assert not sae.b_enc.any()
+        assert float((sae.b_dec.detach() - 2.0).norm()) > 0.1  # the mean of the codes too
+
+    trainer.revival.start_anew_ = start_anew_
+    trainer.fit()
+    assert len(began) == 1
+    assert began[0] <= 0.2 * 150
+    record = trainer.sae.cfg.metadata[METADATA_KEY]
+    assert record["started_anew_after_steps"] == began[0]
+    assert record["d_init"] < 32
+    assert trainer.history[-1]["revived_features"] >= 256
+    assert "starts anew, by Active Subspace Initialization" in caplog.text
+    without = _failing(150, architecture=architecture, optimizer=optimizer, lr=1e-3, revive="off")
+    without.fit()
+    silent, silent_without = (float((of.n_forward_passes_since_fired > 30).float().mean()) for of in (trainer, without))
+    assert silent < 0.6 * silent_without
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"initializer": "active_subspace"},  # has the mean as its centre
+        {"batches": (batch - batch.mean(dim=0) for batch in _low_rank())},  # no mean that could be the cause
+    ],
+    ids=["centred", "no mean"],
+)
+def test_other_starts_are_left_alone(settings, monkeypatch):
+    _short(monkeypatch, 0.2)
+    trainer = _failing(60, **settings)
+    with torch.no_grad():  # as dead as can be
+        trainer.step = _killing(trainer, slice(0, 200))
+    trainer.revival.start_anew_ = lambda *_: pytest.fail("started anew")
+    trainer.fit()
+
+
+def _killing(trainer: Any, rows: slice) -> Any:
+    stock = trainer.step
+
+    def step(batch: Tensor) -> Any:
+        if trainer.steps_done() == 1:
+            _kill_(trainer.sae, rows)
+        return stock(batch)
+
+    return step
+
+
+def test_what_was_learned_for_long_is_not_given_up(monkeypatch):
+    _short(monkeypatch, 0.2)
+    trainer = _failing(150)
+    assert trainer.revival._fresh.last_step == 30
+    for step in range(31):
+        trainer.revival.see(next(_low_rank()), torch.zeros(256), step)
+    assert trainer.revival.is_failed_start(30, torch.full((256,), 30))
+    assert not trainer.revival.is_failed_start(31, torch.full((256,), 31))
+    trainer.revival.see(next(_low_rank()), torch.zeros(256), 31)
+    assert trainer.revival._fresh.moments is None  # their memory is free again
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_a_resume_before_and_after_a_new_start_ends_with_the_same_bits(optimizer, tmp_path, monkeypatch):
+    _short(monkeypatch, 0.2)
+    d_in = 32
+
+    def run() -> Any:
+        settings = {"checkpoint_path": str(tmp_path), "n_checkpoints": 29, "resume": "latest"}
+        trainer = _failing(90, Resumable(), optimizer=optimizer, d_in=d_in, **settings)
+        trainer.fit()
+        return trainer
+
+    whole = run()
+    assert "started_anew_after_steps" in whole.sae.cfg.metadata[METADATA_KEY]
+    expected = _end(whole)
+    began = whole.sae.cfg.metadata[METADATA_KEY]["started_anew_after_steps"]
+    paths = sorted((path.parent for path in tmp_path.glob(f"*/{MANIFEST}")), key=lambda path: int(path.name))
+    before = sum(int(path.name) < began * BATCH for path in paths)
+    assert before >= 1
+    for last in (before + 2, before):
+        for later in paths[last:]:
+            shutil.rmtree(later, ignore_errors=True)
+        resumed = run()
+        again = _end(resumed)
+        assert again.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(again[name], expected[name])] == []
+        assert resumed.sae.cfg.metadata[METADATA_KEY] == whole.sae.cfg.metadata[METADATA_KEY]
+
+
+class Resumable(kept_run.Batches):
+    """The same low-rank activations, from any place on."""
+
+    def __next__(self) -> Tensor:
+        self.n += 1
+        generator = torch.Generator().manual_seed(self.n)
+        basis = torch.linalg.qr(torch.randn(32, 8, generator=torch.Generator().manual_seed(3)))[0]
+        codes = torch.rand(BATCH, 8, generator=generator) * (torch.rand(BATCH, 8, generator=generator) < 0.4)
+        return 4 * codes @ basis.T + 2.0 + 0.02 * torch.randn(BATCH, 32, generator=generator)
+
+
+def _anew(n_steps: int, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        _short(patch, 0.2)
+        trainer = _failing(n_steps, (batch.double() for batch in _low_rank()), **settings)
+        done = many.watched(trainer)
+        return done, trainer.sae.cfg.metadata[METADATA_KEY]
+
+
+@pytest.mark.parametrize("batch_shards", [1, 2])
+def test_many_processes_start_anew_as_one(batch_shards):
+    settings = {"dtype": "float64", "batch_shards": batch_shards}
+    expected, record = _anew(60, dict(settings, batch_shards=1))
+    for found, of in in_processes(2, _anew, 60, settings):
+        assert of["started_anew_after_steps"] == record["started_anew_after_steps"]
+        for name, tensor in expected.tensors.items():
+            torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-6, atol=1e-6, msg=name)

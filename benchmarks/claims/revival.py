@@ -1,0 +1,179 @@
+"""What brings dead features back in training: nothing, the auxiliary loss, resampling, ``revive="auto"``.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.claims.revival          # go on; in as many shells as there are cores
+    python -m benchmarks.claims.revival --table
+
+From three starts: SAELens's own, the paper's, and that of the flag. All with SparseAdam, the same batches and
+schedule. Each finished SAE is one line of benchmarks/results/claims/revival.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from sae_lens import TrainingSAE
+from tabulate import tabulate
+from torch import Tensor
+
+from benchmarks.claims.records import is_among, keep, read, taken
+from benchmarks.claims.rival_trainers import Resampling, Run, train_with
+from benchmarks.claims.sources import BY_HOOK, MAIN, MAIN_HOOK, Source, activations
+from benchmarks.claims.train import processor
+from saelens_asi.dead_features.revive import largest_cosines
+from saelens_asi.evaluation.run import evaluate
+from saelens_asi.sweep import Cell, SweepTraining
+from saelens_asi.sweep.run import measure, train_cell
+
+PART = "revival"
+
+STARTS: dict[str, dict[str, Any]] = {
+    "SAELens's own": {"initializer": "default"},
+    "the paper's": {"center": "zeros", "d_init": 0.1875},
+    "the flag's": {},
+}
+# The auxiliary loss has the weight of Gao et al. and, in tokens, the window that did best in the pilot.
+AUX_WINDOW = 102_400
+CURES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "auxiliary loss": {"aux_loss_coefficient": 1 / 32},
+    "resampling": {},
+    "revive": {"revive": "auto"},
+}
+# Decoder rows with a cosine above this are duplicates.
+DUPLICATE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One SAE.
+
+    Attributes:
+        start: in ``STARTS``.
+        cure: in ``CURES``.
+        model: as ``load_model`` names it.
+        cell: settings.
+        tokens: to train on.
+    """
+
+    start: str
+    cure: str
+    model: str
+    cell: Cell
+    tokens: int
+
+    def key(self) -> dict[str, Any]:
+        own = {name: value for name, value in asdict(self).items() if name != "cell"}
+        return {"part": PART, **own, **self.cell.to_dict()}
+
+    @property
+    def source(self) -> Source:
+        return MAIN if self.model == "smollm2" else next(one for one in BY_HOOK if one.model == self.model)
+
+
+def trials() -> Iterator[Trial]:
+    for model, architecture, tokens in (
+        ("smollm2", "topk", 800_000),
+        ("gemma3-270m", "topk", 300_000),
+        ("smollm2", "batchtopk", 400_000),
+    ):
+        for start in STARTS:
+            for cure in CURES:
+                yield _trial(start, cure, model, tokens, architecture=architecture)
+    for d_sae, tokens in ((32_768, 800_000), (131_072, 800_000)):
+        for start, cure in (("SAELens's own", "nothing"), ("SAELens's own", "revive"), ("the flag's", "nothing")):
+            yield _trial(start, cure, "smollm2", tokens, d_sae=d_sae)
+    for seed in (1, 2):
+        for start, cure in (("SAELens's own", "revive"), ("the flag's", "nothing"), ("the flag's", "revive")):
+            yield _trial(start, cure, "smollm2", 800_000, seed=seed)
+
+
+def _trial(start: str, cure: str, model: str, tokens: int, **settings: Any) -> Trial:
+    cell = Cell(**{"d_sae": 8192, "k": 32, **STARTS[start], **CURES[cure], **settings})
+    return Trial(start=start, cure=cure, model=model, cell=cell, tokens=tokens)
+
+
+def train(trial: Trial) -> dict[str, Any]:
+    """Train and measure one SAE."""
+    training_set, held_out = activations(trial.source, MAIN_HOOK[trial.model])
+    training = SweepTraining(training_tokens=trial.tokens, dead_after_tokens=AUX_WINDOW)
+    if trial.cure == "resampling":
+        sae, record = train_with(Resampling, Run(trial.cell, training, training_set, 0.2), None)
+        found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
+        measured: dict[str, Any] = {name: getattr(found, name) for name in ("n_tokens", "dead_fraction", "nmse", "l0")}
+    else:
+        trainer, record = train_cell(trial.cell, training, training_set)
+        sae, measured = trainer.sae, dict(measure(trainer, training, held_out))
+    of_revival = {"n_revived": sae.cfg.metadata.get("n_revived_features")}
+    started = (sae.cfg.metadata.get("active_subspace_init") or {}).get("started_anew_after_steps")
+    return {**measured, **record, **of_revival, "started_anew_after_steps": started, **duplicates(sae, held_out)}
+
+
+@torch.no_grad()
+def duplicates(sae: TrainingSAE, held_out: Tensor) -> dict[str, float]:
+    """Of the features that fire on held-out tokens, how many have a decoder row much like another's."""
+    found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
+    rows = torch.nn.functional.normalize(sae.W_dec.detach()[found.firing_counts > 0].float(), dim=1)
+    if len(rows) < 2:
+        return {"duplicate_fraction": 0.0, "median_largest_cosine": 0.0}
+    largest = torch.cat([_largest(rows, part) for part in torch.arange(len(rows)).split(2048)])
+    return {
+        "duplicate_fraction": float((largest > DUPLICATE).double().mean()),
+        "median_largest_cosine": float(largest.median()),
+    }
+
+
+def _largest(rows: Tensor, part: Tensor) -> Tensor:
+    """Of some rows the largest cosine with another."""
+    others = torch.ones(len(rows), dtype=torch.bool)
+    others[part] = False
+    outside = largest_cosines(rows[part], rows, others)
+    inside = (rows[part] @ rows[part].T).fill_diagonal_(-1).amax(dim=1)
+    return torch.maximum(outside, inside)
+
+
+def table() -> str:
+    """All that is trained, in Markdown."""
+    lines = [
+        [
+            row["model"], row["architecture"], f"{row['d_sae']:,}", f"{row['tokens'] / 1e6:g} M", row["start"],
+            row["cure"], row["seed"], f"{row['dead_fraction']:.2%}",
+            f"{row['silent_fraction']:.2%}" if "silent_fraction" in row else "-", f"{row['nmse']:.4f}",
+            f"{row['l0']:.1f}", f"{row['duplicate_fraction']:.2%}", row["n_revived"] or 0,
+            row["started_anew_after_steps"] or "-", f"{row['cpu_seconds']:.0f}",
+        ]
+        for row in read(PART)
+    ]  # fmt: skip
+    heads = (
+        "model", "SAE", "d_sae", "tokens", "start", "cure", "seed", "dead, held-out", "dead, both", "NMSE", "L0",
+        "duplicates", "revived", "anew after", "CPU s",
+    )  # fmt: skip
+    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print what is trained, and train nothing")
+    parser.add_argument("--list", action="store_true", help="name what is missing, and train nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
+    torch.set_num_threads(1)
+    for trial in trials():
+        with taken(trial.key()) as mine:
+            if not mine or is_among(read(PART), trial.key()):
+                continue
+            print(trial, flush=True)
+            if args.list:
+                continue
+            row = {**trial.key(), **train(trial), "processor": processor()}
+            keep(PART, row)
+            print(f"    NMSE {row['nmse']:.4f}, dead {row['dead_fraction']:.2%}, {row['cpu_seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
