@@ -35,7 +35,10 @@ Group = tuple[str, str, str]  # model, text, hook
 
 COVERED = 0.8
 # The ridge, in units of the terms' own spread; small against the rows, and enough to keep terms apart.
-RIDGE = 0.02
+RIDGE = 0.003
+
+# What terms are drawn to: between sizes of pilots, the slopes that the pilots have found hold.
+PRIOR = {"k x slope": 1.0, "d_sae x slope": 1.0}
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,13 @@ class Hook:
         anchor: of its pilots.
         facts: of its spectrum.
         rows: the SAEs trained there.
+        pilots: second and third, as error at other d_sae and k.
     """
 
     anchor: Anchor
     facts: dict[str, float]
     rows: tuple[Trained, ...]
+    pilots: tuple[Pilot, ...]
 
 
 def hooks() -> dict[Group, Hook]:
@@ -122,20 +127,23 @@ def hooks() -> dict[Group, Hook]:
             continue
         pilots = [Pilot(**{n: by_size[size][n] for n in Pilot.__dataclass_fields__}) for size in sizes]
         facts = by_size[sizes[0]]
-        found[group] = Hook(anchor_of(pilots, facts["effective_rank"] / facts["d_in"], facts["gamma"]), facts, rows)
+        anchor = anchor_of(pilots, facts["effective_rank"] / facts["d_in"], facts["gamma"])
+        found[group] = Hook(anchor, facts, rows, tuple(pilots[1:]))
     return found
 
 
 def ridge(terms: Sequence[dict[str, float]], values: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
-    """Coefficients of weighted least squares with a penalty on each term in units of its spread."""
+    """Coefficients of weighted least squares with a penalty on each term's distance from ``PRIOR``."""
     names = list(terms[0])
     x, y, w = np.array([[row[n] for n in names] for row in terms]), np.array(values), np.array(weights)
+    prior = np.array([PRIOR.get(name, 0.0) for name in names])
+    y = y - x @ prior
     w = w / w.sum()
     scale = np.sqrt(w @ x**2).clip(min=1e-9)
     scaled = x / scale
     penalty = RIDGE * np.diag([0.0 if name == "one" else 1.0 for name in names])
     found = np.linalg.solve(scaled.T @ (w[:, None] * scaled) + penalty, scaled.T @ (w * y)) / scale
-    return dict(zip(names, map(float, found), strict=True))
+    return dict(zip(names, map(float, found + prior), strict=True))
 
 
 def quantile(values: Sequence[float], weights: Sequence[float], q: float) -> float:
@@ -156,9 +164,12 @@ def _each(some: Hooks) -> Iterator[tuple[Hook, Trained, float]]:
 
 
 def fit_error(some: Hooks) -> dict[str, float]:
-    terms = [error_terms(hook.anchor, row.d_sae, row.k, row.tokens) for hook, row, _ in _each(some)]
-    values = [math.log(row.nmse / hook.anchor.nmse) for hook, row, _ in _each(some)]
-    return ridge(terms, values, [weight for *_, weight in _each(some)])
+    """On the SAEs, and on the pilots, which count as one SAE each."""
+    known: list[tuple[Hook, Trained | Pilot, float]] = list(_each(some))
+    known += [(hook, one, 1 / len(hook.rows)) for hook in some.values() for one in hook.pilots]
+    terms = [error_terms(hook.anchor, row.d_sae, row.k, row.tokens) for hook, row, _ in known]
+    values = [math.log(row.nmse / hook.anchor.nmse) for hook, row, _ in known]
+    return ridge(terms, values, [weight for *_, weight in known])
 
 
 def error_left(coefficients: dict[str, float], some: Hooks) -> list[tuple[float, float]]:

@@ -68,8 +68,8 @@ HOOKS = (
 )
 
 # Features, active ones, tokens; (8,192, 32, 200,000) is among the claims' cells at every hook of BY_HOOK.
-ROUNDS = ((2048, 16, 100_000), (16384, 64, 100_000), (4096, 32, 300_000), (8192, 16, 200_000))
-LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000), (16384, 32, 300_000))
+ROUNDS = ((2048, 16, 100_000), (8192, 16, 200_000), (4096, 32, 300_000), (16384, 64, 100_000))
+LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000))
 ELSEWHERE = (8192, 32, 200_000)
 HELD_OUT = 20_000
 MOST = 800_000  # of the main source
@@ -107,7 +107,7 @@ def work() -> Iterator[Work]:
         yield from (Work(*place, *size) for place in places())
         if i == 0:
             yield from (Work(source, hook, *ELSEWHERE) for source in OWN[::2] for hook in source.hooks)
-        if i == 1:
+        if i == 2:
             yield from (Work(*places()[0], *size) for size in LONG)
 
 

@@ -9,7 +9,7 @@ error this hook allows; a model that was fitted on sweeps carries both to other 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saelens_asi import plots
@@ -71,6 +71,7 @@ def run(flags: PlanFlags, pilots: PilotSizes | None = None) -> Plan:
         budget_hours=flags.budget_hours, memory=flags.memory, counted_on=flags.counted_on,
         context_size=flags.context_size, batch_size=flags.batch_size, device=flags.device, pilots=pilots,
     )  # fmt: skip
+    made = replace(made, model=flags.model, dataset=flags.dataset)
     write(made, flags.out)
     return made
 

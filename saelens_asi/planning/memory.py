@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 FLOAT, GIB = 4, 2**30
 
 # Of a process that has imported torch and SAELens and compiled the kernels, before it holds anything.
-PROCESS = int(0.62 * GIB)
+PROCESS = int(0.665 * GIB)
 
 # Scores of a step that are held at a time, candidates among them, and the allocator's leftovers.
 SCRATCH = int(0.10 * GIB)

@@ -117,7 +117,6 @@ def error_terms(anchor: Anchor, d_sae: float, k: float, tokens: float) -> dict[s
         "d_sae x tokens": x * t,
         "k x tokens": y * t,
         "tokens x rank": t * anchor.rank_share,
-        "tokens^2": t * t,
     }
 
 

@@ -83,6 +83,7 @@ class Plan:
         sizes: d_sae, k and tokens of the rows.
         warnings: what will go wrong, and what to do about it.
         measured: False where a spectrum alone was given: error and dead share are guesses then.
+        dataset: name of the text, for the settings; None leaves it out of them.
     """
 
     hook: str
@@ -102,6 +103,7 @@ class Plan:
     sizes: Sequence[tuple[int, int, int]]
     warnings: Sequence[str] = field(default=())
     measured: bool = True
+    dataset: str | None = None
 
     @cached_property
     def rows(self) -> list[PlanRow]:
@@ -173,6 +175,7 @@ class Plan:
             },
             "model_name": self.model,
             "hook_name": self.hook,
+            **({} if self.dataset is None else {"dataset_path": self.dataset}),
             "training_tokens": row.tokens,
             "train_batch_size_tokens": self.batch,
             "lr": row.lr,
