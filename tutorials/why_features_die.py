@@ -128,7 +128,7 @@ trials = {
 }
 rows = {}
 for name, initializer in trials.items():
-    sae = stock.sae if initializer is None else train(initializer=initializer).sae
+    sae = stock.sae if initializer is None else train(initializer=initializer, optimizer="sparse_adam").sae
     metrics = asi.evaluate(sae, activations=held_out, progress=False)
     rows[name] = {"dead": 100 * metrics.dead_fraction, "nmse": metrics.nmse}
     print(f"{name:10} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}")
