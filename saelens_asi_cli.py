@@ -28,7 +28,11 @@ COMMANDS = {
     ),
     "evaluate": (
         "dead features, error and loss of any SAEs that SAELens loads",
-        "folder_of_saes --n-tokens 1000000 --out folder",
+        "folder_of_saes --n-tokens 1000000 --out folder [--saebench]",
+    ),
+    "card": (
+        "a model card into the folder of an SAE: figure, metrics, provenance, how to load",
+        "FOLDER [--evaluate] [--license mit]",
     ),
     "autopsy": (
         "why features of an SAE are dead, and what to change",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from benchmarks.claims.records import lines
 from benchmarks.claims.statistics import Pair, seed_deviation
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import SweepRow
-from saelens_asi.sweep.results import Measure, best_rates, settings_but_rate
+from saelens_asi.sweep.results import Measure, best_rates, grouped, mean_of, settings_but_rate
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 ALIVE = 0.05
+# Shares of dead features below this are compared by what seeds do there.
+FEW_DEAD = 0.1
 
 # A line of a results file that is no sweep's: names to numbers and words.
 Record = dict[str, Any]
@@ -77,21 +80,34 @@ class ResultFiles:
         return chosen_rates(rows)
 
     @cached_property
-    def _deviations(self) -> dict[str, float]:
-        """Of one seed, over all cells that have several: of the error relative to it, of dead shares as they are."""
-        rows = [row for rows in self.sweeps.values() for row in rows]
-        return {
-            measure: seed_deviation(
-                rows, measure, lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"]), measure == "nmse"
-            )
-            for measure in ("nmse", "dead_fraction")
-        }
+    def _repeated(self) -> list[list[SweepRow]]:
+        """Cells that have several seeds. What the cells of a sweep share is no column: each sweep by itself."""
+        cells = []
+        known: set[int] = set()  # the frontier has rows of the sizes
+        for rows in self.sweeps.values():
+            own = [row for row in rows if id(row) not in known]
+            known |= set(map(id, own))
+            cells += grouped(own, lambda row: (*settings_but_rate(row), row["lr"], row["n_tokens"])).values()
+        return [cell for cell in cells if len(cell) > 1]
+
+    def deviation(self, measure: Measure, *means: float) -> float:
+        """Of one seed, pooled over cells that have several: of the error relative to it, of dead shares as they are.
+
+        Dead shares near none differ less between seeds than those in the middle. Where those that are compared have
+        these ``means``, and all are small, cells with small ones are pooled.
+        """
+        cells = self._repeated
+        if measure != "nmse" and max(means, default=1.0) < FEW_DEAD:
+            cells = [cell for cell in cells if mean_of(cell, measure) < FEW_DEAD]
+        rows = [(i, row) for i, cell in enumerate(cells) for row in cell]
+        return seed_deviation([{"cell": i, **row} for i, row in rows], measure, itemgetter("cell"), measure == "nmse")
 
     def pair(self, ours: Sequence[SweepRow], theirs: Sequence[SweepRow], measure: Measure = "nmse") -> Pair:
         """Two contenders, by seed; the claim is that ours is lower."""
         values = [{row["seed"]: row[measure] for row in rows} for rows in (ours, theirs)]
-        scale = sum(values[1].values()) / len(values[1]) if measure == "nmse" else 1.0
-        return Pair(values[0], values[1], scale * self._deviations[measure])
+        means = [sum(found.values()) / len(found) for found in values]
+        scale = means[1] if measure == "nmse" else 1.0
+        return Pair(values[0], values[1], scale * self.deviation(measure, *means))
 
     def by_layer(self, kind: str, column: str) -> dict[int, float]:
         return {row["layer"]: row[column] for row in self.spectra if row["kind"] == kind}

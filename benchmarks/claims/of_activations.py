@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.claims.evidence import Claim, ResultFiles
-from benchmarks.claims.statistics import Pair, partial_correlation, verdict
+from benchmarks.claims.statistics import Pair, verdict
 from saelens_asi.evaluation.results import rank_correlation
 from saelens_asi.sweep.cells import SweepRow
 from saelens_asi.sweep.results import mean_of
@@ -110,35 +110,3 @@ def dead_follows_rank(e: ResultFiles) -> Claim:
         str(len(groups)),
         "make claims",
     )
-
-
-def mean_explains_more(e: ResultFiles) -> Claim:
-    gammas = {row["hook"]: row["mean_to_deviation"] for row in e.spectra}
-    found = []
-    for rows in by_seed(e):
-        dead = [row["dead_fraction"] for row in rows]
-        rank = [row["effective_rank"] / row["d_in"] for row in rows]
-        gamma = [gammas[row["hook_name"]] for row in rows]
-        found.append(
-            (
-                rank_correlation(gamma, dead),
-                partial_correlation(gamma, dead, rank),
-                partial_correlation(rank, dead, gamma),
-            )
-        )
-    return Claim(
-        "...and gamma, the length of the mean over the deviation, says more about it than the rank does (rank "
-        "correlations with the other taken out)",
-        "arXiv 2605.31518 names gamma; the paper looks at the rank alone",
-        "; ".join(
-            f"seed {i}: gamma {alone:+.2f}, and {given:+.2f} with the rank taken out; the rank {rank:+.2f} with gamma "
-            "taken out"
-            for i, (alone, given, rank) in enumerate(found)
-        ),
-        verdict([given > abs(rank) for _, given, rank in found]),
-        str(len(found)),
-        "make claims",
-    )
-
-
-CLAIMS = (low_rank, decay, components, output_weights, dead_follows_rank, mean_explains_more)

@@ -83,6 +83,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     f"{trained}, {start}": {**how, **where} for trained, how in TRAINED.items() for start, where in STARTS.items()
 }
 
+# What revived features are compared with.
+BASELINE = "TopK, zeros, all of d"
+
 RATES = (0.0005, 0.001, 0.002, 0.004)
 # As many tries as the others have: the two rates in the middle, with a window of 50 and of 100 steps.
 AUXK_TRIES = tuple({"lr": lr, "window": window} for lr in (0.001, 0.002) for window in (51_200, 102_400))
@@ -143,6 +146,20 @@ def d_init_aside() -> Iterator[Item]:
     yield from d_init(BY_HOOK_ASIDE, "d_init_aside")
 
 
+# Does the dimension depend on how many features there are? At the main hooks, with the rate that suits each size.
+D_INIT_SIZES = {2048: 0.001, 32_768: 0.0005, 65_536: 0.0005}
+
+
+def d_init_sizes() -> Iterator[Item]:
+    for d_sae, lr in D_INIT_SIZES.items():
+        for source in BY_HOOK:
+            for share in D_INIT_SHARES:
+                yield _item(
+                    "d_init_sizes", "SparseAdam, mean, active", source.model, source.text, D_INIT_TOKENS,
+                    hook=MAIN_HOOK[source.model], d_init=share, d_sae=d_sae, lr=lr,
+                )  # fmt: skip
+
+
 # The main comparison: three seeds on the main source; one on the second model, and on the second text.
 SEEDS = (0, 1, 2)
 ELSEWHERE = (("gemma3-270m", "linux-doc"), ("smollm2", "python"))
@@ -162,9 +179,11 @@ def factorial() -> Iterator[Item]:
     for seed in SEEDS:
         for contender in CONTENDERS:
             settings = chosen(contender)
+            # A second one of the baseline says what another seed alone makes new (worth.py).
+            is_kept = seed == 0 or (seed == 1 and contender == BASELINE)
             if settings:
                 yield _item(
-                    "factorial", contender, "smollm2", "linux-doc", MAIN_TOKENS, seed=seed, save=not seed, **settings
+                    "factorial", contender, "smollm2", "linux-doc", MAIN_TOKENS, seed=seed, save=is_kept, **settings
                 )
 
 
@@ -198,6 +217,7 @@ PARTS = {
     "elsewhere": elsewhere,
     "d_init": d_init,
     "d_init_aside": d_init_aside,
+    "d_init_sizes": d_init_sizes,
 }
 
 

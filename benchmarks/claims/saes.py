@@ -1,8 +1,8 @@
-"""What needs the model itself: predictions with SAEs of the sweeps in place, dead features by more tokens, and by rank.
+"""What needs the model itself: predictions with SAEs of the sweeps in place, and dead features by more tokens.
 
     python -m benchmarks.claims.saes [--sweeps FOLDER]
 
-Reads the SAEs that `make claims` saved; writes results/claims/evaluations.json and the figure of ranks.
+Reads the SAEs that `make claims` saved; writes results/claims/evaluations.json.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from torch import nn
 
 from benchmarks.claims.evidence import RESULTS, chosen_rates
 from benchmarks.claims.grid import HOOK
-from benchmarks.claims.page import FIGURES
-from saelens_asi import evaluate, plots
+from saelens_asi import evaluate
 from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.plots.evaluation import dead_against_rank
 from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.cells import SweepRow
 from saelens_asi.sweep.run import sae_folder
@@ -59,15 +57,6 @@ def finished(sweeps: Path, model: nn.Module, text: Dataset) -> dict[str, float]:
     return {name: getattr(found, name) for name in ("n_tokens", "dead_fraction", "nmse")}
 
 
-def draw_ranks(sweeps: Path, model: nn.Module, held_out: Dataset) -> Path:
-    rows = read_sweep(sweeps / "hooks")
-    cell = Cell(**METHODS["topk"], d_sae=rows[0]["d_sae"])
-    saes = {row["hook_name"]: load(sweeps / "hooks", cell, row["hook_name"]) for row in rows}
-    n_tokens = rows[0]["n_tokens"]
-    ranks = evaluate(saes, model, held_out, n_tokens=n_tokens, loss_tokens=0, context_size=CONTEXT)
-    return plots.save(dead_against_rank(ranks), FIGURES / "dead_against_rank.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims")
@@ -80,7 +69,7 @@ def main() -> None:
         "finished": finished(sweeps, model, concatenate_datasets([held_out, text])),
     }
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written: {path}\nwritten: {draw_ranks(sweeps, model, held_out)}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Sections of the page that come from the plan: what it holds, how far it is, the ingredients, the rule for d_init."""
+"""Sections of the page: where we lose, ranks, deaths, the plan and how far it is, what revived features do."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
+from benchmarks.claims import of_deaths, of_universality, where_we_lose
 from benchmarks.claims.evidence import Record, ResultFiles
+from benchmarks.claims.figures import CAPTIONS
 from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
 from benchmarks.claims.records import is_among
 from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.rule import by_hook, judged
+from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import interval
 from saelens_asi.evaluation.tables import markdown_table
 
@@ -111,9 +115,90 @@ def rules(rows: Sequence[Record]) -> list[str]:
     return [markdown_table(header, lines, align="lrrrrr"), ""]
 
 
+def lost(e: ResultFiles) -> list[str]:
+    """Where another contender does better than ours; the page has it in front of all claims."""
+    found = where_we_lose.losses(e)
+    sentence = textwrap.fill(where_we_lose.summary(e, found), 120)
+    return ["## Where we lose", "", sentence, "", *(where_we_lose.table(found) if found else [])]
+
+
+def worth(e: ResultFiles) -> list[str]:
+    """Whether features that live in one SAE and not in the baseline are worth having (worth.py)."""
+    rows = e.parts.get("worth", [])
+    if not rows:
+        return ["Nothing has been measured yet: `python -m benchmarks.claims.worth`.", ""]
+    shared = next(row["settings"] for row in rows if row["what"] == "all")
+    raw = next(row["raw_activations"] for row in rows if row["what"] == "all")["all tasks"]
+    lines = [_worth_line(row) for row in rows if row["what"] == "sae"]
+    for name, probing in (
+        *((row["name"], row["probing"]["all tasks"]) for row in rows if row["what"] == "control"),
+        ("raw activations, one dimension", raw),
+    ):
+        label = name if probing is raw else f"random directions, {name}"
+        lines.append((label, *[""] * 6, _auc(probing, "best, k=1"), ""))
+    header = ["SAE", "live", "nearest other", "added", "of firings", "KL: all", "KL: added (at random)"]
+    header += ["AUC", "AUC of added"]
+    model, text = MODEL_TITLES.get(shared["model"], shared["model"]), TEXT_TITLES.get(shared["text"], shared["text"])
+    return [
+        f"{model}, {shared['hook_name']}, {text}; beside {shared['baseline']}.",
+        "",
+        markdown_table(header, lines, align="lrrrrrrrr"),
+        "",
+    ]
+
+
+def _worth_line(row: Record) -> tuple[str, ...]:
+    beside, carried, probing = row["beside_baseline"], row["carried"], row["probing"]["all tasks"]
+    added = ""
+    if "added" in carried:
+        own, at_random = (carried[part]["kl_recovered"] for part in ("added", "as many as added, at random"))
+        added = f"{own:.1%} ({at_random:.1%})"
+    return (
+        row["name"],
+        f"{row['live']:,}",
+        f"{row['redundancy_at_equal_number']['quantile_0.5']:.2f}",
+        f"{beside['added']:,}",
+        f"{beside['share_of_firings']:.1%}",
+        f"{carried['all']['kl_recovered']:.1%}",
+        added,
+        _auc(probing, "best, k=1"),
+        _auc(probing, "best of added, k=1"),
+    )
+
+
+def _auc(probing: Record, what: str) -> str:
+    """With the half width of its interval, and the difference to the baseline where there is one."""
+    if what not in probing:
+        return ""
+    less = probing[what].get("auc_less_baseline")
+    return _plus_minus(probing[what]["auc"], "") + (f"; {_plus_minus(less, '+')}" if less else "")
+
+
+def _plus_minus(value: Record, sign: str) -> str:
+    half = f" ± {value['plus_minus']:.3f}" if "plus_minus" in value else ""
+    return f"{value['mean']:{sign}.3f}{half}"
+
+
+def figure(name: str) -> list[str]:
+    return [f"![{CAPTIONS[name]}](claims/{name})", ""]
+
+
+def of_the_activations(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
+    """Ranks of both families, and what rank and gamma say of dead features."""
+    found = textwrap.fill(of_universality.findings(e), 120)
+    return [
+        *("## Ranks in two families, on three texts", "", texts["universality"], "", found, ""),
+        *figure("universality.png"),
+        *of_universality.table(e),
+        *("## Who dies: rank, or gamma", "", texts["deaths"], ""),
+        *figure("dead_against_rank.png"),
+        *of_deaths.table(e),
+    ]
+
+
 def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     """All sections for which there are results; ``texts`` go above them."""
-    lines = ["## What was planned", "", texts["plan"], "", *progress(e)]
+    lines = [*of_the_activations(e, texts), "## What was planned", "", texts["plan"], "", *progress(e)]
     for part, title in (("factorial", "Ingredients and baselines"), ("pilot", "The pilot: every try at its best")):
         rows = [row for name in (part, RIVALS_OF[part]) for row in e.parts.get(name, [])]
         if rows:
@@ -121,4 +206,7 @@ def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     for part, title in (("d_init", "The dimension of the subspace"), ("d_init_aside", "...where nobody had looked")):
         if e.parts.get(part):
             lines += [f"## {title}", "", texts[part], "", *rules(e.parts[part]), *hooks(e.parts[part])]
+    lines += ["## Are revived features worth having", "", texts["worth"], "", *worth(e)]
+    for name in ("scaling.png", "frontier.png", "d_init.png"):
+        lines += [f"## {CAPTIONS[name]}", "", *figure(name)]
     return lines

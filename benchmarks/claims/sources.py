@@ -23,6 +23,9 @@ from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.loading import load_documents, load_model
 
 CACHE = Path(__file__).parent.parent.parent / "sweep_activations"
+# What tables and figures call them.
+MODEL_TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3 270M"}
+TEXT_TITLES = {"bible": "Bible", "linux-doc": "kernel documentation", "python": "Python's library"}
 KINDS = ("attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 
 

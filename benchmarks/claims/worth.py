@@ -1,9 +1,11 @@
 """Whether the features that a cure revives are worth having: how redundant, how dense, what they carry and know.
 
-    python -m benchmarks.claims.worth [--sweeps FOLDER] [--out FILE]
-    python -m benchmarks.claims.worth --sae topk=FOLDER "topk seed 1"=FOLDER asi_sparse_adam=FOLDER
+    python -m benchmarks.claims.worth                     # the SAEs that the plan's comparison kept
+    python -m benchmarks.claims.worth --sweep d_sae       # those that a sweep kept (--save-saes)
+    python -m benchmarks.claims.worth --sae topk=FOLDER "topk seed 1"=FOLDER asi_sparse_adam=FOLDER --baseline topk
 
-Reads SAEs that a sweep kept (``--save-saes``) and writes results/claims/worth.json, method by method.
+Writes results/claims/worth.jsonl anew after each SAE: a line for what all are compared on, one for each SAE, and one
+for each control.
 
 Which features of an SAE are those that it has and the baseline lacks? Where both started from the same directions (one
 seed, one subspace), feature i of one is feature i of the other: those that live here and are dead there. Elsewhere
@@ -20,7 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,14 +39,18 @@ from benchmarks.claims import probes, tasks
 from benchmarks.claims.evidence import RESULTS, chosen_rates
 from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent, unmatched
 from benchmarks.claims.grid import HOOK
+from benchmarks.claims.plan import BASELINE, items
 from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
+from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.sae_bench_probing import sae_bench_scores
-from benchmarks.claims.sources import CACHE
+from benchmarks.claims.sources import CACHE, MAIN, activations
+from benchmarks.claims.train import sae_folder as planned_folder
 from saelens_asi import evaluate
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.evaluation.saes import chunk_size
+from saelens_asi.resume import written_whole
 from saelens_asi.sweep import Cell, read_sweep
 from saelens_asi.sweep.run import sae_folder
 
@@ -317,8 +323,23 @@ class Text:
     context: int = 128
 
 
-def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, out: Path | None = None) -> Record:
+def worth(
+    folders: Mapping[str, Path],
+    baseline: str,
+    text: Text,
+    sizes: Sizes,
+    out: Path | None = None,
+    source: Mapping[str, str] | None = None,
+) -> Record:
     """The record of each SAE by method, and of what they are compared with; written to ``out`` after each.
+
+    Args:
+        folders: of the SAEs, by name.
+        baseline: which of them the others are compared with.
+        text: what they are looked at with.
+        sizes: how much.
+        out: a file of JSON, line by line.
+        source: names of model and text, for the record.
 
     Raises:
         ValueError: where the baseline is not among the SAEs.
@@ -328,7 +349,8 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
     loaded = {name: Dictionary.load(folder, text.activations) for name, folder in folders.items()}
     fewest = min(len(one.live) for one in loaded.values())
     raw = summary(probe_all(csr_array(text.probed.float().numpy()), text.told_apart, probe_raw, sizes))
-    settings = {**asdict(sizes), "baseline": baseline, "hook_name": text.hook_name, "context_size": text.context}
+    place = {"baseline": baseline, "hook_name": text.hook_name, "context_size": text.context}
+    settings = {**(source or {}), **asdict(sizes), **place}
     result: Record = {"settings": settings, "raw_activations": raw, "random_dictionary": {}, "methods": {}}
     control = functools.cache(lambda d_sae, k: _control(text, sizes, d_sae, k))
     scores: dict[str, Scores] = {}
@@ -338,7 +360,7 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
         new, added = novelty(dictionary, loaded[baseline])
         scores[name] = _scores_of(dictionary, added, text, sizes)
         result["methods"][name] = {
-            "folder": str(folders[name]),
+            "folder": folders[name].name,
             **shape(dictionary, fewest, sizes),
             "beside_baseline": new,
             "carried": carried(dictionary, added, text.model, text.held_out, text.hook_name, text.context, sizes),
@@ -354,7 +376,16 @@ def worth(folders: Mapping[str, Path], baseline: str, text: Text, sizes: Sizes, 
 
 def _write(result: Record, out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+        with written_whole(out) as unfinished:
+            unfinished.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in as_lines(result)))
+
+
+def as_lines(result: Record) -> list[Record]:
+    """The record as lines of its file, each with what it is of: all, an sae, or a control."""
+    lines = [{"what": "all", **{name: result[name] for name in ("settings", "raw_activations")}}]
+    lines += [{"what": "sae", "name": name, **of} for name, of in result["methods"].items()]
+    lines += [{"what": "control", "name": name, "probing": of} for name, of in result["random_dictionary"].items()]
+    return [*lines, *([{"what": "sae_bench", "scores": result["sae_bench"]}] if "sae_bench" in result else [])]
 
 
 def _rounded(value: Any) -> Any:
@@ -407,14 +438,31 @@ def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[s
     return found
 
 
-def read_text(model_name: str, dataset: str, hook_name: str, given: Path | None, context: int, sizes: Sizes) -> Text:
+def planned_saes(parts: Iterable[str]) -> dict[str, Path]:
+    """Folders of the SAEs that parts of the plan kept, by contender, and by its seed where that is not the first.
+
+    Raises:
+        ValueError: where none was kept.
+    """
+    found = {}
+    for item in items(parts):
+        folder = planned_folder(item)
+        if item.save and folder.exists():
+            name = RIVALS[item.contender].title if item.contender in RIVALS else item.contender
+            found[name if not item.cell.seed else f"{name}, seed {item.cell.seed}"] = folder
+    if not found:
+        raise ValueError(f"{', '.join(parts)} kept no SAE: python -m benchmarks.claims.train {' '.join(parts)}")
+    return found
+
+
+def read_text(model_name: str, dataset: str, hook_name: str, given: Tensor | None, context: int, sizes: Sizes) -> Text:
     """Model, documents and activations; these are cached beside those of the sweeps.
 
     Args:
         model_name: of ``load_model``.
         dataset: of ``load_documents``.
         hook_name: where activations are read.
-        given: held-out activations (n, d) as a sweep's cache holds them; they are read anew unless told.
+        given: (n, d) held-out activations that are cached; they are read anew unless told.
         context: tokens in a window.
         sizes: how much.
     """
@@ -428,41 +476,50 @@ def read_text(model_name: str, dataset: str, hook_name: str, given: Path | None,
         context_size=sizes.text.length,
     ).values()  # fmt: skip
     if given is not None:
-        activations = torch.from_numpy(np.load(given, mmap_mode="c"))[: sizes.held_out]
+        activations = given[: sizes.held_out]
     else:
         folder = CACHE / f"{own}_{dataset}_{sizes.held_out}_worth"
         (activations,) = read(folder, data=held_out, n_tokens=sizes.held_out, context_size=context).values()
     return Text(model, held_out, activations, probed, told_apart, hook_name, context)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=["factorial", "rivals"], help="of the plan, whose SAEs are read")
     parser.add_argument("--sweeps", type=Path, default=RESULTS / "claims", help="folder of the sweeps' folders")
-    parser.add_argument("--sweep", default="d_sae", help="which of them")
-    parser.add_argument("--d-sae", type=int, default=8192)
-    parser.add_argument("--sae", nargs="*", default=[], metavar="NAME=FOLDER", help="SAEs instead of a sweep's")
-    parser.add_argument("--baseline", default="topk")
+    parser.add_argument("--sweep", help="whose SAEs are read instead")
+    parser.add_argument("--d-sae", type=int, default=8192, help="of a sweep's")
+    parser.add_argument("--sae", nargs="*", default=[], metavar="NAME=FOLDER", help="SAEs instead of both")
+    parser.add_argument("--baseline", help="unless told TopK as the paper starts it")
     parser.add_argument("--hook", default=HOOK)
     parser.add_argument("--model", help="the sweep's unless told, or smollm2")
     parser.add_argument("--dataset", help="the sweep's unless told, or linux-doc")
     parser.add_argument("--held-out", type=Path, metavar="FILE.npy", help="held-out activations that are cached")
-    parser.add_argument("--out", type=Path, default=RESULTS / "claims" / "worth.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "claims" / "worth.jsonl")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     args = parser.parse_args()
-    sweep = args.sweeps / args.sweep
     folders = {name: Path(folder) for name, _, folder in (one.partition("=") for one in args.sae)}
     missing = [str(folder) for folder in folders.values() if not (folder / SAE_CFG_FILENAME).exists()]
     if missing:
         parser.error(f"--sae takes NAME=FOLDER of an SAE, and there is none in {', '.join(missing)}")
     source: Record = {"model": "smollm2", "dataset": "linux-doc", "context_size": 128}
+    baseline = args.baseline or ("topk" if args.sweep or folders else BASELINE)
+    if args.sweep and not folders:
+        folders = saved_saes(args.sweeps / args.sweep, args.hook, args.d_sae, baseline)
+        source |= json.loads((args.sweeps / args.sweep / "sweep.json").read_text())
+    source |= {name: value for name in ("model", "dataset") if (value := getattr(args, name))}
+    held_out = torch.from_numpy(np.load(args.held_out, mmap_mode="c")) if args.held_out else None
     if not folders:
-        folders = saved_saes(sweep, args.hook, args.d_sae, args.baseline)
-        source |= json.loads((sweep / "sweep.json").read_text())
+        folders = planned_saes(args.parts)
+        held_out = activations(MAIN, args.hook)[1] if held_out is None else held_out
     sizes = Sizes()
-    text = read_text(
-        args.model or source["model"], args.dataset or source["dataset"], args.hook, args.held_out,
-        source["context_size"], sizes,
-    )  # fmt: skip
-    worth(folders, args.baseline, text, sizes, args.out)
+    text = read_text(source["model"], source["dataset"], args.hook, held_out, source["context_size"], sizes)
+    about = {"model": source["model"], "text": source["dataset"]}
+    worth(folders, baseline, text, sizes, args.out, about)
     print(f"written: {args.out}")
 
 

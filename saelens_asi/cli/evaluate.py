@@ -3,7 +3,9 @@
 SAES are folders that SAELens wrote (a folder of such folders stands for all of them), or pretrained ones: release,
 release/sae_id, release/pattern with *, or owner/repository/path on the hub. Writes results.json, results.md, firing
 counts and figures. Interrupted, the same command continues with the SAEs that are missing. SAEs that cannot be loaded
-or evaluated are left out and named with the reason; the command then ends with an error, after the others.
+or evaluated are left out and named with the reason; the command then ends with an error, after the others. With
+--saebench, sae-bench's own core metrics stand beside ours, in saebench.json, saebench.md and files of its own; they
+are measured anew each time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import simple_parsing
 from datasets import Dataset, concatenate_datasets
@@ -41,9 +43,11 @@ from saelens_asi.cli.flags import (
 from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import EvaluationFolder, evaluation_rows, evaluation_table, write_csv
 from saelens_asi.evaluation.run import evaluate_each, none_left
+from saelens_asi.evaluation.saebench import SAEBenchCore, check_sae_bench, comparison_table, sae_bench_core
 from saelens_asi.evaluation.saes import SAESource, find_saes, read_cfg
 from saelens_asi.history import TRAINING_HISTORY, Record, read_history
 from saelens_asi.plots import evaluation as evaluation_plots
+from saelens_asi.resume import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -70,18 +74,22 @@ class EvaluateFlags(OutFlag, DtypeFlag, DeviceFlag, LossFlag, PassFlags, HookFla
         saes: folders, releases or ids.
         all_text: read all documents, not only every fifth, which demo, sweep and lorsa hold out.
         saes_per_pass: SAEs in memory at a time.
+        saebench: run the core metrics of the package sae-bench too, on the same text.
     """
 
     saes: tuple[str, ...] = simple_parsing.field(positional=True, metavar="SAES")
     hooks: tuple[str, ...] = ()
     all_text: bool = simple_parsing.field(default=False, action="store_true")
     saes_per_pass: int = 16
+    saebench: bool = simple_parsing.field(default=False, action="store_true")
     out: Path = Path("evaluation_output")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.saes_per_pass < 1:
             raise ValueError(f"--saes-per-pass {self.saes_per_pass} must be at least 1")
+        if self.saebench and self.loss_tokens < 1:
+            raise ValueError("--saebench compares predictions too: give --loss-tokens of at least 1")
 
 
 def run(flags: EvaluateFlags) -> dict[str, SAEEvaluation]:
@@ -91,15 +99,20 @@ def run(flags: EvaluateFlags) -> dict[str, SAEEvaluation]:
         ValueError: where an SAE was left out, when the results of the others are written; and for bad input.
     """
     left_out = _LeftOut()
+    if flags.saebench:
+        check_sae_bench()
     # SAELens hints at settings for the model, which _load_model follows.
     with warnings.catch_warnings():
         if not flags.model:
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         sources = {source.name: source for source in find_saes(flags.saes)}
-        results = _measure(flags, sources, left_out)
-    chosen = {name: results.evaluations[name] for name in sources if name not in left_out.reasons}
-    written = _write(flags.out, chosen, sources, left_out.reasons)
-    print(f"\n{(flags.out / 'results.md').read_text()}\nWritten:")
+        results, opened = _measure(flags, sources, left_out)
+        chosen = {name: results.evaluations[name] for name in sources if name not in left_out.reasons}
+        written = _write(flags.out, chosen, sources, left_out.reasons)
+        print(f"\n{(flags.out / 'results.md').read_text()}")
+        if flags.saebench:
+            written += _beside_sae_bench(flags, opened, chosen, sources, left_out)
+    print("Written:")
     for path in (results.path, results.counts_path, *written):
         print(f"  {path}")
     if left_out.reasons:
@@ -131,7 +144,21 @@ class _LeftOut:
         return values
 
 
-def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _LeftOut) -> EvaluationFolder:
+class _Opened(NamedTuple):
+    """What the SAEs are evaluated on, loaded when it is first asked for.
+
+    Attributes:
+        how: settings that a result depends on.
+    """
+
+    model: Callable[[], Any]
+    documents: Callable[[], Dataset]
+    how: dict[str, Any]
+
+
+def _measure(
+    flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _LeftOut
+) -> tuple[EvaluationFolder, _Opened]:
     """Evaluate the SAEs that the folder does not hold yet, some at a time, each group kept when it is done."""
     metadata = left_out.each(sources.values(), _folder_metadata)
     first = _first_metadata([sources[name] for name in metadata], flags.device, left_out)
@@ -153,7 +180,7 @@ def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _
     missing = [one for one in usable if one not in results]
     if len(missing) < len(usable):
         print(f"{len(usable) - len(missing)} of {len(sources)} SAEs are in {results.path} already", flush=True)
-    text: Dataset | None = None
+    opened = _Opened(model, cache(lambda: _documents(flags, how["dataset"])), how)
     for start in range(0, len(missing), flags.saes_per_pass):
         group = missing[start : start + flags.saes_per_pass]
         saes = left_out.each(group, lambda one: one.load(flags.device))
@@ -161,11 +188,8 @@ def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _
             continue
         if not flags.model:
             _check_same_model(name, processing, {key: sae.cfg.metadata.to_dict() for key, sae in saes.items()})
-        if text is None:
-            print(f"Loading {name} and {how['dataset']}", flush=True)
-            text = _documents(flags, how["dataset"])
         found = evaluate_each(
-            saes, model(), text, hook_name=how["hook_name"], n_tokens=flags.n_tokens,
+            saes, opened.model(), opened.documents(), hook_name=how["hook_name"], n_tokens=flags.n_tokens,
             loss_tokens=flags.loss_tokens, batch_size=flags.batch_size, context_size=how["context_size"],
         )  # fmt: skip
         for key, reason in found.left_out.items():
@@ -174,7 +198,37 @@ def _measure(flags: EvaluateFlags, sources: Mapping[str, SAESource], left_out: _
             results.add(found.records, [one for one in group if one.name in found.records])
     if len(left_out.reasons) == len(sources):
         raise ValueError(none_left(left_out.reasons))
-    return results
+    return results, opened
+
+
+def _beside_sae_bench(
+    flags: EvaluateFlags,
+    opened: _Opened,
+    ours: Mapping[str, SAEEvaluation],
+    sources: Mapping[str, SAESource],
+    left_out: _LeftOut,
+) -> list[Path]:
+    """Sae-bench's core metrics of the SAEs that were evaluated; those that it cannot measure are left out and named."""
+    how, folder = opened.how, flags.out / "saebench"
+    paths = {name: folder / f"{name.replace('/', '_')}_eval_results.json" for name in ours}
+
+    def measured(source: SAESource) -> SAEBenchCore:
+        print(f"sae-bench's core metrics of {source.name}", flush=True)
+        return sae_bench_core(
+            lambda: source.load(flags.device), opened.model(), opened.documents(),
+            name=source.name, model_name=how["model"], hook_name=how["hook_name"], n_tokens=flags.n_tokens,
+            loss_tokens=flags.loss_tokens, batch_size=flags.batch_size, context_size=how["context_size"],
+            result_path=paths[source.name],
+        )  # fmt: skip
+
+    found = left_out.each([sources[name] for name in ours], measured)
+    written = [flags.out / "saebench.json", flags.out / "saebench.md"]
+    table = comparison_table(found, ours)
+    results = {name: one.to_dict(ours[name]) for name, one in found.items()}
+    write_json(written[0], {"settings": how, "sae_bench": check_sae_bench(), "results": results}, indent=1)
+    written[1].write_text(table + "\n")
+    print(f"\n{table}\n")
+    return [*written, *(paths[name] for name in found)]
 
 
 def _folder_metadata(source: SAESource) -> dict[str, Any]:
@@ -214,6 +268,7 @@ def _processing(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_model(name: str, processing: Mapping[str, Any], flags: EvaluateFlags) -> Any:
     """The model as the SAEs saw it: SAELens's own loading where weights were changed."""
+    print(f"Loading {name}", flush=True)
     dtype = DTYPES[flags.dtype]
     if not processing:
         return open_model(name, flags.device, dtype)
@@ -234,6 +289,7 @@ def _check_same_model(model: str, processing: Mapping[str, Any], metadata: Mappi
 
 
 def _documents(flags: EvaluateFlags, dataset: str) -> Dataset:
+    print(f"Loading {dataset}", flush=True)
     n_tokens = flags.n_tokens + flags.loss_tokens
     if flags.all_text:
         return concatenate_datasets(open_text(dataset, n_tokens)[::-1])

@@ -103,7 +103,7 @@ def run(flags: SweepFlags, axes: Any, training: SweepTraining) -> None:
         rows = run_sweep(cells, training, activations, flags.out, source=source, save_saes=flags.save_saes)
         print(f"\n{sweep_table(rows)}")
     finally:
-        written = write_report(flags.out)
+        written = write_report(flags.out, f"{flags.model} on {flags.dataset}")
         print("\n".join(["", "Written:", *(f"  {path}" for path in written)]) if written else "")
 
 
@@ -126,13 +126,13 @@ def _activations(flags: SweepFlags, device: str) -> dict[str, tuple[Tensor, Tens
     return {name: (splits[0][name], splits[1][name]) for name in splits[0]}
 
 
-def write_report(out: str | Path) -> list[Path]:
-    """Table and figures of all finished cells in ``out``; returns what was written."""
+def write_report(out: str | Path, source: str = "") -> list[Path]:
+    """Table and figures of all finished cells in ``out``, named after ``source``; returns what was written."""
     out = Path(out)
     rows = read_sweep(out)
     if not rows:
         return []
-    figures = [plots.save(figure, out / name) for name, figure in sweep_figures(rows).items()]
+    figures = [plots.save(figure, out / name) for name, figure in sweep_figures(rows, source).items()]
     images = "".join(f"\n![{path.stem}]({path.name})\n" for path in figures)
     table = out / "results.md"
     table.write_text(f"{sweep_table(rows)}\n{images}")

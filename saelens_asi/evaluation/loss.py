@@ -65,11 +65,11 @@ def sae_losses_recovered(
     zero: dict[tuple[Place, int], str] = {}
     changed: dict[str, Logits] = {}
     for name, (sae, place) in saes.items():
-        functions: dict[str, Writer] = {f"reconstructed {name}": _at_columns(sae, place, _reconstruction(sae))}
+        functions: dict[str, Writer] = {f"reconstructed {name}": reconstructing(sae, place)}
         spot = (place, sae.cfg.d_in)
         if spot not in zero:
             zero[spot] = f"zero {name}"
-            functions[zero[spot]] = _at_columns(sae, place, torch.zeros_like)
+            functions[zero[spot]] = zeroing(sae, place)
         changed |= replacements_at(model, place.hook_name, functions, replaced)
     with ExitStack() as stack:
         for sae, _ in saes.values():
@@ -87,12 +87,19 @@ def sae_losses_recovered(
     return {name: SAELossRecovered.of(own, n_tokens) for name, own in named.items()}
 
 
-def _reconstruction(sae: SAE) -> Writer:
+def reconstructing(sae: SAE, place: Place) -> Writer:
+    """From (n, width) activations of the place's hook to the same with the SAE's reconstruction of what it reads."""
+
     def reconstruct(vectors: Tensor) -> Tensor:
         parts = vectors.to(getattr(sae, "device", vectors.device)).split(chunk_size(sae))
         return torch.cat([sae.decode(sae.encode(x)) for x in parts]).to(vectors)
 
-    return reconstruct
+    return _at_columns(sae, place, reconstruct)
+
+
+def zeroing(sae: SAE, place: Place) -> Writer:
+    """From (n, width) activations of the place's hook to the same with zeros where the SAE reads."""
+    return _at_columns(sae, place, torch.zeros_like)
 
 
 def _at_columns(sae: SAE, place: Place, function: Writer) -> Writer:

@@ -21,6 +21,8 @@ from saelens_asi.resume import load_tensors, save_tensors, write_json
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "results.json"
+
 _COLUMNS = {
     "name": "SAE",
     "n_tokens": "tokens",
@@ -119,6 +121,15 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(spearmanr(x, y).statistic)
 
 
+def saved_settings(folder: Path) -> dict[str, Any] | None:
+    """What the evaluations in a folder were measured with; None where it holds none that can be read."""
+    try:
+        settings = json.loads((folder / RESULTS).read_text())["settings"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
 class EvaluationFolder:
     """Evaluations by name in ``results.json`` and ``firing_counts.safetensors`` of a folder.
 
@@ -136,7 +147,7 @@ class EvaluationFolder:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self.path, self.counts_path = folder / "results.json", folder / "firing_counts.safetensors"
+        self.path, self.counts_path = folder / RESULTS, folder / "firing_counts.safetensors"
         self.evaluations: dict[str, SAEEvaluation] = {}
         self._settings = dict(settings)
         self._sources: dict[str, dict[str, str | int]] = {}
@@ -187,6 +198,19 @@ class EvaluationFolder:
         # The counts first: a result without its counts would be measured again, counts without a result are ignored.
         save_tensors(self.counts_path, {name: one.firing_counts for name, one in self.evaluations.items()})
         write_json(self.path, {"settings": self._settings, "results": results, "checksums": checksums}, indent=1)
+
+    def of(self, source: SAESource) -> SAEEvaluation | None:
+        """The evaluation of an SAE, whatever its name, also where its folder was moved since; None without one.
+
+        The same are a config with the same content and weights of the same size; in the same place also of the same
+        time.
+        """
+        own = source.identity()
+        for name, saved in self._sources.items():
+            names = ["cfg", "bytes"] + (["modified_ns"] if saved.get("folder") == own.get("folder") else [])
+            if all(saved.get(key) == own.get(key) is not None for key in names):
+                return self.evaluations[name]
+        return None
 
     def _checksum(self, name: str, values: Mapping[str, Any], counts: Tensor) -> str:
         """Of one evaluation with its name, counts and the settings it was measured with."""

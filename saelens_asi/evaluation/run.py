@@ -187,7 +187,7 @@ def evaluate_each(
     given = activations is not None or model is None or data is None
     places: Mapping[str, Place | None] = dict.fromkeys(forms)
     if model is not None and not given:
-        places = _each(forms, lambda name, one: _place(one, name, model, hook_name), left_out)
+        places = _each(forms, lambda name, one: place_of(one, name, model, hook_name), left_out)
     running = _RunningEvaluations({name: forms[name] for name in places}, places, ranks, left_out)
     losses: Mapping[str, SAELossRecovered] = {}
     with ExitStack() as stack:
@@ -228,7 +228,8 @@ def _checked_form(name: str, sae: SAE[Any]) -> SAE[Any]:
     return form
 
 
-def _place(sae: SAE[Any], name: str, model: HookedModel, hook_name: str | None) -> Place:
+def place_of(sae: SAE[Any], name: str, model: HookedModel, hook_name: str | None = None) -> Place:
+    """Where an SAE is used; ``hook_name`` goes before its own. Raises ValueError, with ``name``, for no such hook."""
     metadata = sae.cfg.metadata
     hook_name = hook_name or metadata.hook_name
     if not hook_name:

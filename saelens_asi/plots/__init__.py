@@ -1,6 +1,7 @@
 """Figures. Every function returns a matplotlib Figure and touches no global state."""
 
 from saelens_asi.plots.autopsy import autopsy_figure
+from saelens_asi.plots.card import card_figure
 from saelens_asi.plots.evaluation import (
     comparison_bars,
     dead_against_rank,
@@ -24,6 +25,7 @@ __all__ = [
     "COLORS",
     "attention_decomposition",
     "autopsy_figure",
+    "card_figure",
     "comparison_bars",
     "dead_against_rank",
     "firing_rate_map",

@@ -14,7 +14,7 @@ from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.results import evaluation_rows, rank_correlation
 from saelens_asi.history import Record
 from saelens_asi.plots.spectra import kind_color
-from saelens_asi.plots.style import COLORS, make_axes
+from saelens_asi.plots.style import COLORS, label_points, make_axes
 
 _MARKERS = ("o", "^", "s", "D", "v")
 
@@ -49,22 +49,22 @@ def dead_against_rank(results: Mapping[str, SAEEvaluation], groups: Mapping[str,
             axis.scatter([], [], s=34, color="grey", marker=marker, label=group)
     for kind in kinds:
         axis.scatter([], [], s=34, color=kind_color(kind, kinds), label=kind or "activations")
-    for row in rows:
-        if row["layer"] >= 0:
-            point = (ranks[row["name"]], row["dead_percent"])
-            axis.annotate(str(row["layer"]), point, xytext=(4, 3), textcoords="offset points", fontsize=7, alpha=0.8)
     axis.set_title("\n".join(["Dead features and effective rank", *correlations]), fontsize=10)
     axis.set_xlabel("effective rank / width of the activations")
     tokens = sorted({row["n_tokens"] for row in rows})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}" if tokens else "0"
     axis.set_ylabel(f"features dead on {counted} tokens")
-    axis.margins(0.08)
+    axis.set_xlim(0, 100)
     top = max([row["dead_percent"] for row in rows], default=0)
     axis.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
     axis.yaxis.set_major_formatter(PercentFormatter(100, decimals=0 if top >= 5 else None))
     axis.set_ylim(-0.03 * max(top, 1), 1.1 * max(top, 1))
     if kinds:
         axis.legend(frameon=False, fontsize=8)
+    named = [row for row in rows if row["layer"] >= 0]
+    figure.draw_without_rendering()
+    points = [(ranks[row["name"]], row["dead_percent"]) for row in named]
+    label_points(axis, points, [str(row["layer"]) for row in named])
     return figure
 
 

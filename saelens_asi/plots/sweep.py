@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from saelens_asi.plots.style import make_axes
 from saelens_asi.sweep.cells import METHOD_TITLES, METHODS, SweepRow
@@ -18,11 +19,19 @@ from saelens_asi.sweep.results import Measure, best_rates, fit_power_law, groupe
 _COLORS = dict(zip(METHODS, ("#8c8c8c", "#4d4d4d", "#d9822b", "#8db8f5", "#1f6feb", "#93d4b5", "#1b7f4f"), strict=True))
 _OTHER = "#a04fb5"
 
+# A line through two points fits them whatever they are: no power law from fewer sizes.
+_FEWEST_SIZES = 3
+
 _Axis = Literal["d_init_used", "l0", "d_sae"]
 
 
-def sweep_figures(rows: Iterable[SweepRow]) -> dict[str, Figure]:
-    """From file names to figures: ``d_init.png``, ``frontier.png``, ``scaling.png``; those for which there are rows."""
+def sweep_figures(rows: Iterable[SweepRow], source: str = "") -> dict[str, Figure]:
+    """From file names to figures: ``d_init.png``, ``frontier.png``, ``scaling.png``; those for which there are rows.
+
+    Args:
+        rows: of a sweep.
+        source: what was read, such as the model and the text: above every figure, with the hook.
+    """
     rows = best_rates(rows)
     starts = [row for row in rows if row["subspace"] in ("active", "random") and row["center"] == "mean"]
     methods = [row for row in rows if row["method"] != "other"]
@@ -34,7 +43,13 @@ def sweep_figures(rows: Iterable[SweepRow]) -> dict[str, Figure]:
         "frontier.png": (frontier, _varying(methods, "k", ("hook_name", "architecture", "d_sae"))),
         "scaling.png": (scaling, _varying(methods, "d_sae", ("hook_name", "architecture", "k"))),
     }
-    return {name: draw(chosen) for name, (draw, chosen) in drawn.items() if chosen}
+    figures = {}
+    for name, (draw, chosen) in drawn.items():
+        if chosen:
+            figures[name] = draw(chosen)
+            hook = chosen[0]["hook_name"]
+            figures[name].suptitle(f"{source}: {hook}" if source else hook, fontsize=10)
+    return figures
 
 
 def _varying(rows: Sequence[SweepRow], axis: str, fixed: Sequence[str]) -> list[SweepRow]:
@@ -53,7 +68,7 @@ def against_d_init(rows: Sequence[SweepRow]) -> Figure:
         label, color = f"{subspace} subspace", colors.get(subspace, _OTHER)
         _curve(left, group, "d_init_used", "nmse", label, color)
         _curve(right, group, "d_init_used", "dead_fraction", label, color)
-    left.set_ylabel("normalized MSE")
+    _error(left, rows)
     _dead(right)
     for axis in (left, right):
         axis.set_xlabel("d_init")
@@ -68,7 +83,7 @@ def frontier(rows: Sequence[SweepRow]) -> Figure:
     for method, group in _by_method(rows).items():
         _curve(left, group, "l0", "nmse", METHOD_TITLES.get(method, method), _COLORS.get(method, _OTHER))
         _curve(right, group, "l0", "dead_fraction", "", _COLORS.get(method, _OTHER))
-    left.set_ylabel("normalized MSE")
+    _error(left, rows)
     _dead(right)
     for axis in (left, right):
         axis.set_xlabel("active features a token (L0)")
@@ -83,9 +98,9 @@ def scaling(rows: Sequence[SweepRow]) -> Figure:
     for method, group in _by_method(rows).items():
         color, title = _COLORS.get(method, _OTHER), METHOD_TITLES.get(method, method)
         sizes, errors = [row["d_sae"] for row in group], [row["nmse"] for row in group]
-        if len(set(sizes)) > 1:
+        if len(set(sizes)) >= _FEWEST_SIZES:
             law = fit_power_law(sizes, errors)
-            title = f"{title}: $\\propto$ d_sae$^{{{law.exponent:.2f}}}$"
+            title = f"{title}: $\\propto$ d_sae$^{{{law.exponent:.3f}}}$"
             ends = np.array([min(sizes), max(sizes)])
             left.plot(ends, law.scale * ends**law.exponent, color=color, linestyle=":", linewidth=1)
         _curve(left, group, "d_sae", "nmse", title, color)
@@ -100,13 +115,14 @@ def scaling(rows: Sequence[SweepRow]) -> Figure:
     right.set_xscale("log")
     for axis in (left, right):
         axis.set_yscale("log")
+        axis.set_ylim(*_decades([row["nmse"] for row in rows]))
         axis.set_ylabel("normalized MSE")
-        if max(row["nmse"] for row in rows) < 3 * min(row["nmse"] for row in rows):
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
     for axis in (left, middle):
         _log_ticks(axis, sizes)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -120,6 +136,18 @@ def _curve(axis: Axes, rows: Sequence[SweepRow], x: _Axis, y: Measure, label: st
     if any(len(values) > 1 for _, values in points):
         low, high = [min(values) for _, values in points], [max(values) for _, values in points]
         axis.fill_between(positions, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _error(axis: Axes, rows: Sequence[SweepRow]) -> None:
+    """From zero: a difference looks as large as it is."""
+    axis.set_ylabel("normalized MSE")
+    axis.set_ylim(0, 1.1 * max(row["nmse"] for row in rows))
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """The whole decades around them: a slope looks as steep as it is beside the other logarithmic axis."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return 10.0**low, 10.0 ** max(high, low + 1)
 
 
 def _dead(axis: Axes) -> None:

@@ -26,12 +26,14 @@ _TRAINER, _STORE = "sae_lens.training.sae_trainer", "sae_lens.training.activatio
 # From modules to the names that the package imports from them, at its own import or when a command runs.
 IMPORTED = {
     "sae_lens": (
+        *("CacheActivationsRunner", "CacheActivationsRunnerConfig", "cache_activations_runner"),
         *("LanguageModelSAERunnerConfig", "LanguageModelSAETrainingRunner", "LoggingConfig"),
         *("MultiSAETrainingRunner", "MultiSAETrainingRunnerConfig", "SAE", "SAEConfig", "SAETrainer", "TrainingSAE"),
         *("AbsTopKTrainingSAEConfig", "BatchTopKTrainingSAEConfig", "GatedTrainingSAEConfig"),
         *("JumpReLUTrainingSAEConfig", "MatchingPursuitTrainingSAEConfig", "MatryoshkaBatchTopKTrainingSAEConfig"),
-        *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig"),
+        *("StandardTrainingSAEConfig", "TopKTrainingSAEConfig", "upload_saes_to_huggingface"),
     ),
+    "sae_lens.cache_activations_runner": ("load_model",),
     "sae_lens.config": ("LanguageModelSAERunnerConfig", "SAETrainerConfig"),
     "sae_lens.constants": (
         *("ACTIVATION_SCALER_CFG_FILENAME", "SAE_CFG_FILENAME", "SAE_WEIGHTS_FILENAME", "SPARSITY_FILENAME"),
@@ -142,12 +144,23 @@ FIELDS = {
         *("n_batches_for_norm_estimate", "checkpoint_path", "lr", "lr_end", "lr_scheduler_name"),
         *("lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles", "adam_beta1", "adam_beta2"),
     ),
-    "sae_lens:LanguageModelSAERunnerConfig": ("sae", "from_pretrained_path", "output_path"),
+    "sae_lens:LanguageModelSAERunnerConfig": (
+        *("sae", "from_pretrained_path", "output_path", "use_cached_activations", "cached_activations_path"),
+    ),
+    "sae_lens:CacheActivationsRunnerConfig": (
+        *("dataset_path", "model_name", "model_class_name", "model_batch_size", "hook_name", "d_in", "training_tokens"),
+        *("context_size", "new_cached_activations_path", "shuffle", "dtype", "device", "buffer_size_gb"),
+        *("model_kwargs", "prepend_bos", "autocast_lm"),
+    ),
     "sae_lens:LoggingConfig": ("wandb_log_frequency",),
 }
 
 # From functions to the parameters that they are called with: all that have no default, and some that do.
 PARAMETERS = {
+    "sae_lens:CacheActivationsRunner.__init__": ("cfg", "override_dataset"),
+    "sae_lens:CacheActivationsRunnerConfig.__init__": (
+        *("dataset_path", "model_name", "model_batch_size", "hook_name", "d_in", "training_tokens"),
+    ),
     f"{_TRAINER}:SAETrainer.__init__": ("cfg", "sae", "data_provider", "evaluator", "save_checkpoint_fn"),
     f"{_TRAINER}:SAETrainer._train_step": ("sae", "sae_in"),
     f"{_TRAINER}:SAETrainer._update_pbar": ("step_output", "pbar"),

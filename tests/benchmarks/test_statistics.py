@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from benchmarks.claims.statistics import (
     FAILS,
     HOLDS,
     PARTLY,
     Pair,
+    explained,
     interval,
     partial_correlation,
+    rank_correlations,
     seed_deviation,
     t95,
     verdict,
@@ -71,3 +74,34 @@ def test_a_common_cause_is_taken_out():
     z = x + 0.5 * rng.normal(size=500)
     assert abs(partial_correlation(x, y, cause)) < 0.1
     assert partial_correlation(x, z, cause) > 0.5
+
+
+def test_rank_correlations_are_spearmans_and_nan_where_nothing_varies():
+    columns = np.random.default_rng(3).integers(0, 6, (4, 3, 12)).astype(float)  # with ties
+    for found, own in zip(rank_correlations(columns), columns, strict=True):
+        np.testing.assert_allclose(found, spearmanr(own, axis=1).statistic)
+    assert np.isnan(rank_correlations(np.array([[1.0, 1, 1], [1, 2, 3]]))[0, 1])
+    with pytest.raises(ValueError, match="have no correlation"):
+        partial_correlation([1, 1, 1], [1, 2, 3], [3, 1, 2])
+
+
+def test_of_two_causes_the_one_that_acts_explains_the_other_away():
+    rng = np.random.default_rng(4)
+    acts = rng.normal(size=40)
+    goes_along = -acts + 0.5 * rng.normal(size=40)
+    found = explained({"acts": acts, "goes along": goes_along}, acts + 0.2 * rng.normal(size=40))
+    assert found.alone["acts"].side == 1
+    assert found.alone["goes along"].side == -1
+    assert (found.beside["acts"].side, found.beside["goes along"].side, found.lead.side) == (1, 0, 1)
+    assert found.beside["acts"].low < found.beside["acts"].mean < found.beside["acts"].high
+
+
+def test_intervals_of_a_correlation_cover_it_about_as_often_as_they_say():
+    """Twenty-four hooks, both causes act: a correlation of normal variables is known."""
+    rng, covered = np.random.default_rng(5), []
+    truth = 6 / np.pi * np.arcsin(0.6 / 2)  # Spearman's of normal variables with a correlation of 0.6
+    for _ in range(150):
+        x, z, noise = rng.normal(size=(3, 24))
+        interval_of_x = explained({"x": x, "z": z}, 0.6 * x + 0.8 * noise, draws=400).alone["x"]
+        covered.append(interval_of_x.low < truth < interval_of_x.high)
+    assert np.mean(covered) > 0.85

@@ -13,7 +13,7 @@ from sae_lens import SAE
 from scipy.sparse import csr_array
 from torch.nn.functional import normalize
 
-from benchmarks.claims import features, probes, sae_bench_probing, tasks, worth
+from benchmarks.claims import features, plan, probes, sae_bench_probing, tasks, worth
 from saelens_asi.sweep import METHODS, Cell
 from saelens_asi.sweep.cells import SweepStore
 from saelens_asi.sweep.run import sae_folder
@@ -342,6 +342,7 @@ def test_classes_for_sae_bench_are_of_one_size_and_share_no_document():
 
 def test_sae_bench_finds_what_our_probes_find(tmp_path):
     pytest.importorskip("sae_bench")
+    pytest.importorskip("sklearn")
     windows = tasks.Windows(torch.zeros(60, 4, dtype=torch.long), np.arange(60), np.zeros((60, 3, 2)))
     in_class, sae = np.arange(60) % 2 == 0, inference_sae("topk", tmp_path)
     activations = random_rows(240, tiny.D_MODEL)
@@ -379,8 +380,11 @@ def test_every_method_gets_a_record(text, tmp_path):
     baseline_sae.b_enc.data[:24] = -1e3  # dead
     baseline_sae.save_model(str(tmp_path / "topk"))
     folders = {name: tmp_path / name for name in ("ours", "topk")}
-    found = worth.worth(folders, "topk", text, SIZES, tmp_path / "worth.json")
-    assert json.loads((tmp_path / "worth.json").read_text()).keys() == found.keys()
+    found = worth.worth(folders, "topk", text, SIZES, tmp_path / "worth.jsonl", {"model": "tiny"})
+    written = [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
+    assert [line["what"] for line in written] == ["all", "sae", "sae", "control", "sae_bench"]
+    assert written[0]["settings"]["model"] == "tiny"
+    assert {line["folder"] for line in written if line["what"] == "sae"} == {"topk", "ours"}
     assert found["methods"].keys() == {"topk", "ours"}
     baseline, own = found["methods"]["topk"], found["methods"]["ours"]
     assert baseline["beside_baseline"]["added"] == 0
@@ -416,3 +420,21 @@ def test_the_saes_of_a_sweep_are_found_at_their_best_rates(tmp_path):
     assert all("lr=0.002" in folder.name and folder.is_dir() for folder in found.values())
     with pytest.raises(ValueError, match="kept no SAE of 128 features"):
         worth.saved_saes(tmp_path, "h", 128, "topk")
+
+
+def test_the_saes_of_the_plan_are_found_by_contender_and_seed(tmp_path, monkeypatch):
+    def item(contender: str, seed: int, save: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(contender=contender, cell=Cell(seed=seed), save=save)
+
+    planned = [item(plan.BASELINE, 0), item(plan.BASELINE, 1), item("aligned", 0), item("TopK, mean, active", 0, False)]
+    monkeypatch.setattr(worth, "items", lambda parts: planned)
+    monkeypatch.setattr(worth, "planned_folder", lambda one: tmp_path / f"{one.contender}_{one.cell.seed}")
+    with pytest.raises(ValueError, match="factorial kept no SAE"):
+        worth.planned_saes(["factorial"])
+    for one in planned:
+        worth.planned_folder(one).mkdir()
+    assert worth.planned_saes(["factorial"]).keys() == {
+        plan.BASELINE,
+        f"{plan.BASELINE}, seed 1",
+        "Aligned Training",
+    }

@@ -91,7 +91,7 @@ def ended(places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[
     return run
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, "card"])
 def test_every_flag_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for action in actions(name, capsys):
         assert len(str(action.help)) > 5, action.option_strings

@@ -36,6 +36,31 @@ def test_the_demo_runs_on_a_model_and_a_dataset_by_name(
     for name in ("stock", "with_the_flag", "comparison.png", "firing_rates.png", "subspace.png", "results.json"):
         assert (tmp_path / name).exists()
         assert str(tmp_path / name) in printed
+    for folder in ("stock", "with_the_flag"):
+        cfg = json.loads((tmp_path / folder / "runner_cfg.json").read_text())
+        assert cfg["use_cached_activations"]
+        assert cfg["cached_activations_path"] == str(tmp_path / "activations")
+    ends = printed[printed.index("Figure: ") :]
+    order = [
+        ends.index(part) for part in (str(tmp_path / "firing_rates.png"), "| run |", str(tmp_path / "results.json"))
+    ]
+    assert order == sorted(order)
+
+
+def test_another_demo_starts_from_the_same_activations_to_the_same_results(
+    llama_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = tmp_path / ".activations.1.tmp"
+    killed.mkdir()
+    _demo(llama_folder, text_folder, tmp_path)
+    first = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert "computed in" in capsys.readouterr().out
+    assert not killed.exists()
+    _demo(llama_folder, text_folder, tmp_path)
+    second = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert f"{tmp_path / 'activations'}: found" in capsys.readouterr().out
+    for name, row in first.items():
+        assert {**second[name], "seconds_per_1k_tokens": 0} == {**row, "seconds_per_1k_tokens": 0}
 
 
 def test_its_numbers_are_those_of_the_function(

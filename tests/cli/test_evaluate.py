@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from saelens_asi.evaluation import saes as sae_sources
 from saelens_asi.evaluation.results import rank_correlation
 from saelens_asi.evaluation.saes import find_saes
 from saelens_asi.plots import evaluation as evaluation_plots
+from saelens_asi.plots.style import label_points, make_axes
 from tests.helpers import tiny
 
 command = importlib.import_module("saelens_asi.cli.evaluate")  # the package has a function of that name too
@@ -274,6 +276,21 @@ def test_groups_have_correlations_of_their_own() -> None:
     title = figure.axes[0].get_title()
     assert "a: rank correlation -1.00 over 4 SAEs" in title
     assert "b: rank correlation +1.00 over 3 SAEs" in title
+
+
+def test_labels_cover_neither_each_other_nor_points() -> None:
+    figure, (axis,) = make_axes(4, 3)
+    points = [(0.5 + 0.012 * (i % 3), 0.5 + 0.02 * (i // 3)) for i in range(9)] + [(1.0, 1.0)]
+    axis.scatter(*zip(*points, strict=True), s=20)
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    label_points(axis, points, [str(i) for i in range(10)], mark=4)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent().shrunk(0.9, 0.6) for text in axis.texts]
+    assert len(boxes) == 10
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
 
 
 def test_rank_correlation_is_spearmans() -> None:

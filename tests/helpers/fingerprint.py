@@ -70,6 +70,8 @@ def files(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or path.suffix in _LEFT_OUT:
             continue
+        if path.parent.name == "activations":  # SAELens's cache carries times; what is trained from it tells all
+            continue
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         elif path.suffix == ".pt":

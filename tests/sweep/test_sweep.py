@@ -229,6 +229,27 @@ def test_figures_show_what_the_rows_vary_in():
     assert sweep_figures([_row()]) == {}
 
 
+def test_figures_name_their_source_and_magnify_nothing():
+    dims = [
+        _row(d_init=d, d_init_used=d, subspace=s, nmse=0.5 + d / 1000) for d in (8, 16) for s in ("active", "random")
+    ]
+    levels = [_row(k=k, nmse=1 / k) for k in (8, 16)]
+    for rows in (dims, levels):
+        (figure,) = sweep_figures(rows, "a model, a text").values()
+        assert figure.axes[0].get_ylim()[0] == 0
+        assert figure.get_suptitle() == f"a model, a text: {HOOK}"
+    (figure,) = sweep_figures([_row(d_sae=size, nmse=0.21 + size / 1e5) for size in (100, 200, 400)]).values()
+    assert figure.axes[0].get_ylim() == figure.axes[2].get_ylim() == (0.1, 1)
+    assert figure.get_suptitle() == HOOK
+
+
+def test_two_sizes_make_no_power_law():
+    for n, law in ((2, False), (3, True)):
+        (figure,) = sweep_figures([_row(d_sae=100 * 2**i, nmse=0.5**i) for i in range(n)]).values()
+        assert len(figure.axes[0].lines) == 1 + law
+        assert ("d_sae$" in figure.axes[0].lines[-1].get_label()) == law
+
+
 def test_a_rate_is_chosen_for_each_setting_by_its_mean_error():
     rows = [
         _row(lr=lr, seed=seed, nmse=nmse) for lr, seed, nmse in ((1, 0, 0.1), (1, 1, 0.9), (2, 0, 0.4), (2, 1, 0.4))
