@@ -64,7 +64,7 @@ plots.plan_figure(plan)
 
 # %% [markdown]
 # More features on the same hours see fewer tokens each. A line turns grey where time or memory ends; where it is dotted
-# it has left what the model was fitted on, and is a guess.
+# it has left what the model was fitted on, and is a guess, with an interval as wide as that: believe what is drawn solid.
 
 # %%
 print(plan.table(plan.within))
@@ -72,12 +72,13 @@ print(plan.table(plan.within))
 # %% [markdown]
 # ## The settings
 #
-# Of the largest that fits and whose features fire often enough in training to learn something; or of any other row.
+# Of the largest that fits and whose features fire often enough in training to learn something; or of any other row. An
+# embedded model goes by its name here: hand it to the runner as `override_model`.
 
 # %%
 row = plan.largest or plan.best
 print(f"{row.d_sae:,} features on {row.tokens:,} tokens: {row.hours:.1f} hours, {row.gib:.1f} GiB\n")
-print(plan.config(row))
+print(plan.config(row).replace(plan.model, MODEL))
 
 # %% [markdown]
 # ## What if?
