@@ -64,7 +64,7 @@ plots.plan_figure(plan)
 
 # %% [markdown]
 # More features on the same hours see fewer tokens each. A line turns grey where time or memory ends; where it is dotted
-# it has left what the model was fitted on, and is a guess, with an interval as wide as that: believe what is drawn solid.
+# it has left what the model was fitted on, and is a guess, with as wide an interval: believe what is drawn solid.
 
 # %%
 print(plan.table(plan.within))
