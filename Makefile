@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims gemma kills \
+.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims plan gemma kills \
 	sharding format clean
 
 install: $(VENV)/installed
@@ -109,6 +109,13 @@ claims: install gemma
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.worth
 	$(BIN)/python -m benchmarks.claims.page
+
+# What the plan is fitted on, where it is not there yet (hours), its figures for time and memory, and the fit.
+plan: install gemma
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plan_sweep --read
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plan_costs memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plan_costs time
+	$(BIN)/python -m benchmarks.plan_fit
 
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
 docs: install

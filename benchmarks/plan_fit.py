@@ -18,27 +18,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
+from benchmarks import plan_costs
 from benchmarks.claims.records import RESULTS as CLAIMS
 from benchmarks.claims.records import lines
 from benchmarks.plan_sweep import CELLS, PILOTS
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.planning import model as planning
-from saelens_asi.planning.make import PILOT_D_SAE, PILOT_K, anchor_of
-from saelens_asi.planning.model import FITTED, Anchor, Fitted, anchor_terms, error_terms, silent_share, spread_terms
+from saelens_asi.planning.cost import step_cost
+from saelens_asi.planning.make import D_SAE, PILOT_D_SAE, PILOT_K, anchor_of, sizes_within
+from saelens_asi.planning.memory import parse_bytes
+from saelens_asi.planning.model import (
+    FITTED,
+    Anchor,
+    Fitted,
+    anchor_terms,
+    error_terms,
+    spread_of_silence,
+    spread_terms,
+)
 from saelens_asi.planning.pilots import STEPS, Pilot
 from saelens_asi.planning.recipe import learning_rate
+from saelens_asi.planning.record import Plan
+from saelens_asi.plots import plan_figure, save
 
 OUT = Path(__file__).parent / "results"
 Group = tuple[str, str, str]  # model, text, hook
 
 COVERED = 0.8
-# The ridge, in units of the terms' own spread; small against the rows, and enough to keep terms apart.
-RIDGE = 0.003
+# The ridge, in units of the terms' own spread. With 0.03 to 0.3 the intervals of what is kept out are the same.
+RIDGE = 0.1
 
-# What terms are drawn to: between sizes of pilots, the slopes that the pilots have found hold.
-PRIOR = {"k x slope": 1.0, "d_sae x slope": 1.0}
+# What terms are drawn to, where the SAEs are too few to tell: the slope that pilots have in k holds, and half of those
+# in d_sae and tokens, which are steeper in the first steps than later.
+PRIOR = {"k x slope": 1.0, "d_sae x slope": 0.5, "tokens x slope": 0.5, "pilot": 1.0}
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,18 @@ class Hook:
         anchor: of its pilots.
         facts: of its spectrum.
         rows: the SAEs trained there.
-        pilots: second and third, as error at other d_sae and k.
+        timed: the pilots.
     """
 
     anchor: Anchor
     facts: dict[str, float]
     rows: tuple[Trained, ...]
-    pilots: tuple[Pilot, ...]
+    timed: tuple[Pilot, ...]
+
+    @property
+    def pilots(self) -> tuple[Pilot, ...]:
+        """Second and third, as error at other d_sae and k."""
+        return self.timed[1:]
 
 
 def hooks() -> dict[Group, Hook]:
@@ -128,7 +146,7 @@ def hooks() -> dict[Group, Hook]:
         pilots = [Pilot(**{n: by_size[size][n] for n in Pilot.__dataclass_fields__}) for size in sizes]
         facts = by_size[sizes[0]]
         anchor = anchor_of(pilots, facts["effective_rank"] / facts["d_in"], facts["gamma"])
-        found[group] = Hook(anchor, facts, rows, tuple(pilots[1:]))
+        found[group] = Hook(anchor, facts, rows, tuple(pilots))
     return found
 
 
@@ -147,7 +165,7 @@ def ridge(terms: Sequence[dict[str, float]], values: Sequence[float], weights: S
 
 
 def quantile(values: Sequence[float], weights: Sequence[float], q: float) -> float:
-    """Of weighted values, to the cautious side."""
+    """Of weighted values."""
     order = np.argsort(values)
     share = np.cumsum(np.array(weights)[order]) / np.sum(weights)
     return float(np.array(values)[order][min(int(np.searchsorted(share, q)), len(order) - 1)])
@@ -184,22 +202,12 @@ def error_left(coefficients: dict[str, float], some: Hooks) -> list[tuple[float,
     ]
 
 
-def spread_of_counts(n_tokens: int, share: float, d_sae: int, k: int) -> float:
-    """The spread of log rates at which this share of the features is silent; that of half a feature for none."""
-    share = min(max(share, 0.5 / d_sae), 0.95)
-    firings = n_tokens * k / d_sae
-    low, high = 0.02, 6.0
-    if silent_share(firings, low) >= share:
-        return low
-    return float(brentq(lambda spread: silent_share(firings, spread) - share, low, high))
-
-
 def _spreads(some: Hooks) -> Iterator[tuple[dict[str, float], float, float]]:
     """Terms, spread and weight, of each count of each SAE."""
     for hook, row, weight in _each(some):
         for n_tokens, share in row.counts:
             terms = spread_terms(hook.anchor, row.d_sae, row.k, row.tokens)
-            yield terms, spread_of_counts(n_tokens, share, row.d_sae, row.k), weight / len(row.counts)
+            yield terms, spread_of_silence(n_tokens, share, row.d_sae, row.k), weight / len(row.counts)
 
 
 def fit_spread(some: Hooks) -> dict[str, float]:
@@ -235,14 +243,22 @@ KEPT_OUT: dict[str, Callable[[Group], str]] = {
 }
 
 
+def covered(n_hooks: int) -> float:
+    """What share of what was left an interval has to hold, so that it holds 80 % of the next hook's (Vovk 2005)."""
+    return min(1.0, COVERED * (1 + 1 / n_hooks))
+
+
 def half_width(left: Left) -> float:
-    return quantile([abs(one) for one, _ in left], [weight for _, weight in left], COVERED)
+    """Of the 80 % interval: weights of each hook sum to 1."""
+    share = covered(round(sum(weight for _, weight in left)))
+    return quantile([abs(one) for one, _ in left], [weight for _, weight in left], share)
 
 
 def sides(left: Left) -> tuple[float, float]:
     """The middle 80 %."""
     values, weights = zip(*left, strict=True)
-    return quantile(values, weights, (1 - COVERED) / 2), quantile(values, weights, (1 + COVERED) / 2)
+    share = covered(round(sum(weights)))
+    return quantile(values, weights, (1 - share) / 2), quantile(values, weights, (1 + share) / 2)
 
 
 def fit_from_spectrum(some: Hooks) -> dict[str, float]:
@@ -286,16 +302,14 @@ def fit_stock(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[fl
     for i, row in enumerate(rows):
         others = fit([*rows[:i], *rows[i + 1 :]])
         left.append(_logit(row["dead_fraction"]) - planning.total(others, _stock_terms(row)))
-    half = quantile([abs(one) for one in left], [1.0] * len(left), COVERED)
+    half = half_width([(one, 1.0) for one in left])
     return {**fit(rows), "half": half}, left
 
 
-def fit_all(some: Hooks) -> Fitted:
-    """The coefficients, with intervals that cover 80 % of what was left of hooks, models and texts kept out."""
+def fit_all(some: Hooks, kinds: Sequence[str] = ("hook", "model", "text")) -> Fitted:
+    """The coefficients, with intervals that cover 80 % of what was left of each kind that was kept out."""
     error_widths, spread_sides, spectral_widths = [], [], []
-    for of in KEPT_OUT.values():
-        if len(set(map(of, some))) < 2:
-            continue
+    for of in map(KEPT_OUT.__getitem__, kinds):
         error_widths.append(half_width(held_out(some, of, fit_error, error_left)))
         spread_sides.append(sides(held_out(some, of, fit_spread, spread_left)))
         spectral_widths.append(half_width(held_out(some, of, fit_from_spectrum, left_from_spectrum)))
@@ -336,7 +350,7 @@ def tested(some: Hooks) -> list[dict[str, Any]]:
             inside = {group: hook for group, hook in some.items() if of(group) != name}
             if len(names) < 2 or len(inside) < 3:
                 continue
-            own = fit_all(inside)
+            own = fit_all(inside, ["hook"])  # of one model or text alone nothing else can be kept out
             for group, hook in some.items():
                 if of(group) == name:
                     found += [_compared(kept_out, group, hook.anchor, row, own) for row in hook.rows]
@@ -376,19 +390,34 @@ def is_inside(value: float, interval: dict[str, float], step: float = 0.0) -> bo
 def coverage(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of rows of ``tested``: share inside the 80 % intervals, and how far off the middle is."""
     rows = list(rows)
+    of = [(row["model"], row["text"], row["hook"]) for row in rows]
+    weights = [1 / of.count(one) for one in of]  # each hook counts the same
+
+    def share(inside: list[bool]) -> float:
+        return float(np.average(inside, weights=weights))
+
     off = [math.log(row["nmse"] / row["nmse_predicted"]["value"]) for row in rows]
     widths = [row["nmse_predicted"]["high"] / row["nmse_predicted"]["value"] - 1 for row in rows]
     dead = [abs(row["dead"] - row["dead_predicted"]["value"]) for row in rows]
     return {
         "saes": len(rows),
-        "error_inside": float(np.mean([is_inside(row["nmse"], row["nmse_predicted"]) for row in rows])),
+        "error_inside": share([is_inside(row["nmse"], row["nmse_predicted"]) for row in rows]),
         "error_off_median": float(np.median(np.abs(np.expm1(off)))),
         "error_off_largest": float(np.max(np.abs(np.expm1(off)))),
         "interval": float(np.median(widths)),
-        "dead_inside": float(np.mean([is_inside(r["dead"], r["dead_predicted"], 1 / r["d_sae"]) for r in rows])),
+        "dead_inside": share([is_inside(r["dead"], r["dead_predicted"], 1 / r["d_sae"]) for r in rows]),
         "dead_off_median": float(np.median(dead)),
         "dead_off_largest": float(np.max(dead)),
     }
+
+
+def costs() -> list[str]:
+    """Tables of ``plan_costs``, where it has run."""
+    paths = [plan_costs.RESULTS / name for name in ("memory.json", "time.json")]
+    if not all(path.exists() for path in paths):
+        return []
+    memory, time = (json.loads(path.read_text()) for path in paths)
+    return [plan_costs.table(memory, time)]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -406,12 +435,44 @@ def report(result: dict[str, Any]) -> str:
             "# The model behind the plan, on what it has not seen",
             f"Fitted on {made['saes']} SAEs at {made['hooks']} hooks (`make plan`; {', '.join(made['results'])}). Each "
             "SAE below was predicted by a fit, intervals among it, that had seen no SAE of its hook, of its model, or "
-            "of its text; inside: share within the 80 % interval; off: of the measured error, relative; of the dead "
+            "of its text; inside: share within the 80 % interval, each hook counting the same; off: "
+            "of the measured error, relative; of the dead "
             "share, in points.",
             markdown_table(columns, cells, align="lrrrrrrrr"),
             "Error: log (NMSE / NMSE of the first pilot), linear in",
             markdown_table(["term", "coefficient"], terms, align="lr"),
+            "Memory: the peak of real runs, each in a process of its own; then CPU seconds of a step, of sizes that "
+            "were timed and of some that were not, one after the other on a busy machine "
+            "(`python -m benchmarks.plan_costs table`).",
+            *costs(),
         ]
+    )
+
+
+# The plan that the docs show, from the pilots of this hook.
+SHOWN: Group = ("smollm2", "linux-doc", "blocks.15.hook_attn_out")
+
+
+def shown(hook: Hook, budget_hours: float = 0.5, memory: str = "2GiB") -> Plan:
+    """The plan for a hook from its pilots, as ``saelens_asi.plan`` makes it from fresh ones."""
+    cost = step_cost(hook.timed)
+    sizes = sizes_within(D_SAE, PILOT_K, None, budget_hours, cost, 0.0)
+    return Plan(
+        hook=hook.rows[0].group[2],
+        model=hook.rows[0].group[0],
+        d_in=int(hook.facts["d_in"]),
+        effective_rank=hook.facts["effective_rank"],
+        gamma=hook.facts["gamma"],
+        batch=cost.batch,
+        budget_hours=budget_hours,
+        memory=parse_bytes(memory),
+        counted_on=1_000_000,
+        model_seconds=0.0,
+        model_bytes=0,
+        pilots=hook.timed,
+        anchor=hook.anchor,
+        cost=cost,
+        sizes=sizes,
     )
 
 
@@ -424,6 +485,8 @@ def main() -> None:
     result = {"coverage": by_kind, "fitted": asdict(own), "rows": rows}
     (OUT / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
     (OUT / "plan.md").write_text(report(result) + "\n")
+    figure = plan_figure(shown(some[SHOWN]))
+    save(figure, Path(__file__).parent.parent / "docs" / "plan.png")
     print(report(result))
 
 

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep --list     # what is missing
 
 Rounds: the pilots of all hooks, then one size after the other, so that what is there is always even over the hooks.
-Hooks whose activations are not on the disk are left out, unless --read has the model read the texts of ``OWN``.
+Hooks whose activations are not on the disk are left out, unless --read has the models read them first.
 """
 
 from __future__ import annotations
@@ -191,12 +191,12 @@ def measure(one: Work) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
-    parser.add_argument("--read", action="store_true", help="read the texts of OWN with their models first")
+    parser.add_argument("--read", action="store_true", help="have the models read what is not cached first")
     args = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.read:
-        for source in OWN:
+        for source in dict.fromkeys(source for source, _ in places()):
             sources.activations(source, source.hooks[0])
     left = [one for one in work() if not done(one)]
     while left:

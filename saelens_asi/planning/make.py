@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
 from saelens_asi.activations.hooks import HookedModel
@@ -22,8 +20,8 @@ from saelens_asi.initialization import AUTO_TOKENS_PER_DIMENSION
 from saelens_asi.planning.advice import warnings_for
 from saelens_asi.planning.cost import StepCost, step_cost
 from saelens_asi.planning.memory import parse_bytes
-from saelens_asi.planning.model import Anchor, anchor_terms, fitted, total
-from saelens_asi.planning.pilots import BATCH, HELD_OUT, QUANTILES, STEPS, Pilot, run_pilot
+from saelens_asi.planning.model import Anchor, anchor_terms, fitted, spread_of_silence, total
+from saelens_asi.planning.pilots import BATCH, HELD_OUT, STEPS, Pilot, run_pilot
 from saelens_asi.planning.record import Plan, check_size
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -138,7 +136,7 @@ def plan(
     done = _train(read, pilots, device)
     timed, cost = done[: len(pilots.sizes)], step_cost(done)
     anchor = _anchor(timed, read)
-    sizes = _sizes(d_sae, k, tokens, budget_hours, cost, read.seconds)
+    sizes = sizes_within(d_sae, k, tokens, budget_hours, cost, read.seconds)
     made = Plan(
         hook=read.hook,
         model=read.model,
@@ -260,26 +258,25 @@ def _train(read: _Source, pilots: PilotSizes, device: str) -> list[Pilot]:
     return found
 
 
-def spread_of(quantiles: Sequence[float]) -> float:
-    """Standard deviation of the logarithm of firing rates, from their quantiles at ``QUANTILES``: the middle half."""
-    low, high = (max(quantiles[QUANTILES.index(q)], 1e-3) for q in (0.25, 0.75))
-    return math.log(high / low) / float(ndtri(0.75) - ndtri(0.25))
+def _spread(pilot: Pilot) -> float:
+    return spread_of_silence(pilot.n_tokens, pilot.dead_fraction, pilot.d_sae, pilot.k)
 
 
 def anchor_of(pilots: Sequence[Pilot], rank_share: float, gamma: float) -> Anchor:
     """What three pilots say: the first, one with other d_sae, one with other k."""
     first, wider, denser = pilots
-    curve = np.array(first.curve)
-    slope = np.log(curve[-1] / curve[-2]) / math.log(len(curve) / (len(curve) - 1)) if len(curve) > 1 else 0.0
+    n = len(first.curve)
+    by_tokens = math.log(first.curve[-1] / first.curve[0]) / math.log(n) if n > 1 else 0.0
+    by_k = math.log(denser.nmse / first.nmse) / math.log(denser.k / first.k)
     return Anchor(
         d_sae=first.d_sae,
         k=first.k,
         tokens=first.tokens,
         nmse=first.nmse,
         slope_d_sae=math.log(wider.nmse / first.nmse) / math.log(wider.d_sae / first.d_sae),
-        slope_k=math.log(denser.nmse / first.nmse) / math.log(denser.k / first.k),
-        slope_tokens=float(slope),
-        spread=spread_of(first.rate_quantiles),
+        slope_k=min(0.0, by_k),
+        slope_tokens=min(0.0, by_tokens),
+        spread=sum(_spread(pilot) for pilot in (first, wider)) / 2,
         rank_share=rank_share,
         gamma=gamma,
     )
@@ -298,7 +295,7 @@ def _anchor(pilots: Sequence[Pilot], read: _Source) -> Anchor:
     )  # fmt: skip
 
 
-def _sizes(
+def sizes_within(
     d_sae: Sequence[int],
     k: Sequence[int],
     tokens: Sequence[int] | None,

@@ -141,9 +141,13 @@ class Plan:
 
     @property
     def largest(self) -> PlanRow | None:
-        """Of what fits, the most features that get firings enough (``enough_firings``); then the lowest error."""
+        """Of what fits, the most features that fire 100 times in training or more; then the lowest error.
+
+        At the k of the pilots, where there are such rows.
+        """
         candidates = [row for row in self.within if row.firings >= ENOUGH_FIRINGS]
-        return max(candidates, key=lambda row: (row.d_sae, -row.nmse.value), default=None)
+        usual = [row for row in candidates if row.k == self.anchor.k] or candidates
+        return max(usual, key=lambda row: (row.d_sae, -row.nmse.value), default=None)
 
     @property
     def best(self) -> PlanRow | None:

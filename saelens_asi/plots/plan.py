@@ -89,12 +89,13 @@ def _mark(axis: Axes, plan: Plan, k: int) -> None:
     """The largest that fits, with its interval."""
     row = plan.largest
     if row is None or row.k != k:
-        row = max((one for one in plan.within if one.k == k), key=lambda one: one.d_sae, default=None)
+        shown = [one for one in plan.within if one.k == k]
+        row = max(shown, key=lambda one: (one.d_sae, -one.nmse.value), default=None)
     if row is None:
         return
     below, above = row.nmse.value - row.nmse.low, row.nmse.high - row.nmse.value
     axis.errorbar(row.hours, row.nmse.value, yerr=[[below], [above]], fmt="o", color="#c2405a", capsize=3, zorder=5)
     axis.annotate(
-        f"{row.d_sae:,} features\n{row.tokens:,} tokens", (row.hours, row.nmse.value), xytext=(-8, 10),
+        f"{row.d_sae:,} features\n{row.tokens:,} tokens", (row.hours, row.nmse.high), xytext=(-6, 0), va="top",
         textcoords="offset points", fontsize=8, color="#c2405a", ha="right",
     )  # fmt: skip
