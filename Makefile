@@ -7,8 +7,8 @@ TORCH ?= torch==2.13.0
 SAE_LENS ?=
 BIN = $(VENV)/bin
 
-.PHONY: docs install test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims plan gemma kills sharding format \
-	clean
+.PHONY: docs install notebooks test capabilities lane wheel demo ablation train_step gpu spectra lorsa claims plan gemma kills \
+	sharding format clean
 
 install: $(VENV)/installed
 
@@ -120,6 +120,10 @@ plan: install gemma
 # The site, built strictly: a link that leads nowhere or a parameter that no docstring names is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# All notebooks anew from their scripts, executed: tutorials/NAME.py -> tutorials/NAME.ipynb. One: NOTEBOOKS=one_flag
+notebooks: install
+	$(BIN)/python tutorials/notebooks.py $(NOTEBOOKS)
 
 # What a release is: sdist and wheel, built and checked; then the wheel as a user gets it, in an empty environment, and a
 # short demo from it, outside of the clone.

