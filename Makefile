@@ -105,9 +105,9 @@ gemma: install
 # The grids go on where they stopped (benchmarks/claims/grid.py and plan.py: what they hold, and how to measure anew).
 claims: install gemma
 	for part in grid steps saes sources universality; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_aside
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_sizes d_init_aside
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.worth
+	for part in revival batchtopk worth; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	$(BIN)/python -m benchmarks.claims.page
 
 # What the plan is fitted on, where it is not there yet (hours), its figures for time and memory, and the fit.

@@ -12,7 +12,16 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.claims import batchtopk, figures, of_activations, of_deaths, of_lorsa, of_training, of_universality
+from benchmarks.claims import (
+    batchtopk,
+    figures,
+    of_activations,
+    of_deaths,
+    of_lorsa,
+    of_training,
+    of_universality,
+    revival,
+)
 from benchmarks.claims.evidence import Claim, ResultFiles
 from benchmarks.claims.sections import lost, sections
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
@@ -145,6 +154,7 @@ def claims_page(e: ResultFiles) -> str:
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
+    lines += revival.section(e.parts.get(revival.PART, []))
     lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
 

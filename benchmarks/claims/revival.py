@@ -10,13 +10,13 @@ schedule. Each finished SAE is one line of benchmarks/results/claims/revival.jso
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from sae_lens import TrainingSAE
-from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.claims.records import is_among, keep, read, taken
@@ -25,10 +25,19 @@ from benchmarks.claims.sources import BY_HOOK, MAIN, MAIN_HOOK, Source, activati
 from benchmarks.claims.train import processor
 from saelens_asi.dead_features.revive import largest_cosines
 from saelens_asi.evaluation.run import evaluate
+from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sweep import Cell, SweepTraining
 from saelens_asi.sweep.run import measure, train_cell
 
 PART = "revival"
+
+TEXT = """
+Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, learning rate 0.001,
+SparseAdam, batches of 1,024 (`python -m benchmarks.claims.revival`). The auxiliary loss has the coefficient 1/32 and a
+window of 102,400 tokens, resampling takes place four times in the first half (Bricken et al. 2023). *Dead, both*:
+silent on the held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those whose decoder
+row has a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE again.
+"""
 
 STARTS: dict[str, dict[str, Any]] = {
     "SAELens's own": {"initializer": "default"},
@@ -135,23 +144,38 @@ def _largest(rows: Tensor, part: Tensor) -> Tensor:
     return torch.maximum(outside, inside)
 
 
-def table() -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All that is trained, in Markdown."""
-    lines = [
-        [
-            row["model"], row["architecture"], f"{row['d_sae']:,}", f"{row['tokens'] / 1e6:g} M", row["start"],
-            row["cure"], row["seed"], f"{row['dead_fraction']:.2%}",
-            f"{row['silent_fraction']:.2%}" if "silent_fraction" in row else "-", f"{row['nmse']:.4f}",
-            f"{row['l0']:.1f}", f"{row['duplicate_fraction']:.2%}", row["n_revived"] or 0,
-            row["started_anew_after_steps"] or "-", f"{row['cpu_seconds']:.0f}",
-        ]
-        for row in read(PART)
-    ]  # fmt: skip
-    heads = (
-        "model", "SAE", "d_sae", "tokens", "start", "cure", "seed", "dead, held-out", "dead, both", "NMSE", "L0",
-        "duplicates", "revived", "anew after", "CPU s",
-    )  # fmt: skip
-    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+    header = ["model", "SAE", "features", "tokens", "start", "cure", "seed", "dead", "dead, both", "NMSE", "L0"]
+    header += ["duplicates", "revived", "anew", "CPU s"]
+    return markdown_table(header, [_line(row) for row in rows], align="llrrllrrrrrrrrr")
+
+
+def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
+    silent = row.get("silent_fraction")
+    return (
+        row["model"],
+        row["architecture"],
+        f"{row['d_sae']:,}",
+        f"{row['tokens']:,}",
+        row["start"],
+        row["cure"],
+        str(row["seed"]),
+        f"{row['dead_fraction']:.1%}",
+        "" if silent is None else f"{silent:.1%}",
+        f"{row['nmse']:.4f}",
+        f"{row['l0']:.1f}",
+        f"{row['duplicate_fraction']:.1%}",
+        f"{row['n_revived']:,}" if row["n_revived"] else "",
+        str(row["started_anew_after_steps"] or ""),
+        f"{row['cpu_seconds']:.0f}",
+    )
+
+
+def section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of the page, Markdown; none without results."""
+    title = "## What brings dead features back"
+    return [title, "", textwrap.fill(TEXT.strip(), 120), "", table(rows), ""] if rows else []
 
 
 def main() -> None:
@@ -160,7 +184,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name what is missing, and train nothing")
     args = parser.parse_args()
     if args.table:
-        print(table())
+        print(table(read(PART)))
         return
     torch.set_num_threads(1)
     for trial in trials():

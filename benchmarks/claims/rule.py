@@ -21,7 +21,7 @@ from saelens_asi.initialization import auto_share
 
 Row = dict[str, Any]
 
-DEFAULT = "d_init=\"auto\""
+DEFAULT = 'd_init="auto"'
 
 
 def default(row: Row) -> float:

@@ -167,7 +167,11 @@ def test_a_cell_that_is_missing_is_named(evidence):
 
 def test_the_grid_holds_the_committed_cells_and_no_others():
     committed = {
-        (path.parent.name, row["hook_name"], Cell(**{name: row[name] for name in Cell.__dataclass_fields__}))
+        (
+            path.parent.name,
+            row["hook_name"],
+            Cell(**{name: row[name] for name in Cell.__dataclass_fields__ if name in row}),
+        )
         for path in RESULTS.glob("claims/*/cells.jsonl")
         for row in read_sweep(path.parent)
     }

@@ -1,0 +1,45 @@
+"""What revival is measured against: the trials, and what is measured of an SAE."""
+
+import pytest
+import torch
+
+from benchmarks.claims import revival
+from benchmarks.claims.records import is_among, read
+from saelens_asi.sweep import Cell, SweepTraining
+from saelens_asi.sweep.run import train_cell
+from tests.helpers import tiny
+
+
+def test_no_trial_is_there_twice_and_results_are_those_of_the_plan():
+    keys = [trial.key() for trial in revival.trials()]
+    assert all(keys.count(key) == 1 for key in keys)
+    assert all(any(is_among([row], key) for key in keys) for row in read(revival.PART))
+
+
+def test_every_start_meets_every_cure_and_each_is_its_own():
+    cells = {(trial.start, trial.cure): trial.cell for trial in revival.trials()}
+    assert set(cells) == {(start, cure) for start in revival.STARTS for cure in revival.CURES}
+    assert {cell.revive for (_, cure), cell in cells.items() if cure == "revive"} == {"auto"}
+    assert {cell.revive for (_, cure), cell in cells.items() if cure != "revive"} == {"off"}
+
+
+@torch.no_grad()
+def test_duplicates_are_counted_among_features_that_fire():
+    cell = Cell(d_sae=64, k=4, d_init=5, lr=3e-3)
+    x = tiny.activations(2048)
+    sae = train_cell(cell, SweepTraining(training_tokens=20 * 64, batch_size=64), x)[0].sae
+    before = revival.duplicates(sae, x)["duplicate_fraction"]
+    sae.W_dec[:] = sae.W_dec[0]
+    sae.W_dec[32:] = -sae.W_dec[0]
+    assert before < 1
+    assert revival.duplicates(sae, x)["duplicate_fraction"] == pytest.approx(1.0)
+
+
+def test_the_section_has_a_line_for_each_row():
+    assert revival.section([]) == []
+    row = {"model": "m", "architecture": "topk", "d_sae": 64, "tokens": 1000, "start": "the flag's", "cure": "revive",
+           "seed": 0, "dead_fraction": 0.25, "nmse": 0.2, "l0": 4.0, "duplicate_fraction": 0.0, "n_revived": 64,
+           "started_anew_after_steps": 50, "cpu_seconds": 3.0}  # fmt: skip
+    *_, table, _ = revival.section([row, {**row, "silent_fraction": 0.125}])
+    assert "| 25.0% | | 0.2000 |" in table
+    assert "| 25.0% | 12.5% | 0.2000 |" in table
