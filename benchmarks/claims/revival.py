@@ -32,11 +32,12 @@ from saelens_asi.sweep.run import measure, train_cell
 PART = "revival"
 
 TEXT = """
-Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, learning rate 0.001,
-SparseAdam, batches of 1,024 (`python -m benchmarks.claims.revival`). The auxiliary loss has the coefficient 1/32 and a
-window of 102,400 tokens, resampling takes place four times in the first half (Bricken et al. 2023). *Dead, both*:
-silent on the held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those whose decoder
-row has a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE again.
+Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, learning rate
+0.001, SparseAdam, batches of 1,024 (`python -m benchmarks.claims.revival`). The auxiliary loss has the coefficient
+1/32 and a window of 102,400 tokens, resampling takes place four times in the first half (Bricken et al. 2023). *Dead,
+both*: silent on the held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those
+whose decoder row has a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE
+again.
 """
 
 STARTS: dict[str, dict[str, Any]] = {
