@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def measure_time(activations: torch.Tensor) -> dict[str, Any]:
         for size in (*TIMED, *PREDICTED):
             found.setdefault(size, []).append(run_pilot(activations, activations[:512], *size, steps=TIMED_STEPS))
             print(turn, size, f"{found[size][-1].cpu_seconds:.4f} CPU s", flush=True)
-    of_size = {size: median(one.cpu_seconds for one in pilots) for size, pilots in found.items()}
+    of_size = {size: min(one.cpu_seconds for one in pilots) for size, pilots in found.items()}
     cost = step_cost([found[size][0] for size in TIMED], [of_size[size] for size in TIMED])
     rows = [
         {

@@ -246,7 +246,7 @@ def _draw(spectrum: Spectrum, n: int) -> Tensor:
 def _train(read: _Source, pilots: PilotSizes, device: str) -> list[Pilot]:
     order = torch.randperm(len(read.activations), generator=torch.Generator().manual_seed(0))
     held_out, train = (read.activations[part] for part in order.tensor_split([pilots.held_out]))
-    shared = {"batch": pilots.batch, "device": device}
+    shared: dict[str, Any] = {"batch": pilots.batch, "device": device}
     with tempfile.TemporaryDirectory() as folder:
         known = read.spectrum.save(Path(folder) / "spectrum.safetensors")
         found = [

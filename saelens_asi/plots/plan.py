@@ -37,7 +37,9 @@ def plan_figure(plan: Plan, k: int | None = None, title: str | None = None) -> F
     right.set_ylabel(f"dead on {plan.counted_on:,} tokens")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.set_ylim(bottom=0)
+    low, high = left.get_ylim()
     _mark(left, plan, k)
+    left.set_ylim(low / 1.25, high * 1.25)  # the lines are to be told apart; an interval may go beyond
     figure.legend(loc="outside right center", title="d_sae", frameon=False, fontsize=9)
     figure.suptitle(title or f"{plan.hook}, k = {k}: what hours buy", fontsize=11)
     return figure
@@ -96,6 +98,6 @@ def _mark(axis: Axes, plan: Plan, k: int) -> None:
     below, above = row.nmse.value - row.nmse.low, row.nmse.high - row.nmse.value
     axis.errorbar(row.hours, row.nmse.value, yerr=[[below], [above]], fmt="o", color="#c2405a", capsize=3, zorder=5)
     axis.annotate(
-        f"{row.d_sae:,} features\n{row.tokens:,} tokens", (row.hours, row.nmse.high), xytext=(-6, 0), va="top",
-        textcoords="offset points", fontsize=8, color="#c2405a", ha="right",
+        f"{row.d_sae:,} features\n{row.tokens:,} tokens", (row.hours, 0.03), xycoords=("data", "axes fraction"),
+        xytext=(-6, 0), textcoords="offset points", va="bottom", ha="right", fontsize=8, color="#c2405a",
     )  # fmt: skip
