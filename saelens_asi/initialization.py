@@ -21,9 +21,15 @@ from saelens_asi.spectra.spectrum import Spectrum
 
 INITIALIZER_NAME = "active_subspace"
 
-# "auto" settings: share of the variance that the subspace holds, and tokens for each dimension of d_in.
-AUTO_VARIANCE_SHARE = 0.9
+# "auto" settings: the least and the largest share of d_in that the subspace has, and up to how many features for each
+# dimension of d_in it is the least; the share of the variance behind which there is nothing to start in, and the
+# dimensions that are taken at least; tokens for each dimension of d_in.
+_LEAST_SHARE, _LARGEST_SHARE, _UNCROWDED = 1 / 8, 1 / 4, 14
+_AUTO_VARIANCE, _AUTO_LEAST = 0.99, 16
 AUTO_TOKENS_PER_DIMENSION = 32
+
+# Share of the variance that reports and Lorsa's "auto" go by.
+AUTO_VARIANCE_SHARE = 0.9
 
 _SUBSPACES = ("active", "random", "full")
 _CENTERS = ("mean", "zeros")
@@ -42,8 +48,8 @@ class ActiveSubspaceInit:
     ``ActiveSubspaceInit.paper()`` is the paper's own recipe.
 
     Attributes:
-        d_init: dimension of the subspace: an int, a fraction of d_in in (0, 1] given as a float, or ``"auto"``: the
-            smallest dimension that holds 90 % of the variance.
+        d_init: dimension of the subspace: an int, a fraction of d_in in (0, 1] given as a float, or ``"auto"``: an
+            eighth of d_in, and up to a quarter for large dictionaries (``auto_d_init``).
         n_tokens: activation vectors used for the estimate, or ``"auto"``: 32 for each dimension of d_in. They are
             streamed, so memory does not grow with them.
         norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error;
@@ -123,8 +129,30 @@ class ActiveSubspaceInit:
         return cls(**values)
 
 
-def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
-    """Dimension of the subspace for activations with this spectrum.
+def auto_share(d_in: int, d_sae: int) -> float:
+    """Of d_in, how many dimensions ``d_sae`` features start in where none are asked for.
+
+    An eighth up to fourteen features for each dimension of d_in; from there on as the square root of their number, up
+    to a quarter: features crowd, and die of each other. A dimension that is too low loses features, one that is too
+    high error (docs/claims.md: what was tried at hooks of two models, and at four sizes).
+    """
+    return min(_LARGEST_SHARE, _LEAST_SHARE * math.sqrt(max(1.0, d_sae / (_UNCROWDED * d_in))))
+
+
+def auto_d_init(spectrum: Spectrum, d_sae: int) -> int:
+    """Dimension of the subspace for ``d_sae`` features where none is asked for.
+
+    ``auto_share`` of d_in; no more than hold 99 % of the variance, but sixteen at least where the sample has them. How
+    much variance they hold says little else: the tail in which features live counts for little in it.
+    """
+    wanted = max(_AUTO_LEAST, round(auto_share(spectrum.d, d_sae) * spectrum.d))
+    return min(wanted, spectrum.intrinsic_dimension(_AUTO_VARIANCE), max(1, spectrum.rank))
+
+
+def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum, d_sae: int | None = None) -> int:
+    """Dimension of the subspace for activations with this spectrum, and ``d_sae`` features.
+
+    ``"auto"`` without a ``d_sae`` is the smallest dimension that holds 90 % of the variance.
 
     Raises ValueError when it exceeds d_in, or the rank of the sample.
     """
@@ -132,7 +160,9 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
     settings.check_width(d_in)
     if settings.subspace == "full":
         return d_in
-    if settings.d_init == "auto":
+    if settings.d_init == "auto" and d_sae is not None:
+        d_init = auto_d_init(spectrum, d_sae)
+    elif settings.d_init == "auto":
         d_init = spectrum.intrinsic_dimension(AUTO_VARIANCE_SHARE)
     elif _is_int(settings.d_init):
         d_init = settings.d_init
@@ -147,10 +177,10 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum) -> int:
 
 
 def subspace_basis(
-    settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator
+    settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator, d_sae: int | None = None
 ) -> Float64[Tensor, "d_in d_init"] | None:
-    """(d_in, d_init) orthonormal float64 columns that span the subspace; None for all of d_in."""
-    d_init = choose_d_init(settings, spectrum)
+    """(d_in, d_init) orthonormal float64 columns that span what ``choose_d_init`` asks for; None for all of d_in."""
+    d_init = choose_d_init(settings, spectrum, d_sae)
     if settings.subspace == "full":
         return None
     if settings.subspace == "random":
@@ -318,7 +348,7 @@ def initialize_(
     norm = _fixed_norm(sae, settings)
     _check_center(sae, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    basis = subspace_basis(settings, spectrum, generator)
+    basis = subspace_basis(settings, spectrum, generator, _shard(sae).d_sae)
     d_in = spectrum.d
     random_directions_(sae.W_dec.data, basis, generator, _shard(sae))
     _tie_encoder_(sae)

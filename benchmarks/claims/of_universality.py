@@ -90,7 +90,7 @@ def collapse_everywhere(e: ResultFiles) -> Claim:
             f"the lower in {sum(pair.holds for pair in order)} of {len(order)} pairs of kind and text"
         )
     return Claim(
-        "...in every family and on every text: effective rank / d, layer by layer",
+        f"...{_read_so_far(e)}: effective rank / d, layer by layer",
         "attn_out 60 %, mlp_out and resid_post 90 %; Llama, Qwen, Gemma-2, Pythia; web text, code, Chinese",
         "; ".join(parts),
         verdict(conditions),
@@ -112,13 +112,21 @@ def output_weights_everywhere(e: ResultFiles) -> Claim:
             f"{len(layers)} layers"
         )
     return Claim(
-        "...in every family and on every text",
+        f"...{_read_so_far(e)}",
         "the tail of O falls through W_O",
         "; ".join(parts),
         verdict(conditions),
         _layers(e),
         COMMAND,
     )
+
+
+def _read_so_far(e: ResultFiles) -> str:
+    found = len(passes(e))
+    planned = len(MODELS) * len(TEXTS)
+    if found == planned:
+        return "in both families and on all three texts"
+    return f"in the {found} of {planned} pairs of model and text that are read so far"
 
 
 def _layers(e: ResultFiles) -> str:

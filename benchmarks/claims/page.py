@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.claims import figures, of_activations, of_deaths, of_lorsa, of_training, of_universality
+from benchmarks.claims import batchtopk, figures, of_activations, of_deaths, of_lorsa, of_training, of_universality
 from benchmarks.claims.evidence import Claim, ResultFiles
 from benchmarks.claims.sections import lost, sections
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
@@ -52,8 +52,9 @@ were tried, not all at every size). Of ASI's, rates that leave under 5 % of the 
 any, since a high rate can buy a lower error with the lives of features ({trade}); TopK and AuxK are not held back so.
 **TopK** and **AuxK** start as the paper's do, evenly in all of d with the norm of the lowest initial error; AuxK's
 coefficient is 1/32, and a feature counts as dead for it after {dead_after:,} silent tokens. **ASI** is this package's
-default (active subspace of 90 % of the variance, least-squares norm, mean as centre); **ASI (paper)** has zeros as
-centre and 18.75 % of d. NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+initialization with the dimension that was its default when these were trained (active subspace of 90 % of the variance,
+106 of 576; least-squares norm, mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. What the default
+is today, and why, stands under "The dimension of the subspace". NMSE: E|x - x_hat|^2 / E|x - E x|^2.
 
 **Verdicts.** A claim is a list of pairs and counts. A pair is a difference over shared seeds (or layers) with its 95 %
 interval (Student); where a pair has one seed, the deviation of a seed is that of all cells with several, pooled (of
@@ -79,6 +80,12 @@ where it stopped.
     "d_init": """
 8,192 features, 195 steps, learning rate 0.001, mean as centre, SparseAdam. Error and silent features at what a rule
 asks for are interpolated between the dimensions that were tried.
+""",
+    "d_init_sizes": """
+Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, 195 steps. The best dimension
+grows with the number of features, which crowd in a small subspace. So `d_init="auto"` is an eighth of d up to fourteen
+features for each dimension of d, grows from there on as the square root of their number, and stops at a quarter; beyond
+65,536 features nothing was tried.
 """,
     "universality": """
 The paper's figure 1: effective rank (Roy and Vetterli 2007) over the width, of every layer; mean and range over
@@ -138,6 +145,7 @@ def claims_page(e: ResultFiles) -> str:
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
+    lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
 
 

@@ -17,10 +17,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims.records import read
+from saelens_asi.initialization import auto_share
 
 Row = dict[str, Any]
 
+DEFAULT = "d_init=\"auto\""
+
+
+def default(row: Row) -> float:
+    """What the package takes."""
+    return min(auto_share(row["d_in"], row["d_sae"]) * row["d_in"], row["dimension_0.99"])
+
+
 RULES: dict[str, Callable[[Row], float]] = {
+    DEFAULT: default,
     **{f"{share:.0%} of the variance": lambda row, s=share: row[f"dimension_{s}"] for share in (0.9, 0.99)},
     **{
         f"{c:g} x effective rank": lambda row, c=c: c * row["effective_rank"]
@@ -32,10 +42,19 @@ RULES: dict[str, Callable[[Row], float]] = {
 
 def by_hook(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows with a d_init, by model and hook, in order of the dimension."""
-    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    return _of_active(rows, ("model", "hook"))
+
+
+def by_size(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The same, by model and number of features."""
+    return _of_active(rows, ("model", "d_sae"))
+
+
+def _of_active(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if row["subspace"] == "active":
-            found[row["model"], row["hook"]].append(row)
+            found[tuple(row[name] for name in names)].append(row)
     return {name: sorted(rows, key=lambda row: row["d_init_used"]) for name, rows in found.items() if len(rows) > 2}
 
 

@@ -12,7 +12,7 @@ from benchmarks.claims.figures import CAPTIONS
 from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
 from benchmarks.claims.records import is_among
 from benchmarks.claims.rivals import RIVALS
-from benchmarks.claims.rule import by_hook, judged
+from benchmarks.claims.rule import at, by_hook, by_size, default, judged
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import interval
 from saelens_asi.evaluation.tables import markdown_table
@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "factorial": "every contender at its best try, three seeds, SmolLM2-135M on the kernel's documentation",
     "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
     "d_init": "dimensions of the subspace at four kinds of hooks, three layers, both models",
+    "d_init_sizes": "the same at one hook of each model, with more and with fewer features",
     "d_init_aside": "the same at a layer and on a text that were set aside before the rule was looked for",
 }
 
@@ -96,6 +97,18 @@ def hooks(rows: Sequence[Record]) -> list[str]:
         )
     header = ["model", "hook", "rank", "gamma", "d_init: error, silent", "TopK, zeros"]
     return [markdown_table(header, lines, align="llrrll"), ""]
+
+
+def sizes(rows: Sequence[Record]) -> list[str]:
+    """At each number of features what each dimension gave, and what the default takes."""
+    lines = []
+    for (model, d_sae), own in by_size(rows).items():
+        chosen = default(own[0])
+        error, _ = at(own, chosen)
+        tried = "; ".join(f"{row['d_init_used']}: {row['nmse']:.4f}, {row['dead_fraction']:.1%}" for row in own)
+        lines.append((model, f"{d_sae:,}", f"{own[0]['lr']:g}", tried, f"{chosen:.0f}", f"{error:.1%}"))
+    header = ["model", "features", "lr", "d_init: error, dead", "default", "error over the lowest"]
+    return [markdown_table(header, lines, align="lrrlrr"), ""]
 
 
 def rules(rows: Sequence[Record]) -> list[str]:
@@ -206,6 +219,9 @@ def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     for part, title in (("d_init", "The dimension of the subspace"), ("d_init_aside", "...where nobody had looked")):
         if e.parts.get(part):
             lines += [f"## {title}", "", texts[part], "", *rules(e.parts[part]), *hooks(e.parts[part])]
+    if e.parts.get("d_init_sizes"):
+        found = sizes(e.parts["d_init_sizes"])
+        lines += ["## ...and the number of features", "", texts["d_init_sizes"], "", *found]
     lines += ["## Are revived features worth having", "", texts["worth"], "", *worth(e)]
     for name in ("scaling.png", "frontier.png", "d_init.png"):
         lines += [f"## {CAPTIONS[name]}", "", *figure(name)]

@@ -78,11 +78,17 @@ Watch = Callable[[int, TrainingSAE], None]
 
 
 def train_cell(
-    cell: Cell, training: SweepTraining, activations: Tensor, watch: Watch | None = None
+    cell: Cell,
+    training: SweepTraining,
+    activations: Tensor,
+    watch: Watch | None = None,
+    *,
+    prepare: Callable[[SAETrainer], None] | None = None,
 ) -> tuple[SAETrainer, dict[str, float]]:
     """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, seconds, and what initialized it.
 
-    ``watch`` is called before each step but the first; its time is not counted.
+    ``watch`` is called before each step but the first; its time is not counted. ``prepare`` is called
+    with the trainer before it starts.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
@@ -101,6 +107,8 @@ def train_cell(
 
     batches = _CachedBatches(activations, training, n_estimate, stop.outside(between_steps))
     trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
+    if prepare:
+        prepare(trainer)
     stop.go_on()
     trainer.fit()
     return trainer, training_record(sae, stop)

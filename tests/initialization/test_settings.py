@@ -167,8 +167,23 @@ def test_a_fraction_that_needs_more_tokens_than_given_is_refused_once_the_width_
         ActiveSubspaceInit(d_init=0.5, n_tokens=100).check_width(256)
 
 
-def test_auto_holds_exactly_90_percent_or_more():
+def test_auto_without_a_number_of_features_holds_exactly_90_percent_or_more():
     assert choose_d_init(ActiveSubspaceInit(), with_variances([60.0, 29.0, 6, 1, 1, 1, 1, 1])) == 3
+
+
+def test_auto_is_an_eighth_of_d_in_and_more_for_crowds():
+    flat = with_variances([1.0] * 512)
+    chosen = [choose_d_init(ActiveSubspaceInit(), flat, d_sae) for d_sae in (64, 14 * 512, 2 * 14 * 512, 2**30)]
+    assert chosen == [64, 64, 91, 128]
+    assert choose_d_init(ActiveSubspaceInit(d_init=3), flat, 2**30) == 3
+
+
+def test_auto_stays_inside_of_what_varies():
+    """No more dimensions than hold 99 %; sixteen, or all that there are, where an eighth is fewer."""
+    assert choose_d_init(ActiveSubspaceInit(), with_variances([1.0] * 20 + [1e-6] * 492), 8192) == 20
+    assert choose_d_init(ActiveSubspaceInit(), with_variances([1.0] * 64), 512) == 16
+    assert choose_d_init(ActiveSubspaceInit(), with_variances([1.0] * 8), 512) == 8
+    assert choose_d_init(ActiveSubspaceInit(), with_variances([1.0] * 512, n_tokens=31), 8192) == 30
 
 
 @pytest.mark.parametrize("d_init", [7, 0.9])
