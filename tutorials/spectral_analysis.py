@@ -30,6 +30,7 @@ from saelens_asi import plots
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.activations.tokens import token_batches
+from saelens_asi.initialization import choose_d_init
 from saelens_asi.spectra.findings import table_rows
 
 model = load_model(MODEL)
@@ -105,4 +106,5 @@ plots.loss_by_components({kind: losses}, {kind: s.d}, HOOK)
 path = s.save(Path(mkdtemp()) / "spectrum.safetensors")
 initializer = asi.ActiveSubspaceInit(spectrum=path)
 print(f'TopKTrainingSAEConfig(d_in={s.d}, ..., initializer=ActiveSubspaceInit(spectrum="{path.name}"))')
-print(f"features start inside {s.intrinsic_dimension(0.9)} dimensions of {s.d}, with the mean as their centre")
+d_init = choose_d_init(initializer, s, d_sae=8192)
+print(f"8,192 features start inside {d_init} dimensions of {s.d}, with the mean as their centre")

@@ -314,13 +314,14 @@ def advice(rows: Sequence[SpectrumRow], files: Mapping[str, str]) -> str:
     # Where one direction holds most of the variance, a share of the variance chooses no subspace.
     usual = [row for row in rows if row["first_component_variance_share"] <= 0.5] or rows
     row = min(usual, key=lambda row: row["effective_rank_share"])
-    d_init = row["dimension_90"]
+    gamma = row["mean_to_deviation"]
+    mean = "" if gamma is None else f" The mean is {gamma:.2f} times as long as the deviation (gamma)."
     return (
         f"An SAE on {row['hook']} that starts with random features spends them on {row['width']} dimensions, of which "
-        f"{d_init} hold {AUTO_VARIANCE_SHARE:.0%} of the variance; features outside hardly fire, and die. Start them "
-        "inside, from the file written here:\n\n"
+        f"{row['dimension_90']} hold {AUTO_VARIANCE_SHARE:.0%} of the variance.{mean} Start at the mean, and inside of "
+        "what varies, from the file written here:\n\n"
         f'TopKTrainingSAEConfig(d_in={row["width"]}, ..., optimizer="sparse_adam",\n'
-        f'    initializer=ActiveSubspaceInit(d_init={d_init}, spectrum="{files[row["hook"]]}"))'
+        f'    initializer=ActiveSubspaceInit(spectrum="{files[row["hook"]]}"))'
     )
 
 
