@@ -19,7 +19,7 @@ if find_spec("google") and find_spec("google.colab"):
 # %% tags=["parameters"]
 # Names on the hub too, or local folders: "gpt2", "NeelNanda/pile-10k", "blocks.6.hook_attn_out", for one.
 MODEL, DATASET, HOOK = "smollm2", "bible", "blocks.15.hook_attn_out"
-BUDGET_HOURS, MEMORY = 12, "4GiB"
+BUDGET_HOURS, MEMORY = 1, "4GiB"
 SIZES, ACTIVE, CONTEXT = (4096, 8192, 16384, 32768, 65536), (32, 64), 128
 PILOTS = {}  # the sizes of `asi.PilotSizes`; the figures were fitted with its own
 
