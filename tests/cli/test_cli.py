@@ -59,7 +59,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_python_m_shows_the_commands() -> None:
     result = subprocess.run([sys.executable, "-m", "saelens_asi", "--help"], capture_output=True, text=True, check=True)
-    assert "saelens-asi {train,demo,spectrum,evaluate,card,autopsy,sweep,lorsa}" in result.stdout
+    assert "saelens-asi {train,demo,spectrum,plan,evaluate,card,autopsy,sweep,lorsa}" in result.stdout
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
