@@ -78,7 +78,7 @@ print(plan.table(plan.within))
 # %%
 row = plan.largest or plan.best
 print(f"{row.d_sae:,} features on {row.tokens:,} tokens: {row.hours:.1f} hours, {row.gib:.1f} GiB\n")
-print(plan.config(row).replace(plan.model, MODEL))
+print(plan.config(row))
 
 # %% [markdown]
 # ## What if?

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saelens_asi.activations.hooks import HookedModel
+from saelens_asi.activations.models import MODELS, embedded_name
 from saelens_asi.activations.reader import HookActivations
 from saelens_asi.activations.tokens import TokenData
 from saelens_asi.initialization import AUTO_TOKENS_PER_DIMENSION
@@ -212,6 +213,8 @@ def _read(
         1, len(activations) - len(batches[0]) * (len(batches) > 1)
     )
     name = getattr(source.cfg, "model_name", None) or "model"
+    known = embedded_name(Path(name).name)  # the folder of its copy is of this machine
+    name = known if known in MODELS else name
     n_bytes = sum(one.numel() * one.element_size() for one in source.parameters())
     return _Source(_enough(activations, pilots), _spectrum(activations), found.hook_name, name, seconds, n_bytes)
 
