@@ -40,7 +40,7 @@ _FACTORS = tuple(2.0 ** (i / 2) for i in range(-2, 6))
 _MIN_FIRINGS = 4
 
 # What a round changes at most: parts of all features, and of the k features that a token has.
-_MAX_SHARE_OF_FEATURES, _MAX_SHARE_OF_K = 1 / 8, 1 / 4
+_MAX_SHARE_OF_FEATURES, _MAX_SHARE_OF_K = 1 / 8, 1 / 16
 
 # Rows of the decoder that are compared with directions at a time, and numbers of a matrix of features by tokens.
 _ROWS, _NUMBERS = 4096, 2**22
