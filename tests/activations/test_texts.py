@@ -117,7 +117,7 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None) 
     modules = ("planted_piece0", "planted_piece1")
     monkeypatch.delitem(sys.modules, "planted_piece0", raising=False)
     return EmbeddedModel(
-        name="m", file="m.gguf", modules=modules, pieces=("part", "part"), install="pip", sha256=sha256
+        name="m", hub="a/m", file="m.gguf", modules=modules, pieces=("part", "part"), install="pip", sha256=sha256
     )
 
 
@@ -136,7 +136,7 @@ def test_another_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_package_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = EmbeddedModel(
-        name="m", file="m.gguf", modules=("no_such_package",), pieces=("x",), install="pip install it"
+        name="m", hub="a/m", file="m.gguf", modules=("no_such_package",), pieces=("x",), install="pip install it"
     )
     monkeypatch.setitem(models.MODELS, "missing", missing)
     with pytest.raises(ImportError, match=r"no_such_package.*pip install it"):
