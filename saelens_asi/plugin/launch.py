@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -83,6 +84,7 @@ def _met(batch_shards: int, device_type: str) -> Processes:
         # Apart for each start: torchrun's own store keeps the addresses of processes that have ended (torch 2.13).
         store = dist.PrefixStore(f"start {_name_of_start(store, rank, size)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        atexit.register(_leave)
     if "cpu" not in (of_devices := dist.get_backend_config()):
         raise ValueError(
             f"init_process_group was called for {of_devices!r}, which serves no CPU: give it 'cpu:gloo,cuda:nccl', or "
@@ -97,6 +99,12 @@ def _met(batch_shards: int, device_type: str) -> Processes:
     else:
         logger.info("%d processes: %d share the features", met.world.size, met.features.size)
     return met
+
+
+def _leave() -> None:
+    """Threads of a group that nobody took down can abort a process whose work is done (torch 2.13, gloo)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @cache
