@@ -26,8 +26,9 @@ from benchmarks.claims.train import processor
 from saelens_asi.dead_features.revive import largest_cosines
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.tables import markdown_table
+from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.sweep import Cell, SweepTraining
-from saelens_asi.sweep.run import measure, train_cell
+from saelens_asi.sweep.run import MEASURED, train_cell
 
 PART = "revival"
 
@@ -53,6 +54,8 @@ CURES: dict[str, dict[str, Any]] = {
     "resampling": {},
     "revive": {"revive": "auto"},
 }
+# Share of the steps, at the end, in which what is silent counts as dead.
+_LAST_SHARE = 0.4
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 
@@ -110,23 +113,30 @@ def train(trial: Trial) -> dict[str, Any]:
     """Train and measure one SAE."""
     training_set, held_out = activations(trial.source, MAIN_HOOK[trial.model])
     training = SweepTraining(training_tokens=trial.tokens, dead_after_tokens=AUX_WINDOW)
+    silent_since: Tensor | None = None
     if trial.cure == "resampling":
         sae, record = train_with(Resampling, Run(trial.cell, training, training_set, 0.2), None)
-        found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
-        measured: dict[str, Any] = {name: getattr(found, name) for name in ("n_tokens", "dead_fraction", "nmse", "l0")}
     else:
         trainer, record = train_cell(trial.cell, training, training_set)
-        sae, measured = trainer.sae, dict(measure(trainer, training, held_out))
-    of_revival = {"n_revived": sae.cfg.metadata.get("n_revived_features")}
-    started = (sae.cfg.metadata.get("active_subspace_init") or {}).get("started_anew_after_steps")
-    return {**measured, **record, **of_revival, "started_anew_after_steps": started, **duplicates(sae, held_out)}
+        sae = trainer.sae
+        silent_since = trainer.n_forward_passes_since_fired.cpu()
+    found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
+    measured: dict[str, Any] = {name: getattr(found, name) for name in MEASURED}
+    if silent_since is not None:
+        silent = (found.firing_counts == 0) & (silent_since >= round(_LAST_SHARE * training.steps))
+        measured["silent_fraction"] = float(silent.double().mean())
+    metadata = sae.cfg.metadata
+    of_revival = {
+        "n_revived": metadata.get("n_revived_features"),
+        "started_anew_after_steps": (metadata.get(METADATA_KEY) or {}).get("started_anew_after_steps"),
+    }
+    return {**measured, **record, **of_revival, **duplicates(sae, found.firing_counts > 0)}
 
 
 @torch.no_grad()
-def duplicates(sae: TrainingSAE, held_out: Tensor) -> dict[str, float]:
-    """Of the features that fire on held-out tokens, how many have a decoder row much like another's."""
-    found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
-    rows = torch.nn.functional.normalize(sae.W_dec.detach()[found.firing_counts > 0].float(), dim=1)
+def duplicates(sae: TrainingSAE, fires: Tensor) -> dict[str, float]:
+    """Of the features that fire, (d_sae,), how many have a decoder row much like another's."""
+    rows = torch.nn.functional.normalize(sae.W_dec.detach()[fires].float(), dim=1)
     if len(rows) < 2:
         return {"duplicate_fraction": 0.0, "median_largest_cosine": 0.0}
     largest = torch.cat([_largest(rows, part) for part in torch.arange(len(rows)).split(2048)])

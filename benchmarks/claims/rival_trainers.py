@@ -93,7 +93,7 @@ def train_with(method_class: type[Method], run: Run, watch: Watch | None) -> tup
     n_subspace = 0 if settings is None else settings.tokens_for(activations.shape[1])
     estimates = (
         itertools.islice(_batches(activations, training), n_estimate),
-        _batches(activations, training, n_subspace),
+        _batches(activations, training, n_subspace) if n_subspace else (),
     )
     trainer = SAETrainer(config, sae, itertools.chain(*estimates, batches()))
     method = method_class(trainer, run)

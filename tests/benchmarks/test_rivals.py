@@ -206,6 +206,14 @@ def test_resampling_revives_dead_features_as_badly_reconstructed_inputs(activati
     assert bool((counts[dead] > 0).all())
 
 
+def test_a_method_starts_from_saelens_own_weights_too(activations):
+    """Nothing is estimated then, and no batch without tokens comes before the first."""
+    sae, _ = rival_trainers.train_with(
+        Resampling, Run(replace(CELL, initializer="default"), TRAINING, activations, 0.2), None
+    )
+    assert evaluate(sae, activations=activations, ranks=False, progress=False).nmse < 2
+
+
 def test_resampling_looks_at_its_shares_of_the_run_for_what_was_silent(activations):
     asked: list[tuple[int, int]] = []
 
