@@ -1,4 +1,4 @@
-# make demo   install everything in .venv, train with and without the flag on a real model, compare (under 5 minutes)
+# make demo   install everything in .venv, train with and without the flag on a real model, compare (3 minutes)
 # make test   install everything in .venv, run lint, types, imports and tests, and those of bits as lesser processors would
 
 PYTHON ?= python3
