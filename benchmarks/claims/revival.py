@@ -97,8 +97,9 @@ def trials() -> Iterator[Trial]:
             for cure in CURES:
                 yield _trial(start, cure, model, tokens, architecture=architecture)
     for seed in (1, 2):
-        for start, cure in (("SAELens's own", "revive"), ("the flag's", "nothing"), ("the flag's", "revive")):
-            yield _trial(start, cure, "smollm2", 800_000, seed=seed)
+        # What starts anew is drawn with a seed of its own, and ends as the same SAE each time.
+        for cure in ("nothing", "revive"):
+            yield _trial("the flag's", cure, "smollm2", 800_000, seed=seed)
     for d_sae, tokens in ((32_768, 800_000), (131_072, 800_000)):
         for start, cure in (("SAELens's own", "nothing"), ("SAELens's own", "revive"), ("the flag's", "nothing")):
             yield _trial(start, cure, "smollm2", tokens, d_sae=d_sae)
