@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims import sources
+from benchmarks.claims.records import is_among, lines
 from benchmarks.claims.sources import BY_HOOK, MAIN, Source
-from benchmarks.claims.train import processor
+from benchmarks.claims.train import of_spectrum, processor
 from saelens_asi.evaluation.run import evaluate
-from saelens_asi.planning.pilots import QUANTILES, run_pilot
+from saelens_asi.planning.pilots import rate_quantiles, run_pilot
 from saelens_asi.planning.recipe import recommended
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
-from saelens_asi.sweep.run import SweepTraining, train_cell
+from saelens_asi.sweep.run import SweepTraining, measured, train_cell
 
 RESULTS = Path(__file__).parent / "results" / "plan"
 PILOTS, CELLS = RESULTS / "pilots.jsonl", RESULTS / "cells.jsonl"
@@ -149,18 +150,11 @@ def spectrum_of(source: Source, hook: str) -> tuple[Spectrum, Path]:
 
 def facts(source: Source, hook: str) -> dict[str, float]:
     spectrum, _ = spectrum_of(source, hook)
-    return {
-        "d_in": spectrum.d,
-        "effective_rank": spectrum.effective_rank,
-        "gamma": spectrum.gamma,
-        **{f"dimension_{share}": spectrum.intrinsic_dimension(share) for share in (0.5, 0.9, 0.99)},
-        "variance_in_32": spectrum.variance_explained(32),
-    }
+    return {**of_spectrum(spectrum), "variance_in_32": spectrum.variance_explained(32)}
 
 
 def done(one: Work) -> bool:
-    rows = map(json.loads, one.path.read_text().splitlines()) if one.path.exists() else ()
-    return any(all(row.get(name) == value for name, value in one.key().items()) for row in rows)
+    return is_among(lines(one.path) if one.path.exists() else (), one.key())
 
 
 def measure(one: Work) -> dict[str, Any]:
@@ -172,18 +166,10 @@ def measure(one: Work) -> dict[str, Any]:
     cell = recommended(one.d_sae, one.k, spectrum)
     trainer, record = train_cell(cell, training, train)
     found = evaluate(trainer.sae, activations=held_out, ranks=False, progress=False)
-    counts = found.firing_counts.double()
-    last_steps = round(0.4 * training.steps)
-    silent = (counts == 0) & (trainer.n_forward_passes_since_fired >= last_steps)
-    relative = (counts / counts.mean()).quantile(torch.tensor(QUANTILES).double())
     return {
         **{name: value for name, value in cell.to_dict().items() if name != "spectrum"},
-        "nmse": found.nmse,
-        "dead_fraction": found.dead_fraction,
-        "n_tokens": found.n_tokens,
-        "silent_fraction": float(silent.double().mean()),
-        "silent_tokens": found.n_tokens + last_steps * training.batch_size,
-        "rate_quantiles": [round(value, 5) for value in relative.tolist()],
+        **measured(found, trainer, training),
+        "rate_quantiles": rate_quantiles(found.firing_counts),
         **record,
     }
 

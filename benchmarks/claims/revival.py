@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from sae_lens import TrainingSAE
+from sae_lens import SAETrainer, TrainingSAE
 from torch import Tensor
 
 from benchmarks.claims.records import is_among, keep, read, taken
@@ -28,7 +28,7 @@ from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.sweep import Cell, SweepTraining
-from saelens_asi.sweep.run import MEASURED, train_cell
+from saelens_asi.sweep.run import MEASURED, measured, train_cell
 
 PART = "revival"
 
@@ -54,8 +54,6 @@ CURES: dict[str, dict[str, Any]] = {
     "resampling": {},
     "revive": {"revive": "auto"},
 }
-# Share of the steps, at the end, in which what is silent counts as dead.
-_LAST_SHARE = 0.4
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 
@@ -114,24 +112,21 @@ def train(trial: Trial) -> dict[str, Any]:
     """Train and measure one SAE."""
     training_set, held_out = activations(trial.source, MAIN_HOOK[trial.model])
     training = SweepTraining(training_tokens=trial.tokens, dead_after_tokens=AUX_WINDOW)
-    silent_since: Tensor | None = None
+    trainer: SAETrainer | None = None
     if trial.cure == "resampling":
         sae, record = train_with(Resampling, Run(trial.cell, training, training_set, 0.2), None)
     else:
         trainer, record = train_cell(trial.cell, training, training_set)
         sae = trainer.sae
-        silent_since = trainer.n_forward_passes_since_fired.cpu()
     found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
-    measured: dict[str, Any] = {name: getattr(found, name) for name in MEASURED}
-    if silent_since is not None:
-        silent = (found.firing_counts == 0) & (silent_since >= round(_LAST_SHARE * training.steps))
-        measured["silent_fraction"] = float(silent.double().mean())
+    # Resampling hands on the SAE alone, which does not say when its features fired last.
+    own = {name: getattr(found, name) for name in MEASURED} if trainer is None else measured(found, trainer, training)
     metadata = sae.cfg.metadata
     of_revival = {
         "n_revived": metadata.get("n_revived_features"),
         "started_anew_after_steps": (metadata.get(METADATA_KEY) or {}).get("started_anew_after_steps"),
     }
-    return {**measured, **record, **of_revival, **duplicates(sae, found.firing_counts > 0)}
+    return {**own, **record, **of_revival, **duplicates(sae, found.firing_counts > 0)}
 
 
 @torch.no_grad()

@@ -47,7 +47,10 @@ def of_activations(source: Any, hook: str) -> dict[str, float]:
     moments = RunningMoments.zeros(train.shape[1])
     for part in train[:100_000].split(10_000):
         moments.update_(part.float())
-    spectrum = Spectrum.from_moments(moments)
+    return of_spectrum(Spectrum.from_moments(moments))
+
+
+def of_spectrum(spectrum: Spectrum) -> dict[str, float]:
     return {
         "d_in": spectrum.d,
         "effective_rank": spectrum.effective_rank,

@@ -138,7 +138,7 @@ def plan(
     timed, cost = done[: len(pilots.sizes)], step_cost(done)
     anchor = _anchor(timed, read)
     sizes = sizes_within(d_sae, k, tokens, budget_hours, cost, read.seconds)
-    made = Plan(
+    return Plan(
         hook=read.hook,
         model=read.model,
         d_in=read.spectrum.d,
@@ -157,7 +157,6 @@ def plan(
         measured=read.measured,
         warnings=warnings_for(read.spectrum, anchor, sizes, counted_on),
     )
-    return made
 
 
 def _check(
@@ -231,10 +230,7 @@ def _enough(activations: Tensor, pilots: PilotSizes) -> Tensor:
 
 
 def _spectrum(activations: Tensor) -> Spectrum:
-    moments = RunningMoments.zeros(activations.shape[1])
-    for part in activations.split(8192):
-        moments.update_(part.float())
-    return Spectrum.from_moments(moments)
+    return Spectrum.from_moments(RunningMoments.zeros(activations.shape[1]).update_(activations))
 
 
 def _draw(spectrum: Spectrum, n: int) -> Tensor:

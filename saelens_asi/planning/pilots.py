@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saelens_asi.evaluation.run import evaluate
@@ -66,6 +66,13 @@ class Pilot:
         return asdict(self)
 
 
+def rate_quantiles(firing_counts: Int64[Tensor, " d_sae"]) -> list[float]:
+    """Of the features' firings over their mean, at ``QUANTILES``."""
+    counts = firing_counts.double()
+    relative = counts / counts.mean().clamp(min=1e-12)
+    return [round(value, 5) for value in relative.quantile(torch.tensor(QUANTILES).double()).tolist()]
+
+
 def run_pilot(
     activations: Float[Tensor, "n d_in"],
     held_out: Float[Tensor, "m d_in"],
@@ -103,8 +110,6 @@ def run_pilot(
     each = np.diff(np.array(marks), axis=0)
     counted = each[min(_UNCOUNTED, len(each) // 2) :]
     found = evaluate(trainer.sae, activations=held_out.float(), ranks=False, progress=False)
-    counts = found.firing_counts.double()
-    relative = counts / counts.mean().clamp(min=1e-12)
     return Pilot(
         d_sae=d_sae,
         k=k,
@@ -115,7 +120,7 @@ def run_pilot(
         seconds=float(counted[:, 0].mean()),
         cpu_seconds=float(counted[:, 1].mean()),
         setup_seconds=marks[0][0] - began,
-        rate_quantiles=[round(value, 5) for value in relative.quantile(torch.tensor(QUANTILES).double()).tolist()],
+        rate_quantiles=rate_quantiles(found.firing_counts),
         dead_fraction=found.dead_fraction,
         n_tokens=found.n_tokens,
     )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.interrupts import signals_held_back
@@ -190,13 +191,17 @@ def run_cell(
 
 
 def measure(trainer: SAETrainer, training: SweepTraining, held_out: Tensor) -> dict[str, float]:
-    """Error, dead features and L0 of a finished SAE on (n, d_in) held-out activations.
+    """Error, dead features and L0 of a finished SAE on (n, d_in) held-out activations."""
+    found = evaluate(trainer.sae, activations=held_out.float(), ranks=False, progress=False)
+    return measured(found, trainer, training)
+
+
+def measured(evaluation: SAEEvaluation, trainer: SAETrainer, training: SweepTraining) -> dict[str, float]:
+    """What a row keeps of the evaluation of a finished SAE.
 
     Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
     training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
     """
-    sae = trainer.sae
-    evaluation = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
     last_steps = round(_LAST_SHARE * training.steps)
     silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
     return {
