@@ -1,6 +1,6 @@
 """What the plan's figures are fitted on beside the sweeps of the claims: pilots and SAEs at every hook that is cached.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep            # goes on where it stopped
+    OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep            # goes on; in as many shells as there are cores
     OMP_NUM_THREADS=1 python -m benchmarks.plan_sweep --list     # what is missing
 
 Rounds: the pilots of all hooks, then one size after the other, so that what is there is always even over the hooks.
@@ -19,12 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.claims import sources
-from benchmarks.claims.records import is_among, lines
+from benchmarks.claims.records import is_among, lines, taken
 from benchmarks.claims.sources import BY_HOOK, MAIN, Source
 from benchmarks.claims.train import of_spectrum, processor
 from saelens_asi.evaluation.run import evaluate
@@ -37,43 +36,18 @@ from saelens_asi.sweep.run import SweepTraining, measured, train_cell
 RESULTS = Path(__file__).parent / "results" / "plan"
 PILOTS, CELLS = RESULTS / "pilots.jsonl", RESULTS / "cells.jsonl"
 
-# A second model and two more texts; small, since a pilot takes 41 thousand activations.
+# Two more texts; small, since a pilot takes 41 thousand activations.
 OWN = (
     Source("smollm2", "bible", ("blocks.15.hook_attn_out", "blocks.15.hook_mlp_out"), 110_000, 20_000),
-    Source(
-        "smollm2",
-        "linux-doc",
-        (
-            "blocks.5.hook_attn_out",
-            "blocks.15.hook_attn_out",
-            "blocks.25.hook_attn_out",
-            "blocks.15.attn.hook_z",
-            "blocks.5.hook_mlp_out",
-            "blocks.25.hook_resid_post",
-        ),
-        64_000,
-        10_000,
-    ),
     Source("smollm2", "python", ("blocks.20.hook_attn_out", "blocks.20.hook_resid_post"), 64_000, 10_000),
 )
 PILOT_SIZES = ((4096, 32), (8192, 32), (4096, 64))
 
-# Of gemma3-270m: every kind of hook, early, in the middle and late.
-HOOKS = (
-    "4.hook_attn_out",
-    "9.hook_attn_out",
-    "14.hook_attn_out",
-    "9.attn.hook_z",
-    "4.hook_mlp_out",
-    "14.hook_resid_post",
-)
-
 # Features, active ones, tokens; (8,192, 32, 200,000) is among the claims' cells at every hook of BY_HOOK.
 ROUNDS = ((2048, 16, 100_000), (8192, 16, 200_000), (4096, 32, 300_000), (16384, 64, 100_000))
-LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000))
+LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000), (4096, 32, 2_000_000))
 ELSEWHERE = (8192, 32, 200_000)
 HELD_OUT = 20_000
-MOST = 800_000  # of the main source
 
 
 @dataclass(frozen=True)
@@ -96,9 +70,12 @@ class Work:
 
 
 def places() -> list[tuple[Source, str]]:
-    """Sources and hooks."""
-    by_hook = [(source, f"blocks.{name}") for source in BY_HOOK for name in HOOKS if source.model == "gemma3-270m"]
-    return [(MAIN, MAIN.hooks[0]), *by_hook, *((source, hook) for source in OWN for hook in source.hooks)]
+    """Sources and hooks, each hook once."""
+    found: dict[tuple[str, str, str], tuple[Source, str]] = {}
+    for source in (MAIN, *BY_HOOK, *OWN):
+        for hook in source.hooks:
+            found.setdefault((source.model, source.text, hook), (source, hook))
+    return list(found.values())
 
 
 def work() -> Iterator[Work]:
@@ -113,10 +90,7 @@ def work() -> Iterator[Work]:
 
 
 def is_cached(source: Source) -> bool:
-    """Whether both splits are whole on the disk; of the main source, enough of the first."""
-    if source is MAIN:
-        path = source.folder("training") / "cache.json"
-        return path.exists() and json.loads(path.read_text())["n_kept"] >= MOST
+    """Whether both splits are whole on the disk."""
     states = [source.folder(split) / "cache.json" for split in ("training", "held_out")]
     return all(path.exists() and json.loads(path.read_text()).get("complete") for path in states)
 
@@ -124,12 +98,7 @@ def is_cached(source: Source) -> bool:
 @lru_cache(maxsize=1)
 def activations(source: Source, hook: str) -> tuple[Tensor, Tensor]:
     """Activations to train on, and ``HELD_OUT`` spread evenly over the held-out ones."""
-    if source is MAIN:  # its pass takes an hour: what is there of it will do, the end of it held out
-        state = json.loads((source.folder("training") / "cache.json").read_text())
-        rows = np.load(source.folder("training") / state["files"][hook], mmap_mode="c")
-        train, held_out = torch.from_numpy(rows)[: min(state["n_kept"], MOST)].tensor_split([-2 * HELD_OUT])
-    else:
-        train, held_out = sources.activations(source, hook)
+    train, held_out = sources.activations(source, hook)
     every = math.ceil(len(held_out) / HELD_OUT)
     return train, held_out[::every][:HELD_OUT].float()
 
@@ -176,7 +145,7 @@ def measure(one: Work) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
+    parser.add_argument("--list", action="store_true", help="name what is missing at cached hooks, and train nothing")
     parser.add_argument("--read", action="store_true", help="have the models read what is not cached first")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,16 +153,16 @@ def main() -> None:
     if args.read:
         for source in dict.fromkeys(source for source, _ in places()):
             sources.activations(source, source.hooks[0])
-    left = [one for one in work() if not done(one)]
-    while left:
-        one = next((one for one in left if is_cached(one.source)), None)
-        if one is None or args.list:
-            print(f"{len(left)} missing:", *left, sep="\n")
-            return
-        left.remove(one)
-        row = {**one.key(), **facts(one.source, one.hook), **measure(one), "processor": processor()}
-        with one.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    for one in work():
+        with taken(one.key()) as mine:
+            if not mine or done(one) or not is_cached(one.source):
+                continue
+            if args.list:
+                print(one)
+                continue
+            row = {**one.key(), **facts(one.source, one.hook), **measure(one), "processor": processor()}
+            with one.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         print(
             one.key(),
             f"NMSE {row['nmse']:.4f}, dead {row['dead_fraction']:.2%}, {row['cpu_seconds']:.3g} s",

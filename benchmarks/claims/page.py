@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.claims import (
     batchtopk,
     figures,
+    million,
     of_activations,
     of_deaths,
     of_lorsa,
@@ -155,6 +156,7 @@ def claims_page(e: ResultFiles) -> str:
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
     lines += revival.section(e.parts.get(revival.PART, []))
+    lines += million.section(e.parts.get(million.PART, []))
     lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Trains what the plan names and the results lack; any number of processes may do so at a time.
 
     OMP_NUM_THREADS=1 python -m benchmarks.claims.train pilot d_init     # in as many shells as there are cores
+    python -m benchmarks.claims.train factorial --device cuda            # several shells share one GPU well
 
 Each finished SAE is one line of benchmarks/results/claims/<part>.jsonl at once. The same command goes on where it
 stopped. SAELens's Adam takes torch's fused form: the same update, in a seventh of the time on a CPU.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import platform
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from typing import Any
 import torch
 from sae_lens import TrainingSAE
 from sae_lens.training import sae_trainer
+from torch import Tensor
 
 from benchmarks.claims.plan import PARTS, Item, items
 from benchmarks.claims.records import digest_of, is_among, keep, read, taken
 from benchmarks.claims.rivals import RIVALS, train_rival
-from benchmarks.claims.sources import CACHE, activations
+from benchmarks.claims.sources import CACHE, MODEL_TITLES, activations
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
@@ -34,7 +37,10 @@ LEAST_FOR_A_CURVE = 1_000_000
 
 
 @cache
-def processor() -> str:
+def processor(device: str = "cpu") -> str:
+    """The name of what trains."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
@@ -59,9 +65,17 @@ def of_spectrum(spectrum: Spectrum) -> dict[str, float]:
     }
 
 
-def train(item: Item) -> tuple[TrainingSAE, dict[str, Any]]:
+@cache
+def on_device(source: Any, hook: str, device: str) -> tuple[Tensor, Tensor]:
+    """Activations to train and to evaluate on; on a GPU they lie whole."""
+    training_set, held_out = activations(source, hook)
+    return (training_set, held_out) if device == "cpu" else (training_set.to(device), held_out.to(device))
+
+
+def train(item: Item, device: str = "cpu") -> tuple[TrainingSAE, dict[str, Any]]:
     """Train and measure one SAE."""
-    training_set, held_out = activations(item.source, item.hook)
+    training_set, held_out = on_device(item.source, item.hook, device)
+    training = replace(item.training, device=device)
     marks = {round(share * item.training.steps) * item.batch for share in CURVE}
     curve: list[tuple[int, float, float]] = []
 
@@ -71,12 +85,12 @@ def train(item: Item) -> tuple[TrainingSAE, dict[str, Any]]:
             curve.append((n_tokens, found.nmse, found.dead_fraction))
 
     if item.contender in RIVALS:
-        sae, record = train_rival(item.contender, item.cell, item.training, training_set, watch)
+        sae, record = train_rival(item.contender, item.cell, training, training_set, watch)
         found = evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
         measured: dict[str, Any] = {name: getattr(found, name) for name in MEASURED}
     else:
-        trainer, record = train_cell(item.cell, item.training, training_set, watch)
-        sae, measured = trainer.sae, dict(measure(trainer, item.training, held_out))
+        trainer, record = train_cell(item.cell, training, training_set, watch)
+        sae, measured = trainer.sae, dict(measure(trainer, training, held_out))
     return sae, {**measured, **record, **({"curve": curve} if curve else {})}
 
 
@@ -93,22 +107,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", choices=list(MODEL_TITLES), help="of this one alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sae_trainer.Adam = functools.partial(torch.optim.Adam, fused=True)
     for item in items(args.parts):
         with taken(item.key()) as mine:
-            if not mine or is_among(read(item.part), item.key()):
+            if args.model not in (None, item.model) or not mine or is_among(read(item.part), item.key()):
                 continue
             if args.list:
                 print(item)
                 continue
-            sae, measured = train(item)
+            sae, measured = train(item, args.device)
             if item.save:
                 sae.cfg.metadata.hook_name = item.hook
                 sae.save_inference_model(str(sae_folder(item)))
             of_hook = of_activations(item.source, item.hook)
-            keep(item.part, {**item.key(), **of_hook, **measured, "processor": processor()})
+            keep(item.part, {**item.key(), **of_hook, **measured, "processor": processor(args.device)})
             print(
                 f"{item.part}: {item.model} {item.text} {item.hook} {item.contender} d_sae {item.cell.d_sae} "
                 f"lr {item.cell.lr:g} d_init {item.cell.d_init} seed {item.cell.seed}: NMSE {measured['nmse']:.4f}, "

@@ -11,9 +11,6 @@ from saelens_asi.sweep.cells import Cell
 # The rate at 8,192 features; it falls with the root of their number (as Gao et al. 2024, arXiv 2406.04093, found too).
 RATE, RATE_AT, RATE_EXPONENT, HIGHEST_RATE = 1e-3, 8192, -0.5, 2e-3
 
-# Of the width: at the hooks of two models within 6 % of the lowest error of any dimension, and at most 4 % dead.
-D_INIT = 0.25
-
 
 def learning_rate(d_sae: int) -> float:
     """Of ``d_sae`` features, in batches of 1,024; two digits."""
@@ -36,6 +33,6 @@ class KnownCell(Cell):
 
 
 def recommended(d_sae: int, k: int, spectrum: str | Path | None = None) -> KnownCell:
-    """TopK with both fields of this package: active subspace, mean as centre, SparseAdam, no auxiliary loss."""
+    """TopK with both fields of this package as they are by default, and no auxiliary loss."""
     known = None if spectrum is None else str(spectrum)
-    return KnownCell(d_init=D_INIT, d_sae=d_sae, k=k, lr=learning_rate(d_sae), spectrum=known)
+    return KnownCell(d_sae=d_sae, k=k, lr=learning_rate(d_sae), spectrum=known)

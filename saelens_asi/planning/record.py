@@ -15,7 +15,7 @@ from saelens_asi.planning.cost import StepCost
 from saelens_asi.planning.memory import GIB, Memory, run_memory, store_bytes
 from saelens_asi.planning.model import Anchor, Estimate, beyond, fitted, predict_dead, predict_error
 from saelens_asi.planning.pilots import Pilot
-from saelens_asi.planning.recipe import D_INIT, learning_rate
+from saelens_asi.planning.recipe import learning_rate
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Plan:
                 "d_sae": row.d_sae,
                 "k": row.k,
                 "aux_loss_coefficient": 0.0,
-                "initializer": {"d_init": D_INIT},
+                "initializer": "active_subspace",
                 "optimizer": "sparse_adam",
             },
             "model_name": self.model,
@@ -191,13 +191,11 @@ class Plan:
         """The same as Python, to paste into a script."""
         settings = self.settings(row)
         own = settings.pop("sae")
-        initializer = f"saelens_asi.ActiveSubspaceInit(d_init={own.pop('initializer')['d_init']})"
-        sae = "".join(f"        {name}={value!r},\n" for name, value in own.items() if name != "optimizer")
+        sae = "".join(f"        {name}={value!r},\n" for name, value in own.items())
         rest = "".join(f"    {name}={value!r},\n" for name, value in settings.items())
         return (
             "import saelens_asi\nfrom sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig\n\n"
-            f"cfg = LanguageModelSAERunnerConfig(\n    sae=TopKTrainingSAEConfig(\n{sae}"
-            f'        initializer={initializer},\n        optimizer="sparse_adam",\n    ),\n{rest})\n'
+            f"cfg = LanguageModelSAERunnerConfig(\n    sae=TopKTrainingSAEConfig(\n{sae}    ),\n{rest})\n"
         )
 
     def _nothing_fits(self) -> str:

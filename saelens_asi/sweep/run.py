@@ -85,11 +85,13 @@ def train_cell(
     watch: Watch | None = None,
     *,
     prepare: Callable[[SAETrainer], None] | None = None,
+    checkpoints: str | Path | None = None,
 ) -> tuple[SAETrainer, dict[str, float]]:
     """Train the SAE of ``cell`` on (n, d_in) activations. Returns its trainer, seconds, and what initialized it.
 
     ``watch`` is called before each step but the first; its time is not counted. ``prepare`` is called
-    with the trainer before it starts.
+    with the trainer before it starts. With a folder for ``checkpoints``, a cell that uses the plugin is saved there as
+    any run is, and the same call goes on from the newest, to the same bits; its seconds are those of the last call.
 
     Raises:
         ValueError: for an architecture outside the TopK family, or settings that do not fit the activations.
@@ -97,6 +99,8 @@ def train_cell(
     d_in, initializer = activations.shape[1], cell.initializer_settings()
     torch.manual_seed(cell.seed)
     sae = _untrained(cell, d_in, training.device)
+    if checkpoints is not None:
+        sae.cfg.resume, sae.cfg.keep_checkpoints = "latest", 1
     n_estimate = 0 if initializer is None else initializer.tokens_for(d_in)
     stop = _StopWatch()
     trainer: SAETrainer
@@ -107,7 +111,7 @@ def train_cell(
             watch(trainer.n_training_samples, sae)
 
     batches = _CachedBatches(activations, training, n_estimate, stop.outside(between_steps))
-    trainer = SAETrainer(_trainer_config(cell, training), sae, batches)
+    trainer = SAETrainer(_trainer_config(cell, training, checkpoints), sae, batches)
     if prepare:
         prepare(trainer)
     stop.go_on()
@@ -169,8 +173,9 @@ def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
     return sae_class(config_class(**settings))
 
 
-def _trainer_config(cell: Cell, training: SweepTraining) -> SAETrainerConfig:
+def _trainer_config(cell: Cell, training: SweepTraining, checkpoints: str | Path | None = None) -> SAETrainerConfig:
     return SAETrainerConfig(
+        checkpoint_path=None if checkpoints is None else str(checkpoints),
         total_training_samples=training.steps * training.batch_size,
         train_batch_size_samples=training.batch_size,
         lr=cell.lr,
@@ -202,13 +207,21 @@ def measured(evaluation: SAEEvaluation, trainer: SAETrainer, training: SweepTrai
     Beside features that fire on none of these (``dead_fraction``), it counts those that were silent at the end of
     training too (``silent_fraction``, of ``silent_tokens`` in all): more tokens, at no cost.
     """
-    last_steps = round(_LAST_SHARE * training.steps)
-    silent = (evaluation.firing_counts == 0) & (trainer.n_forward_passes_since_fired.cpu() >= last_steps)
     return {
         **{name: getattr(evaluation, name) for name in MEASURED},
-        "silent_fraction": float(silent.double().mean()),
-        "silent_tokens": evaluation.n_tokens + last_steps * training.batch_size,
+        "silent_fraction": float(silent_features(evaluation, trainer, training).double().mean()),
+        "silent_tokens": evaluation.n_tokens + _last_steps(training) * training.batch_size,
     }
+
+
+def silent_features(evaluation: SAEEvaluation, trainer: SAETrainer, training: SweepTraining) -> Tensor:
+    """(d_sae,) flags, on the CPU: which features fired neither in the evaluation nor in the last steps of training."""
+    since = trainer.n_forward_passes_since_fired.cpu()
+    return (evaluation.firing_counts == 0) & (since >= _last_steps(training))
+
+
+def _last_steps(training: SweepTraining) -> int:
+    return round(_LAST_SHARE * training.steps)
 
 
 class _CachedBatches(Iterator[Tensor]):
@@ -220,10 +233,20 @@ class _CachedBatches(Iterator[Tensor]):
         self._batches = _batches(activations, training)
         self._of_estimate = _batches(activations, training, n_estimate)
         self._before_each = before_each
+        self._n_given = 0
 
     def __next__(self) -> Tensor:
         self._before_each()
+        self._n_given += 1
         return next(self._batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n_given": self._n_given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for _ in range(state["n_given"] - self._n_given):
+            next(self._batches)
+        self._n_given = state["n_given"]
 
     def second_look(self) -> Iterator[Tensor]:
         """As ``plugin.stream.LooksTwice`` has it; where few are cached, they come round again, as in training."""

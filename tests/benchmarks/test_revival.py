@@ -36,11 +36,20 @@ def test_duplicates_are_counted_among_features_that_fire():
     assert revival.duplicates(sae, fires)["duplicate_fraction"] == pytest.approx(1.0)
 
 
+def test_features_that_were_revived_long_ago_are_looked_at_again():
+    training = SweepTraining(training_tokens=2_000_000, batch_size=1000)
+    born, alive = torch.tensor([0, 10, 1000, 1001]), torch.tensor([True, True, False, True])
+    assert revival.lived_on(born, alive, training) == {"n_revived_long_ago": 2, "lived_on": 0.5}
+    assert revival.lived_on(0 * born, alive, training) == {"n_revived_long_ago": 0}
+
+
 def test_the_section_has_a_line_for_each_row():
     assert revival.section([]) == []
     row = {"model": "m", "architecture": "topk", "d_sae": 64, "tokens": 1000, "start": "the flag's", "cure": "revive",
            "seed": 0, "dead_fraction": 0.25, "nmse": 0.2, "l0": 4.0, "duplicate_fraction": 0.0, "n_revived": 64,
            "started_anew_after_steps": 50, "cpu_seconds": 3.0}  # fmt: skip
+    lived = {"lived_on": 0.75, "n_revived_long_ago": 8}
+    assert "| 64 | 75.0% of 8 | 50 |" in revival.section([{**row, **lived}])[-2]
     *_, table, _ = revival.section([row, {**row, "silent_fraction": 0.125}])
     assert "| 25.0% | | 0.2000 |" in table
     assert "| 25.0% | 12.5% | 0.2000 |" in table

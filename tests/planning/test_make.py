@@ -80,12 +80,11 @@ def test_its_config_is_one_that_saelens_takes(made, tmp_path):
     names: dict[str, Any] = {}
     settings = made.settings()
     sae = settings.pop("sae")
-    sae["initializer"] = asi.ActiveSubspaceInit(**sae["initializer"])
     cfg = tiny.runner_config(tiny.sae_config(**sae), tmp_path, **settings)
     assert cfg.sae.optimizer == "sparse_adam"
     assert cfg.lr == made.largest.lr
     exec(made.config(), names)
-    assert names["cfg"].sae.initializer.d_init == 0.25
+    assert names["cfg"].sae.initializer == "active_subspace"
     assert names["cfg"].lr_warm_up_steps == settings["lr_warm_up_steps"]
 
 

@@ -164,6 +164,22 @@ def test_data_comes_round_again_where_it_ends(train):
     assert torch.isfinite(trainer.sae.W_dec).all()
 
 
+def test_a_long_cell_goes_on_from_its_checkpoint_to_the_same_bits(train, tmp_path):
+    def stop(n_tokens: int, _: object) -> None:
+        if n_tokens == 160:
+            raise KeyError("stopped")
+
+    cell = Cell(**SIZES)
+    with pytest.raises(KeyError, match="stopped"):
+        train_cell(cell, TRAINING, train, stop, checkpoints=tmp_path)
+    seen: list[int] = []
+    trainer, _ = train_cell(cell, TRAINING, train, lambda n_tokens, _: seen.append(n_tokens), checkpoints=tmp_path)
+    whole, _ = train_cell(cell, TRAINING, train)
+    assert min(seen) == 160
+    for name, weights in whole.sae.state_dict().items():
+        assert torch.equal(weights, trainer.sae.state_dict()[name]), name
+
+
 def test_an_interrupted_sweep_keeps_its_cells_and_goes_on(data, tmp_path, monkeypatch):
     cells = grid({"seed": [0, 1, 2], "d_sae": [48], "k": [4]})
     stock, trained = run.run_cell, []
