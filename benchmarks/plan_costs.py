@@ -41,7 +41,7 @@ STEPS = 6
 
 TIMED = ((PILOT_D_SAE[0], PILOT_K[0]), (PILOT_D_SAE[1], PILOT_K[0]), (PILOT_D_SAE[0], PILOT_K[1]), (TIMED_D_SAE, 32))
 PREDICTED = ((16384, 32), (8192, 64), (65536, 32))
-ROUNDS, TIMED_STEPS = 2, 20
+ROUNDS, TIMED_STEPS = 4, 20
 
 
 def peak_here(d_in: int, d_sae: int, k: int, batch: int) -> dict[str, int]:

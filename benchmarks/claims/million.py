@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +25,6 @@ from benchmarks.claims.sources import CACHE, MAIN, MAIN_HOOK, activations
 from benchmarks.claims.train import processor
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.evaluation.tables import markdown_table
-from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.sweep import Cell, SweepTraining
 from saelens_asi.sweep.run import measured, train_cell
 
@@ -56,8 +54,8 @@ def train(cell: Cell, training: SweepTraining) -> dict[str, Any]:
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "silent": [[n, _share(silent >= n)] for n in SILENT_SINCE if n <= training.training_tokens],
         "history": _history(trainer),
-        "features_a_dimension": cell.d_sae / training_set.shape[1],
-        "d_init_used": trainer.sae.cfg.metadata[METADATA_KEY]["d_init"],
+        "hook": MAIN_HOOK[MAIN.model],
+        "d_in": training_set.shape[1],
     }
 
 
@@ -111,8 +109,9 @@ def main() -> None:
     cell, training = Cell(d_sae=args.d_sae, k=K, lr=args.lr), SweepTraining(training_tokens=args.tokens)
     key = {"part": PART, "model": MAIN.model, "text": MAIN.text, "tokens": args.tokens, **cell.to_dict()}
     if is_among(read(PART), key):
-        sys.exit(f"{PART}.jsonl holds this SAE")
-    keep(PART, {**key, **train(cell, training), "processor": processor(), "threads": torch.get_num_threads()})
+        print(f"{PART}.jsonl holds this SAE")
+    else:
+        keep(PART, {**key, **train(cell, training), "processor": processor(), "threads": torch.get_num_threads()})
     print(table(read(PART)))
 
 

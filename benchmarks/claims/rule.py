@@ -100,7 +100,10 @@ def judged(hooks: Iterable[Sequence[Row]]) -> dict[str, Judged]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="d_init")
-    hooks = by_hook(read(parser.parse_args().part))
+    part = parser.parse_args().part
+    hooks = by_hook(read(part))
+    if not hooks:
+        parser.error(f"{part} has no results: python -m benchmarks.claims.train {part}")
     for (model, hook), rows in hooks.items():
         head = (
             f"{model} {hook}: rank {rows[0]['effective_rank']:.0f} of {rows[0]['d_in']}, gamma {rows[0]['gamma']:.2f}, "

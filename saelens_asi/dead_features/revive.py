@@ -90,8 +90,9 @@ def dead_features(silence: Silence, batch: int, mean_rate: float, d_sae: int) ->
 
 
 # A start has failed where so many of all features were silent on tokens enough for so many firings each, and the mean
-# of what the encoder sees is longer than this share of its deviation.
-_MOST, _FIRINGS_MISSED, _FAR = 0.5, 100, 0.5
+# of what the encoder sees is longer than this share of its deviation. A quarter: the paper's start on SmolLM2's attention
+# output ends with 41 % dead if it goes on, and with 4 %, at 4 % less error, if it begins again.
+_MANY, _FIRINGS_MISSED, _FAR = 0.25, 100, 0.5
 
 
 def missed_all(silence: Silence, batch: int, mean_rate: float) -> Bool[Tensor, " n_features"]:
@@ -102,7 +103,7 @@ def missed_all(silence: Silence, batch: int, mean_rate: float) -> Bool[Tensor, "
 def start_has_failed(share_missed: float, seen: Spectrum) -> bool:
     """Whether features start so badly that a new start is better than to revive them one by one.
 
-    Where most features never fire and the mean is still in what the encoder sees, it is the mean that decides who
+    Where many features never fire and the mean is still in what the encoder sees, it is the mean that decides who
     fires: those along it do, on all tokens alike. What is placed beside them fails too, since the gradients of all
     encoder rows share the mean's direction, and the first of Adam's steps lift or drown them together.
 
@@ -110,7 +111,7 @@ def start_has_failed(share_missed: float, seen: Spectrum) -> bool:
         share_missed: of all features, those that ``missed_all``.
         seen: of activations as the encoder sees them, without the decoder's bias where it is taken off.
     """
-    return share_missed > _MOST and seen.gamma > _FAR
+    return share_missed > _MANY and seen.gamma > _FAR
 
 
 class Sample(NamedTuple):

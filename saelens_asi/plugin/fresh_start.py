@@ -20,7 +20,7 @@ _FIRST_SHARE = 0.2
 
 
 class FreshStart:
-    """Streams the moments of a run's first tokens, and starts its SAE anew where most features never fired.
+    """Streams the moments of a run's first tokens, and starts its SAE anew where many features never fired.
 
     It happens once at most, in the first fifth of the steps, and never to an SAE that was initialised with the mean as
     its centre. Memory: one (d_in, d_in) matrix in float64, until that fifth is over.

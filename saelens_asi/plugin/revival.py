@@ -211,7 +211,7 @@ class Revival:
         write_provenance(self._sae.cfg.metadata, record)
         if self._shard.world.is_first:
             logger.warning(
-                "most features do not fire, and the mean is in what the encoder sees: after %d steps the SAE starts "
+                "many features do not fire, and the mean is in what the encoder sees: after %d steps the SAE starts "
                 "anew, by Active Subspace Initialization (%d dimensions, decoder norm %.3g). With "
                 "initializer='active_subspace' these steps would not have been lost",
                 steps_done,
