@@ -89,10 +89,21 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of the page, Markdown; none without results."""
+def section(rows: Sequence[Mapping[str, Any]], smaller: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Lines of the page, Markdown; none without results.
+
+    Args:
+        rows: of this part.
+        smaller: SAEs of the same start on the same activations, one of which is named beside them.
+    """
     processors = ", ".join(sorted({str(row["processor"]) for row in rows}))
     text = f"{TEXT.strip()} Processor: {processors}."
+    least = min(smaller, key=lambda row: row["nmse"], default=None)
+    if rows and least is not None and least["nmse"] < min(row["nmse"] for row in rows):
+        text += (
+            f" **More features did not lower the error here**: {least['d_sae']:,} have {least['nmse']:.4f} after "
+            f"{least['tokens']:,} tokens. A feature among a million fires too rarely to learn on so short a text."
+        )
     return ["## A million features on two cores", "", textwrap.fill(text, 120), "", table(rows), ""] if rows else []
 
 

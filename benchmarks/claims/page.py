@@ -156,7 +156,8 @@ def claims_page(e: ResultFiles) -> str:
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
     lines += revival.section(e.parts.get(revival.PART, []))
-    lines += million.section(e.parts.get(million.PART, []))
+    revived = e.parts.get(revival.PART, [])
+    lines += million.section(e.parts.get(million.PART, []), [row for row in revived if revival.is_plain(row)])
     lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
 
