@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from benchmarks.claims import of_deaths, of_universality
+from benchmarks.claims import of_deaths, of_factorial, of_universality
 from benchmarks.claims.evidence import ResultFiles
 from benchmarks.claims.of_deaths import Group
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
@@ -123,6 +123,7 @@ def of_sweeps(e: ResultFiles) -> dict[str, Figure]:
 CAPTIONS = {
     "universality.png": "Effective rank by layer, two families, three texts",
     "dead_against_rank.png": "Dead features against effective rank, and against gamma",
+    "tokens.png": "Error and dead features against tokens, every contender of the factorial",
     "scaling.png": "Error, dead features and live features by size",
     "frontier.png": "Sparsity and reconstruction",
     "d_init.png": "Dimension of the subspace, against a random one",
@@ -132,4 +133,6 @@ CAPTIONS = {
 def write(e: ResultFiles, folder: Path) -> Sequence[Path]:
     """Draw all of them into a folder."""
     drawn = {"universality.png": universality(e), "dead_against_rank.png": dead_against_rank(e), **of_sweeps(e)}
+    if e.parts.get("factorial"):
+        drawn["tokens.png"] = of_factorial.curves(e.parts["factorial"])
     return [plots.save(figure, folder / name) for name, figure in drawn.items()]

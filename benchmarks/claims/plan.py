@@ -187,6 +187,16 @@ def factorial() -> Iterator[Item]:
                 )
 
 
+# What the pilot's short runs choose, 0.002 and more, kills features in longer ones; this rate does so less.
+SLOWER = 0.001
+
+
+def slower() -> Iterator[Item]:
+    wanted = ("SparseAdam, mean, active", BASELINE, "TopK, mean, all of d", "TopK, mean, active")
+    for contender in dict.fromkeys((*wanted, *(f"SparseAdam, {start}" for start in STARTS))):
+        yield _item("slower", contender, "smollm2", "linux-doc", MAIN_TOKENS, lr=SLOWER)
+
+
 def rivals() -> Iterator[Item]:
     for rival in RIVALS:
         settings = chosen(rival)
@@ -213,6 +223,7 @@ PARTS = {
     "pilot": pilot,
     "pilot_rivals": pilot_rivals,
     "factorial": factorial,
+    "slower": slower,
     "rivals": rivals,
     "elsewhere": elsewhere,
     "d_init": d_init,

@@ -135,7 +135,7 @@ def train(trial: Trial, device: str = "cpu") -> dict[str, Any]:
         "n_revived": metadata.get("n_revived_features"),
         "started_anew_after_steps": (metadata.get(METADATA_KEY) or {}).get("started_anew_after_steps"),
     }
-    place = {"hook": MAIN_HOOK[trial.model], "d_in": sae.cfg.d_in}
+    place = {"text": trial.source.text, "hook": MAIN_HOOK[trial.model], "d_in": sae.cfg.d_in}
     return {**place, **own, **record, **of_revival, **duplicates(sae, found.firing_counts > 0)}
 
 

@@ -1,0 +1,49 @@
+"""What each ingredient of the factorial buys: differences that were planted are found, paired by seed."""
+
+import math
+
+import pytest
+
+from benchmarks.claims import of_factorial
+from benchmarks.claims.plan import STARTS, TRAINED
+
+
+def _rows(contender, factor=1.0, dead=0.0):
+    return [
+        {
+            "contender": contender,
+            "seed": seed,
+            "nmse": (0.2 + 0.05 * seed) * factor,
+            "dead_fraction": 0.1 * seed + dead,
+            "silent_fraction": 0.05 * seed,
+            "tokens": 200,
+            "curve": [[100, 0.5 + seed, 0.25]],
+        }
+        for seed in range(3)
+    ]
+
+
+def test_a_planted_difference_is_found_whatever_the_seeds_have_in_common():
+    rows = [*_rows("TopK, zeros, all of d"), *_rows("TopK, mean, all of d", 0.9, 0.2)]
+    (one,) = of_factorial.effects(rows)
+    assert (one.change, one.where) == ("the mean as centre", "TopK, all of d")
+    assert one.error.mean == pytest.approx(math.log(0.9))
+    assert one.error.high - one.error.low < 1e-9
+    assert one.dead.mean == pytest.approx(0.2)
+    assert "| the mean as centre | TopK, all of d | -10.0 (-10.0 to -10.0) | +20.0" in of_factorial.table(rows)[0]
+
+
+def test_every_change_has_a_line_where_all_is_trained():
+    rows = [row for trained in TRAINED for start in STARTS for row in _rows(f"{trained}, {start}")]
+    found = [(one.change, one.where) for one in of_factorial.effects(rows)]
+    assert len(set(found)) == len(found) == 4 * len(TRAINED) + len(STARTS)
+
+
+def test_without_seeds_there_is_no_table():
+    assert of_factorial.table(_rows("TopK, zeros, all of d")[:1]) == []
+
+
+def test_a_curve_is_the_mean_of_the_seeds_and_ends_with_the_finished_sae():
+    assert of_factorial.curve(_rows("TopK, zeros, all of d")) == [(100, 1.5, 0.25), (200, 0.25, pytest.approx(0.1))]
+    figure = of_factorial.curves(_rows("TopK, zeros, all of d"))
+    assert sum(len(line.get_xdata()) for axis in figure.axes for line in axis.lines) == 4
