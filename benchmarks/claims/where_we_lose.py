@@ -11,7 +11,7 @@ from benchmarks.claims.evidence import Record, ResultFiles
 from benchmarks.claims.of_deaths import OWN_SHARE
 from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
-from benchmarks.claims.statistics import Interval
+from benchmarks.claims.statistics import Interval, Pair
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sweep.cells import METHOD_TITLES
 from saelens_asi.sweep.results import mean_of
@@ -55,11 +55,13 @@ class Loss:
         comparison: which.
         error: ours less theirs, where theirs is lower at equal L0; None elsewhere.
         dead: likewise, of the shares of dead features, at any L0.
+        silent: likewise, of features that were silent at the end of training too, where there are seeds.
     """
 
     comparison: Comparison
     error: Interval | None
     dead: Interval | None
+    silent: Interval | None = None
 
 
 def best_try(rows: Sequence[Record]) -> list[Record]:
@@ -101,8 +103,9 @@ def of_hooks(e: ResultFiles) -> Iterator[Comparison]:
         for model, hook in dict.fromkeys((row["model"], row["hook"]) for row in rows):
             here = [row for row in rows if (row["model"], row["hook"]) == (model, hook)]
             here = [row for row in here if row["contender"] != OURS or row["d_init"] == OWN_SHARE]
-            where = f"{MODEL_TITLES[model]}, {hook.removeprefix('blocks.')}, {TEXT_TITLES[here[0]['text']]}"
-            yield from _against_ours(where, here)
+            if here:  # not only dimensions that nobody recommends, in a part under way
+                where = f"{MODEL_TITLES[model]}, {hook.removeprefix('blocks.')}, {TEXT_TITLES[here[0]['text']]}"
+                yield from _against_ours(where, here)
 
 
 def of_sweeps(e: ResultFiles) -> Iterator[Comparison]:
@@ -135,9 +138,22 @@ def losses(e: ResultFiles) -> list[Loss]:
         error, dead = (e.pair(one.ours, one.theirs, measure).difference for measure in ("nmse", "dead_fraction"))
         lower = error if error.side > 0 and one.has_equal_l0 else None
         fewer = dead if dead.side > 0 else None
-        if lower or fewer:
-            found.append(Loss(one, lower, fewer))
+        silent = _silent(one)
+        if lower or fewer or silent:
+            found.append(Loss(one, lower, fewer, silent))
     return found
+
+
+def _silent(one: Comparison) -> Interval | None:
+    """Ours less theirs where theirs has fewer features that were silent at the end of training too."""
+    ours, theirs = (
+        {row["seed"]: row["silent_fraction"] for row in rows if "silent_fraction" in row}
+        for rows in (one.ours, one.theirs)
+    )
+    if len(set(ours) & set(theirs)) < 2:
+        return None
+    difference = Pair(ours, theirs).difference
+    return difference if difference.side > 0 else None
 
 
 def table(found: Sequence[Loss]) -> list[str]:
@@ -153,12 +169,22 @@ def table(found: Sequence[Loss]) -> list[str]:
                 _difference(loss.error, "{:+.4f}"),
                 f"{mean_of(one.theirs, 'dead_fraction'):.1%} against {mean_of(one.ours, 'dead_fraction'):.1%}",
                 _difference(loss.dead, "{:+.1%}"),
+                _difference(loss.silent, "{:+.1%}"),
                 f"{mean_of(one.theirs, 'l0'):.1f} against {mean_of(one.ours, 'l0'):.1f}",
                 str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} against {counts[1]}",
             )
         )
-    header = ["where", "better", "error, theirs and ours", "ours higher by", "dead", "ours more by", "L0", "seeds"]
-    return [markdown_table(header, lines, align="llrrrrrr"), ""]
+    header = [
+        "where",
+        "better",
+        "error, theirs and ours",
+        "ours higher by",
+        "dead",
+        "ours more by",
+        "silent: ours more by",
+    ]
+    header += ["L0", "seeds"]
+    return [markdown_table(header, lines, align="llrrrrrrr"), ""]
 
 
 def _difference(value: Interval | None, form: str) -> str:
@@ -168,12 +194,16 @@ def _difference(value: Interval | None, form: str) -> str:
 def summary(e: ResultFiles, found: Sequence[Loss]) -> str:
     """How many there are, and what could not be compared yet."""
     every = comparisons(e)
-    n_error, n_dead = sum(loss.error is not None for loss in found), sum(loss.dead is not None for loss in found)
+    n_error, n_dead, n_silent = (
+        sum(value is not None for value in each)
+        for each in ([one.error for one in found], [one.dead for one in found], [one.silent for one in found])
+    )
     waiting = [part for part in COMPARED if not any(row["contender"] == OURS for row in e.parts.get(part, []))]
     sentence = (
         f"{len(found)} of {len(every)} comparisons of our default ({OURS}; at each hook {OWN_SHARE:.1%} of d) with "
-        f"another contender: {n_error} by a lower error at equal L0, {n_dead} by fewer dead features, by more than "
-        "seeds differ (the 95 % interval of the difference lies on their side)."
+        f"another contender: {n_error} by a lower error at equal L0, {n_dead} by fewer dead features, "
+        f"{n_silent} by fewer that were silent at the end of training too, by more than seeds differ "
+        "(the 95 % interval of the difference lies on their side)."
     )
     if waiting:
         sentence += f" Not compared yet, since ours is not trained there: {', '.join(waiting)}."

@@ -10,6 +10,7 @@ counts as dead, which takes rare features for dead ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,18 +90,20 @@ def dead_features(silence: Silence, batch: int, mean_rate: float, d_sae: int) ->
     return silence.silent.double() * batch * torch.log1p(-rate) < math.log(ERROR / d_sae)
 
 
-# A start has failed where so many of all features were silent on tokens enough for so many firings each, and the mean
-# of what the encoder sees is longer than this share of its deviation. A quarter: the paper's start on SmolLM2's attention
-# output ends with 41 % dead if it goes on, and with 4 %, at 4 % less error, if it begins again.
-_MANY, _FIRINGS_MISSED, _FAR = 0.25, 100, 0.5
+# A start has failed where more than such a share of all features was silent on tokens enough for so many firings each,
+# and the mean of what the encoder sees is longer than ``_FAR`` deviations. A quarter: the paper's start on SmolLM2's
+# attention output ends with 41 % dead if it goes on, and with 4 %, at 4 % less error, if it begins again. Nine tenths:
+# a hundred firings each take a long run where features are many, and no rarity makes nearly all of them silent for ten.
+FAILED = ((100, 0.25), (10, 0.9))
+_FAR = 0.5
 
 
-def missed_all(silence: Silence, batch: int, mean_rate: float) -> Bool[Tensor, " n_features"]:
-    """Features silent on tokens on which one of average rate fires a hundred times."""
-    return silence.silent.double() * batch * mean_rate >= _FIRINGS_MISSED
+def missed(silence: Silence, batch: int, mean_rate: float, firings: int) -> Bool[Tensor, " n_features"]:
+    """Features silent on tokens on which one of average rate fires so many times."""
+    return silence.silent.double() * batch * mean_rate >= firings
 
 
-def start_has_failed(share_missed: float, seen: Spectrum) -> bool:
+def start_has_failed(shares: Sequence[float], seen: Spectrum) -> bool:
     """Whether features start so badly that a new start is better than to revive them one by one.
 
     Where many features never fire and the mean is still in what the encoder sees, it is the mean that decides who
@@ -108,10 +111,11 @@ def start_has_failed(share_missed: float, seen: Spectrum) -> bool:
     encoder rows share the mean's direction, and the first of Adam's steps lift or drown them together.
 
     Args:
-        share_missed: of all features, those that ``missed_all``.
+        shares: of all features, those that ``missed`` as many firings as each pair of ``FAILED`` says.
         seen: of activations as the encoder sees them, without the decoder's bias where it is taken off.
     """
-    return share_missed > _MANY and seen.gamma > _FAR
+    has_missed = any(share > most for share, (_, most) in zip(shares, FAILED, strict=True))
+    return has_missed and seen.gamma > _FAR
 
 
 class Sample(NamedTuple):

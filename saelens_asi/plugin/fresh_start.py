@@ -7,7 +7,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor
 
-from saelens_asi.dead_features.revive import Silence, missed_all, start_has_failed
+from saelens_asi.dead_features.revive import FAILED, Silence, missed, start_has_failed
 from saelens_asi.initialization import ActiveSubspaceInit, Initialization, initialize_
 from saelens_asi.plugin.estimate import fit_activation_fn
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
@@ -52,9 +52,12 @@ class FreshStart:
         """Whether the SAE is to start anew; the same in all processes. Collective."""
         if steps_done > self.last_step or self.moments is None or self.moments.n_tokens < self._n_wanted:
             return False
-        n_missed = self._shard.features.sum_(missed_all(silence, self._batch, mean_rate).sum())
+        features, d_sae = self._shard.features, self._shard.d_sae
+        shares = [
+            int(features.sum_(missed(silence, self._batch, mean_rate, firings).sum())) / d_sae for firings, _ in FAILED
+        ]
         seen = Spectrum(self._centred(self.moments.mean), self.moments.covariance(), self.moments.n_tokens)
-        return self._shard.world.of_first(start_has_failed(int(n_missed) / self._shard.d_sae, seen))
+        return self._shard.world.of_first(start_has_failed(shares, seen))
 
     def _centred(self, mean: Tensor) -> Tensor:
         return mean - self._sae.b_dec.detach().to(mean) if self._sae.cfg.apply_b_dec_to_input else mean

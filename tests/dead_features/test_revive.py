@@ -18,10 +18,13 @@ from saelens_asi.dead_features.revive import (
     dead_features,
     forgetting,
     largest_cosines,
+    missed,
     placed,
     residual_directions,
+    start_has_failed,
 )
 from saelens_asi.spectra.moments import RunningMoments
+from saelens_asi.spectra.spectrum import Spectrum
 
 BATCH, D_SAE, MEAN_RATE = 1024, 8192, 32 / 8192
 
@@ -191,3 +194,25 @@ def test_moments_forget():
     assert moments is not None
     torch.testing.assert_close(moments.mean, new.mean(0), atol=2e-3, rtol=0)
     torch.testing.assert_close(moments.covariance(), new.T.cov(), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shares", "gamma", "failed"),
+    [
+        ((0.3, 0.3), 1.0, True),  # of a hundred firings each, a quarter is enough
+        ((0.0, 0.95), 1.0, True),  # of ten, nearly all
+        ((0.2, 0.85), 1.0, False),
+        ((1.0, 1.0), 0.4, False),  # no mean that could be the cause
+    ],
+)
+def test_a_start_has_failed_where_features_miss_their_firings_and_the_mean_is_long(shares, gamma, failed):
+    seen = Spectrum(torch.tensor([gamma, 0.0]).double(), torch.diag(torch.tensor([0.75, 0.25]).double()), 1000)
+    assert seen.gamma == pytest.approx(gamma)
+    assert start_has_failed(shares, seen) is failed
+
+
+def test_firings_are_missed_by_the_tokens_of_the_silence():
+    silent = torch.tensor([0, 9, 10, 99, 100])
+    silence = Silence(age=silent, fired=0 * silent, silent=silent)
+    found = [missed(silence, batch=64, mean_rate=1 / 64, firings=firings).tolist() for firings in (10, 100)]
+    assert found == [[False, False, True, True, True], [False, False, False, False, True]]
