@@ -105,7 +105,7 @@ def test_an_item_is_trained_once_and_measured_on_held_out_activations(places, mo
     monkeypatch.setattr(train, "items", lambda parts: [ITEM])
     monkeypatch.setattr(train, "LEAST_FOR_A_CURVE", 1)
     original = train.train
-    monkeypatch.setattr(train, "train", lambda item: calls.append(item) or original(item))
+    monkeypatch.setattr(train, "train", lambda *given: calls.append(given[0]) or original(*given))
     monkeypatch.setattr("sys.argv", ["train", "pilot"])
     threads = torch.get_num_threads()
     try:
