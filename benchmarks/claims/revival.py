@@ -106,7 +106,7 @@ def trials() -> Iterator[Trial]:
         for cure in ("nothing", "revive"):
             yield _trial("the flag's", cure, "smollm2", 800_000, seed=seed)
     for d_sae, tokens in ((32_768, 800_000), (131_072, 800_000)):
-        for start, cure in (("SAELens's own", "nothing"), ("SAELens's own", "revive"), ("the flag's", "nothing")):
+        for start, cure in (*(("SAELens's own", cure) for cure in CURES), ("the flag's", "nothing")):
             yield _trial(start, cure, "smollm2", tokens, d_sae=d_sae, lr=learning_rate(d_sae))
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
