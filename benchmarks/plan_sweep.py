@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.claims import sources
-from benchmarks.claims.records import is_among, lines, taken
+from benchmarks.claims.records import append, is_among, lines, taken
 from benchmarks.claims.sources import BY_HOOK, MAIN, Source
 from benchmarks.claims.train import of_spectrum, processor
 from saelens_asi.evaluation.run import evaluate
@@ -149,7 +149,6 @@ def main() -> None:
     parser.add_argument("--read", action="store_true", help="have the models read what is not cached first")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     if args.read:
         for source in dict.fromkeys(source for source, _ in places()):
             sources.activations(source, source.hooks[0])
@@ -161,8 +160,7 @@ def main() -> None:
                 print(one)
                 continue
             row = {**one.key(), **facts(one.source, one.hook), **measure(one), "processor": processor()}
-            with one.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(one.path, row)
         print(
             one.key(),
             f"NMSE {row['nmse']:.4f}, dead {row['dead_fraction']:.2%}, {row['cpu_seconds']:.3g} s",

@@ -51,7 +51,11 @@ def taken(key: Mapping[str, Any]) -> Iterator[bool]:
 
 def keep(part: str, row: Mapping[str, Any]) -> None:
     """Add a line to a part."""
-    path = results_file(part)
+    append(results_file(part), row)
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to a file that several processes write to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

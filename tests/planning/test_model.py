@@ -131,11 +131,17 @@ def test_held_out_coverage_follows_from_the_committed_rows(kind):
     assert plan_fit.coverage(rows) == pytest.approx(RESULT["coverage"][kind])
 
 
-@pytest.mark.parametrize(("kind", "least"), [("hook", 0.8), ("model", 0.8), ("text", 0.75)])
-def test_eight_in_ten_of_the_kept_out_lie_inside(kind, least):
-    """Of a model kept out a hair less: there are two."""
+MISSED = pytest.mark.xfail(strict=True, reason="75 % of a text kept out, four hooks: docs/problems/plan.md says so")
+
+
+@pytest.mark.parametrize("kind", ["hook", "model", pytest.param("text", marks=MISSED)])
+def test_eight_in_ten_of_the_errors_that_were_kept_out_lie_inside(kind):
+    assert RESULT["coverage"][kind]["error_inside"] >= 0.8
+
+
+@pytest.mark.parametrize("kind", ["hook", "model", "text"])
+def test_eight_in_ten_of_the_dead_shares_that_were_kept_out_lie_inside(kind):
     found = RESULT["coverage"][kind]
-    assert found["error_inside"] >= least
     assert found["dead_inside"] >= 0.8
 
 
