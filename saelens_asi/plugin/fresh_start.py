@@ -52,10 +52,8 @@ class FreshStart:
         """Whether the SAE is to start anew; the same in all processes. Collective."""
         if steps_done > self.last_step or self.moments is None or self.moments.n_tokens < self._n_wanted:
             return False
-        features, d_sae = self._shard.features, self._shard.d_sae
-        shares = [
-            int(features.sum_(missed(silence, self._batch, mean_rate, firings).sum())) / d_sae for firings, _ in FAILED
-        ]
+        counts = torch.stack([missed(silence, self._batch, mean_rate, firings).sum() for firings, _ in FAILED])
+        shares = [count / self._shard.d_sae for count in self._shard.features.sum_(counts).tolist()]
         seen = Spectrum(self._centred(self.moments.mean), self.moments.covariance(), self.moments.n_tokens)
         return self._shard.world.of_first(start_has_failed(shares, seen))
 
