@@ -106,9 +106,9 @@ gemma: install
 claims: install gemma
 	for part in grid steps saes sources universality; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_sizes d_init_aside
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial rivals elsewhere
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial slower rivals elsewhere
 	for part in revival batchtopk worth; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
-	$(BIN)/python -m benchmarks.claims.million
+	$(BIN)/python -m benchmarks.claims.scaling
 	$(BIN)/python -m benchmarks.claims.page
 
 # What the plan is fitted on, where it is not there yet (hours), its figures for time and memory, and the fit.

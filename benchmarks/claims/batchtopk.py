@@ -89,6 +89,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "BatchTopK, revive": {**_START, "revive": "auto"},
     "BatchTopK, bias correction by row": {**_START, "bias_correction": "per_row"},
     "BatchTopK, lr 0.001": {**_START, "lr": 0.001},
+    "BatchTopK, lr 0.0005": {**_START, "lr": 0.0005},
     "BatchTopK, all of d": {**_START, "d_init": None, "subspace": "full"},
     "TopK": {**_START, "architecture": "topk"},
     "BatchTopK, SAELens's own start and auxiliary loss": {

@@ -15,13 +15,13 @@ from pathlib import Path
 from benchmarks.claims import (
     batchtopk,
     figures,
-    million,
     of_activations,
     of_deaths,
     of_lorsa,
     of_training,
     of_universality,
     revival,
+    scaling,
 )
 from benchmarks.claims.evidence import Claim, ResultFiles
 from benchmarks.claims.sections import lost, sections
@@ -169,8 +169,7 @@ def claims_page(e: ResultFiles) -> str:
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
     lines += revival.section(e.parts.get(revival.PART, []))
-    revived = e.parts.get(revival.PART, [])
-    lines += million.section(e.parts.get(million.PART, []), [row for row in revived if revival.is_plain(row)])
+    lines += scaling.section(e.parts.get(scaling.PART, []))
     lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
 

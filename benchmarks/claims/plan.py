@@ -163,7 +163,7 @@ def d_init_sizes() -> Iterator[Item]:
 # The main comparison: three seeds on the main source; one on the second model, and on the second text.
 SEEDS = (0, 1, 2)
 ELSEWHERE = (("gemma3-270m", "linux-doc"), ("smollm2", "python"))
-ELSEWHERE_TOKENS = 1_000_000
+ELSEWHERE_TOKENS = 500_000
 
 
 def chosen(contender: str) -> dict[str, Any] | None:

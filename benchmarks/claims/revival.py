@@ -178,13 +178,6 @@ def _largest(rows: Tensor, part: Tensor) -> Tensor:
     return torch.maximum(outside, inside)
 
 
-def is_plain(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of the flag's start alone, on the main source."""
-    return (row["model"], row["architecture"], row["start"], row["cure"]) == (
-        MAIN.model, "topk", "the flag's", "nothing",
-    )  # fmt: skip
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All that is trained, in Markdown."""
     header = ["model", "SAE", "features", "tokens", "start", "cure", "seed", "dead", "dead, both", "NMSE", "L0"]

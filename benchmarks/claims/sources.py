@@ -1,6 +1,6 @@
 """The activations behind the evidence: of which model, text and hooks, and how many. Read once, kept on disk.
 
-    python -m benchmarks.claims.sources            # cache what is missing (hours on two cores, 60 GB)
+    python -m benchmarks.claims.sources            # cache what is missing (hours on two cores, 40 GB)
     python -m benchmarks.claims.sources --list
 
 Models run in bfloat16, over windows of 128 tokens. The main source is kept in float16; hooks whose activations have
@@ -66,9 +66,8 @@ SET_ASIDE = {"smollm2": (20,), "gemma3-270m": (12,)}
 
 MAIN = Source("smollm2", "linux-doc", (MAIN_HOOK["smollm2"],), 2_000_000, 200_000, "float16")
 OTHERS = (
-    Source("gemma3-270m", "linux-doc", (MAIN_HOOK["gemma3-270m"],), 2_000_000, 100_000, "float16"),
-    Source("smollm2", "python", (MAIN_HOOK["smollm2"],), 2_000_000, 100_000, "float16"),
-    Source("smollm2", "bible", (MAIN_HOOK["smollm2"],), 860_000, 80_000, "float16"),
+    Source("gemma3-270m", "linux-doc", (MAIN_HOOK["gemma3-270m"],), 500_000, 100_000, "float16"),
+    Source("smollm2", "python", (MAIN_HOOK["smollm2"],), 500_000, 100_000, "float16"),
 )
 BY_HOOK = tuple(Source(model, "linux-doc", hooks(layers), 300_000, 60_000) for model, layers in LOOKED_AT.items())
 BY_HOOK_ASIDE = tuple(Source(model, "python", hooks(layers), 300_000, 60_000) for model, layers in SET_ASIDE.items())
