@@ -58,9 +58,9 @@ def test_the_smallest_source_that_is_large_enough_is_taken():
     hook = sources.MAIN_HOOK["smollm2"]
     assert sources.find("smollm2", "linux-doc", hook, 200_000).n_training == 300_000
     assert sources.find("smollm2", "linux-doc", hook, 1_000_000) == sources.MAIN
-    assert sources.find("smollm2", "bible", hook, 10**9).n_training == 860_000
+    assert sources.find("smollm2", "python", hook, 10**9).n_training == 500_000
     with pytest.raises(ValueError, match="no source holds activations of nowhere"):
-        sources.find("smollm2", "bible", "nowhere")
+        sources.find("smollm2", "python", "nowhere")
 
 
 def test_what_was_set_aside_was_not_looked_at():
