@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from benchmarks import plan_costs
 from benchmarks.claims.records import RESULTS as CLAIMS
 from benchmarks.claims.records import lines
-from benchmarks.plan_sweep import CELLS, PILOTS
+from benchmarks.plan_sweep import CELLS, PILOTS, VARIANCES
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import auto_share
 from saelens_asi.planning import model as planning
@@ -53,9 +54,9 @@ NEAR = 1.5  # a factor, within which a setting is as the plan recommends it
 # The ridge, in units of the terms' own spread. With 0.03 to 0.3 the intervals of what is kept out are the same.
 RIDGE = 0.1
 
-# What terms are drawn to, where the SAEs are too few to tell: the slope that pilots have in k holds, and half of those
-# in d_sae and tokens, which are steeper in the first steps than later.
-PRIOR = {"k x slope": 1.0, "d_sae x slope": 0.5, "tokens x slope": 0.5, "pilot": 1.0}
+# What terms are drawn to, where the SAEs are too few to tell: the slope that pilots have in k holds, and half of that
+# in tokens, which is steeper in the first steps than later.
+PRIOR = {"k x slope": 1.0, "tokens x slope": 0.5, "pilot": 1.0}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Trained:
         d_sae: features.
         k: active on a token.
         tokens: that it was trained on.
-        nmse: on held-out tokens.
+        nmse: on held-out tokens: E|x - x_hat|^2 over the variance of the hook, where that is known, or theirs.
         counts: pairs of tokens, and share of the features that fired on none of them.
         cpu_seconds: of the training.
     """
@@ -96,6 +97,16 @@ def _is_recommended(row: dict[str, Any]) -> bool:
     return all(1 / NEAR <= one <= NEAR for one in (share, rate))
 
 
+@cache
+def variances() -> dict[tuple[Group, int], float]:
+    """Of so many held-out activations, over the variance of the hook."""
+    return {
+        ((row["model"], row["text"], row["hook"]), n): of_held_out / row["variance"]
+        for row in lines(VARIANCES)
+        for n, of_held_out in row["held_out"]
+    }
+
+
 def trained() -> Iterator[Trained]:
     """All of them, from all files of results."""
     for path in [CELLS, *sorted(CLAIMS.glob("*.jsonl")), *sorted(CLAIMS.glob("*/cells.jsonl"))]:
@@ -106,10 +117,12 @@ def trained() -> Iterator[Trained]:
         for row in ({**shared, **one} for one in lines(path)) if path.exists() else ():
             if "silent_tokens" not in row or not _is_recommended(row):
                 continue
+            group = (row["model"], row["text"], row.get("hook") or row["hook_name"])
             yield Trained(
-                group=(row["model"], row["text"], row.get("hook") or row["hook_name"]),
+                group=group,
                 source=str(path.relative_to(OUT)),
-                **{name: row[name] for name in ("d_sae", "k", "tokens", "nmse", "cpu_seconds")},
+                nmse=row["nmse"] * variances().get((group, row["n_tokens"]), 1.0),
+                **{name: row[name] for name in ("d_sae", "k", "tokens", "cpu_seconds")},
                 counts=_counts(row),
             )
 
@@ -195,7 +208,10 @@ def fit_error(some: Hooks) -> dict[str, float]:
     return ridge(terms, values, [weight for *_, weight in known])
 
 
-def error_left(coefficients: dict[str, float], some: Hooks) -> list[tuple[float, float]]:
+Left = list[tuple[float, float]]
+
+
+def error_left(coefficients: dict[str, float], some: Hooks) -> Left:
     """Of each SAE, log (measured / predicted), and its weight."""
     return [
         (
@@ -220,11 +236,8 @@ def fit_spread(some: Hooks) -> dict[str, float]:
     return ridge(terms, values, weights)
 
 
-def spread_left(coefficients: dict[str, float], some: Hooks) -> list[tuple[float, float]]:
+def spread_left(coefficients: dict[str, float], some: Hooks) -> Left:
     return [(value - planning.total(coefficients, terms), weight) for terms, value, weight in _spreads(some)]
-
-
-Left = list[tuple[float, float]]
 
 
 def held_out(
@@ -254,13 +267,17 @@ def covered(n_hooks: int) -> float:
 
 
 def half_width(left: Left) -> float:
-    """Of the 80 % interval: weights of each hook sum to 1."""
+    """Of the 80 % interval: weights of each hook sum to 1; 0 without hooks."""
+    if not left:
+        return 0.0
     share = covered(round(sum(weight for _, weight in left)))
     return quantile([abs(one) for one, _ in left], [weight for _, weight in left], share)
 
 
 def sides(left: Left) -> tuple[float, float]:
-    """The middle 80 %."""
+    """The middle 80 %; nothing without hooks."""
+    if not left:
+        return 0.0, 0.0
     values, weights = zip(*left, strict=True)
     share = covered(round(sum(weights)))
     return quantile(values, weights, (1 - share) / 2), quantile(values, weights, (1 + share) / 2)
@@ -311,13 +328,13 @@ def fit_stock(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[fl
     return {**fit(rows), "half": half}, left
 
 
-def fit_all(some: Hooks, kinds: Sequence[str] = ("hook", "model")) -> Fitted:
+def fit_all(some: Hooks) -> Fitted:
     """The coefficients, with intervals that cover 80 % of what was left of each kind that was kept out.
 
-    Not of texts: two of three have two hooks each.
+    Where all hooks are of one model or text, or leave too few to fit on, that kind says nothing.
     """
     error_widths, spread_sides, spectral_widths = [], [], []
-    for of in map(KEPT_OUT.__getitem__, kinds):
+    for of in KEPT_OUT.values():
         error_widths.append(half_width(held_out(some, of, fit_error, error_left)))
         spread_sides.append(sides(held_out(some, of, fit_spread, spread_left)))
         spectral_widths.append(half_width(held_out(some, of, fit_from_spectrum, left_from_spectrum)))
@@ -345,7 +362,7 @@ def fit_all(some: Hooks, kinds: Sequence[str] = ("hook", "model")) -> Fitted:
     )
 
 
-SLOPES = ("slope_d_sae", "slope_k", "slope_tokens", "spread")
+SLOPES = ("slope_k", "slope_tokens", "spread")
 SIZES = ("d_sae", "k", "tokens")
 
 
@@ -358,7 +375,7 @@ def tested(some: Hooks) -> list[dict[str, Any]]:
             inside = {group: hook for group, hook in some.items() if of(group) != name}
             if len(names) < 2 or len(inside) < LEAST_HOOKS:
                 continue
-            own = fit_all(inside, ["hook"])  # of one model or text alone nothing else can be kept out
+            own = fit_all(inside)
             for group, hook in some.items():
                 if of(group) == name:
                     found += [_compared(kept_out, group, hook.anchor, row, own) for row in hook.rows]
@@ -366,10 +383,9 @@ def tested(some: Hooks) -> list[dict[str, Any]]:
 
 
 def _compared(kept_out: str, group: Group, anchor: Anchor, row: Trained, own: Fitted) -> dict[str, Any]:
-    wide = replace(own, ranges=fitted_ranges())
-    error = planning.predict_error(anchor, row.d_sae, row.k, row.tokens, wide)
+    error = planning.predict_error(anchor, row.d_sae, row.k, row.tokens, own)
     n_tokens, share = row.counts[0]
-    dead = planning.predict_dead(anchor, row.d_sae, row.k, row.tokens, n_tokens, wide)
+    dead = planning.predict_dead(anchor, row.d_sae, row.k, row.tokens, n_tokens, own)
     return {
         "kept_out": kept_out,
         "model": group[0],
@@ -382,12 +398,6 @@ def _compared(kept_out: str, group: Group, anchor: Anchor, row: Trained, own: Fi
         "dead_on": n_tokens,
         "dead_predicted": asdict(dead),
     }
-
-
-def fitted_ranges() -> dict[str, list[float]]:
-    """Of all rows: what is kept out lies within what is fitted in the end."""
-    rows = list(trained())
-    return {name: [min(getattr(r, name) for r in rows), max(getattr(r, name) for r in rows)] for name in SIZES}
 
 
 def is_inside(value: float, interval: dict[str, float], step: float = 0.0) -> bool:
@@ -417,6 +427,11 @@ def coverage(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "dead_off_median": float(np.median(dead)),
         "dead_off_largest": float(np.max(dead)),
     }
+
+
+def processors() -> set[str]:
+    """That the pilots ran on."""
+    return {row["processor"] for row in lines(PILOTS)}
 
 
 def costs() -> list[str]:
@@ -449,8 +464,8 @@ def report(result: dict[str, Any]) -> str:
             "Error: log (NMSE / NMSE of the first pilot), linear in",
             markdown_table(["term", "coefficient"], terms, align="lr"),
             "Memory: the peak of real runs, each in a process of its own; then CPU seconds of a step, of sizes that "
-            "were timed and of some that were not, one after the other on a busy machine "
-            "(`python -m benchmarks.plan_costs table`).",
+            "were timed and of some that were not, one after the other, the least of four rounds "
+            f"(`python -m benchmarks.plan_costs table`; {', '.join(sorted(processors()))}, one thread).",
             *costs(),
         ]
     )

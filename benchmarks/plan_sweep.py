@@ -24,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.claims import sources
 from benchmarks.claims.records import append, is_among, lines, taken
-from benchmarks.claims.sources import BY_HOOK, MAIN, Source
+from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, MAIN, Source
 from benchmarks.claims.train import of_spectrum, processor
 from saelens_asi.evaluation.run import evaluate
+from saelens_asi.planning.make import PilotSizes
 from saelens_asi.planning.pilots import rate_quantiles, run_pilot
 from saelens_asi.planning.recipe import recommended
 from saelens_asi.spectra.moments import RunningMoments
@@ -34,13 +35,11 @@ from saelens_asi.spectra.spectrum import Spectrum
 from saelens_asi.sweep.run import SweepTraining, measured, train_cell
 
 RESULTS = Path(__file__).parent / "results" / "plan"
-PILOTS, CELLS = RESULTS / "pilots.jsonl", RESULTS / "cells.jsonl"
+PILOTS, CELLS, VARIANCES = (RESULTS / f"{name}.jsonl" for name in ("pilots", "cells", "variances"))
 
-# Two more texts; small, since a pilot takes 41 thousand activations.
-OWN = (
-    Source("smollm2", "bible", ("blocks.15.hook_attn_out", "blocks.15.hook_mlp_out"), 110_000, 20_000),
-    Source("smollm2", "python", ("blocks.20.hook_attn_out", "blocks.20.hook_resid_post"), 64_000, 10_000),
-)
+# One more text; small, since a pilot takes 41 thousand activations.
+OWN = (Source("smollm2", "bible", ("blocks.15.hook_attn_out", "blocks.15.hook_mlp_out"), 110_000, 20_000),)
+AS_A_PLAN_READS, PILOT_HELD_OUT = PilotSizes().n_activations, PilotSizes().held_out
 PILOT_SIZES = ((4096, 32), (8192, 32), (4096, 64))
 
 # Features, active ones, tokens; (8,192, 32, 200,000) is among the claims' cells at every hook of BY_HOOK.
@@ -48,6 +47,11 @@ ROUNDS = ((2048, 16, 100_000), (8192, 16, 200_000), (4096, 32, 300_000), (16384,
 LONG = ((2048, 32, 1_000_000), (4096, 64, 500_000), (4096, 32, 2_000_000))
 ELSEWHERE = (8192, 32, 200_000)
 HELD_OUT = 20_000
+
+
+def place_of(source: Source, hook: str) -> dict[str, Any]:
+    """What names a hook in the results."""
+    return {"model": source.model, "text": source.text, "hook": hook}
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Work:
     tokens: int = 0
 
     def key(self) -> dict[str, Any]:
-        of_source = {"model": self.source.model, "text": self.source.text, "hook": self.hook}
-        return {**of_source, "d_sae": self.d_sae, "k": self.k, **({"tokens": self.tokens} if self.tokens else {})}
+        own = {"d_sae": self.d_sae, "k": self.k, **({"tokens": self.tokens} if self.tokens else {})}
+        return {**place_of(self.source, self.hook), **own}
 
     @property
     def path(self) -> Path:
@@ -72,7 +76,7 @@ class Work:
 def places() -> list[tuple[Source, str]]:
     """Sources and hooks, each hook once."""
     found: dict[tuple[str, str, str], tuple[Source, str]] = {}
-    for source in (MAIN, *BY_HOOK, *OWN):
+    for source in (MAIN, *BY_HOOK, *BY_HOOK_ASIDE, *OWN):
         for hook in source.hooks:
             found.setdefault((source.model, source.text, hook), (source, hook))
     return list(found.values())
@@ -84,7 +88,7 @@ def work() -> Iterator[Work]:
     for i, size in enumerate(ROUNDS):
         yield from (Work(*place, *size) for place in places())
         if i == 0:
-            yield from (Work(source, hook, *ELSEWHERE) for source in OWN[::2] for hook in source.hooks)
+            yield from (Work(source, hook, *ELSEWHERE) for source in OWN for hook in source.hooks)
         if i == 2:
             yield from (Work(*places()[0], *size) for size in LONG)
 
@@ -122,6 +126,27 @@ def facts(source: Source, hook: str) -> dict[str, float]:
     return {**of_spectrum(spectrum), "variance_in_32": spectrum.variance_explained(32)}
 
 
+def variance_of(activations: Tensor, most: int | None = None) -> float:
+    """E|x - E x|^2 of all of them, or of ``most`` spread evenly."""
+    rows = activations if most is None else activations[:: max(1, len(activations) // most)][:most]
+    moments = RunningMoments.zeros(rows.shape[1])
+    for part in rows.split(8192):
+        moments.update_(part.float())
+    return Spectrum.from_moments(moments).total_variance
+
+
+def variances(source: Source, hook: str) -> dict[str, Any]:
+    """Of all activations to train on; and of the held-out ones, by the number of them that errors are measured on."""
+    train, some = activations(source, hook)
+    _, whole = sources.activations(source, hook)
+    parts = {len(one): one for one in (whole, some)}
+    return {
+        **place_of(source, hook),
+        "variance": variance_of(train),
+        "held_out": [[n, variance_of(one)] for n, one in parts.items()],
+    }
+
+
 def done(one: Work) -> bool:
     return is_among(lines(one.path) if one.path.exists() else (), one.key())
 
@@ -130,7 +155,9 @@ def measure(one: Work) -> dict[str, Any]:
     train, held_out = activations(one.source, one.hook)
     _, spectrum = spectrum_of(one.source, one.hook)
     if not one.tokens:
-        return run_pilot(train, held_out[::2][:8192], one.d_sae, one.k, spectrum=spectrum).to_dict()
+        part = held_out[:: max(1, len(held_out) // PILOT_HELD_OUT)][:PILOT_HELD_OUT]
+        known = variance_of(train, AS_A_PLAN_READS)
+        return run_pilot(train, part, one.d_sae, one.k, spectrum=spectrum, variance=known).to_dict()
     training = SweepTraining(training_tokens=one.tokens, batch_size=1024)
     cell = recommended(one.d_sae, one.k, spectrum)
     trainer, record = train_cell(cell, training, train)
@@ -152,6 +179,10 @@ def main() -> None:
     if args.read:
         for source in dict.fromkeys(source for source, _ in places()):
             sources.activations(source, source.hooks[0])
+    for source, hook in places():
+        known = lines(VARIANCES) if VARIANCES.exists() else []
+        if is_cached(source) and not args.list and not is_among(known, place_of(source, hook)):
+            append(VARIANCES, variances(source, hook))
     for one in work():
         with taken(one.key()) as mine:
             if not mine or done(one) or not is_cached(one.source):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
+from torch import Tensor
+
 from saelens_asi.planning.model import Anchor, predict_stock_dead, tokens_to_tell
 from saelens_asi.spectra.spectrum import Spectrum
 
@@ -13,9 +16,22 @@ LONG_MEAN, LOW_RANK = 0.5, 0.65
 # In the mean, of a feature in training: below, dictionaries are mostly what they began as.
 ENOUGH_FIRINGS = 100
 
+# Of the variance, in the thousandth of the tokens that are farthest from the mean.
+MASSIVE = 0.1
+
+
+def in_few_tokens(activations: Float[Tensor, "n d_in"]) -> float:
+    """Share of the variance that a thousandth of the tokens hold, those farthest from the mean."""
+    squares = (activations - activations.mean(dim=0)).square().sum(dim=1).double()
+    return float(squares.topk(max(1, len(squares) // 1000)).values.sum() / squares.sum())
+
 
 def warnings_for(
-    spectrum: Spectrum, anchor: Anchor, sizes: Sequence[tuple[int, int, int]], counted_on: int
+    spectrum: Spectrum,
+    anchor: Anchor,
+    sizes: Sequence[tuple[int, int, int]],
+    counted_on: int,
+    activations: Float[Tensor, "n d_in"],
 ) -> list[str]:
     """Sentences, the most important first."""
     found = []
@@ -46,6 +62,11 @@ def warnings_for(
         found.append(
             f"{counted_on:,} tokens are too few to call a feature dead from {size:,} features at k = {k} on: the "
             f"rarest hundredth of the living fire less than 3 times on them. Count on {needed:,.0f} or more."
+        )
+    if (massive := in_few_tokens(activations)) > MASSIVE:
+        found.append(
+            f"A thousandth of the tokens hold {massive:.0%} of the variance (massive activations, arXiv 2402.17762): "
+            "an error on few tokens depends on how many of these are among them. Measure on many, compare on the same."
         )
     if not anchor.measured:
         found.append(

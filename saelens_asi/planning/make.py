@@ -155,7 +155,7 @@ def plan(
         cost=cost,
         sizes=sizes,
         measured=read.measured,
-        warnings=warnings_for(read.spectrum, anchor, sizes, counted_on),
+        warnings=warnings_for(read.spectrum, anchor, sizes, counted_on, read.activations),
     )
 
 
@@ -245,7 +245,7 @@ def _draw(spectrum: Spectrum, n: int) -> Tensor:
 def _train(read: _Source, pilots: PilotSizes, device: str) -> list[Pilot]:
     order = torch.randperm(len(read.activations), generator=torch.Generator().manual_seed(0))
     held_out, train = (read.activations[part] for part in order.tensor_split([pilots.held_out]))
-    shared: dict[str, Any] = {"batch": pilots.batch, "device": device}
+    shared: dict[str, Any] = {"batch": pilots.batch, "device": device, "variance": read.spectrum.total_variance}
     with tempfile.TemporaryDirectory() as folder:
         known = read.spectrum.save(Path(folder) / "spectrum.safetensors")
         found = [
@@ -272,7 +272,6 @@ def anchor_of(pilots: Sequence[Pilot], rank_share: float, gamma: float) -> Ancho
         k=first.k,
         tokens=first.tokens,
         nmse=first.nmse,
-        slope_d_sae=math.log(wider.nmse / first.nmse) / math.log(wider.d_sae / first.d_sae),
         slope_k=min(0.0, by_k),
         slope_tokens=min(0.0, by_tokens),
         spread=sum(_spread(pilot) for pilot in (first, wider)) / 2,

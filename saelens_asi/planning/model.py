@@ -27,6 +27,9 @@ FITTED = Path(__file__).with_name("fitted.json")
 
 _LEAST_SPREAD, _SLOPE_BEYOND = 0.05, 0.5
 
+# Of the slope in tokens: what is steeper in the first steps does not go on.
+_STEEPEST = -0.3
+
 # Quadrature of a normal distribution.
 _NODES = ndtri((np.arange(401) + 0.5) / 401)
 
@@ -40,7 +43,6 @@ class Anchor:
         k: of the first pilot.
         tokens: that it was trained on.
         nmse: that it reached.
-        slope_d_sae: d log NMSE / d log d_sae between the first and the second pilot.
         slope_k: d log NMSE / d log k between the first and the third.
         slope_tokens: d log NMSE / d log tokens within the first, from a quarter of its steps to the end.
         spread: standard deviation of the logarithm of firing rates, from the silent features of the first two pilots.
@@ -53,7 +55,6 @@ class Anchor:
     k: int
     tokens: int
     nmse: float
-    slope_d_sae: float
     slope_k: float
     slope_tokens: float
     spread: float
@@ -107,13 +108,13 @@ def fitted(path: Path = FITTED) -> Fitted:
 
 
 def error_terms(anchor: Anchor, d_sae: float, k: float, tokens: float) -> dict[str, float]:
-    """What log (NMSE / anchor) is linear in."""
+    """What log (NMSE / anchor) is linear in. What pilots say of d_sae is noise: hooks hardly differ in it."""
     x, y, t = math.log(d_sae / anchor.d_sae), math.log(k / anchor.k), math.log(tokens / anchor.tokens)
     return {
         "d_sae": x,
-        "d_sae x slope": x * anchor.slope_d_sae,
         "k x slope": y * anchor.slope_k,
-        "tokens x slope": t * anchor.slope_tokens,
+        "tokens": t,
+        "tokens x slope": t * max(anchor.slope_tokens, _STEEPEST),
     }
 
 

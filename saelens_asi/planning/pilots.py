@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from sae_lens import TrainingSAE
 from torch import Tensor
 
+from saelens_asi.evaluation.metrics import SAEEvaluation
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.planning.recipe import recommended
 from saelens_asi.sweep.run import SweepTraining, train_cell
@@ -35,8 +37,8 @@ class Pilot:
         k: active on a token.
         steps: of training.
         batch: tokens in a step.
-        nmse: on held-out activations, at the end.
-        curve: normalized error of every tenth training batch.
+        nmse: on held-out activations, at the end: E|x - x_hat|^2 over the variance of the hook.
+        curve: the same after each quarter of the steps.
         seconds: on the clock for a step.
         cpu_seconds: of all cores for a step.
         setup_seconds: before the first step: estimate, initialization.
@@ -73,6 +75,18 @@ def rate_quantiles(firing_counts: Int64[Tensor, " d_sae"]) -> list[float]:
     return [round(value, 5) for value in relative.quantile(torch.tensor(QUANTILES).double()).tolist()]
 
 
+def _variance(activations: Float[Tensor, "n d_in"]) -> float:
+    """E|x - E x|^2."""
+    return float(activations.double().var(dim=0, correction=0).sum())
+
+
+def _clocks(device: str) -> tuple[float, float]:
+    """Seconds on the clock, and of all cores, when all is done that was asked of the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
 def run_pilot(
     activations: Float[Tensor, "n d_in"],
     held_out: Float[Tensor, "m d_in"],
@@ -83,6 +97,7 @@ def run_pilot(
     batch: int = BATCH,
     device: str = "cpu",
     spectrum: str | Path | None = None,
+    variance: float | None = None,
 ) -> Pilot:
     """Train ``steps`` steps of the recommended recipe with SAELens's trainer, and measure the result.
 
@@ -95,31 +110,41 @@ def run_pilot(
         batch: tokens in a step.
         device: where the SAE is trained.
         spectrum: file of the activations' spectrum; without it each pilot measures it anew.
+        variance: E|x - E x|^2 of the hook, by which errors are normalized; that of ``held_out`` unless told. Where a
+            few tokens hold most of it, a batch or a sample has another one each time.
     """
+    of_held_out = _variance(held_out)
+    variance = variance or of_held_out
     training = SweepTraining(training_tokens=steps * batch, batch_size=batch, device=device)
-    marks: list[tuple[float, float]] = []
+    quarters = {training.steps * part // 4 * batch for part in (1, 2, 3)}
+    errors, began, ended = [], [], []  # of each step on two clocks: an evaluation between two steps is in neither
 
-    def mark(*_: object) -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        marks.append((time.perf_counter(), time.process_time()))
+    def error_of(sae: TrainingSAE[Any]) -> SAEEvaluation:
+        return evaluate(sae, activations=held_out.float(), ranks=False, progress=False)
 
-    began = time.perf_counter()
-    trainer, _ = train_cell(recommended(d_sae, k, spectrum), training, activations, mark)
-    mark()
-    each = np.diff(np.array(marks), axis=0)
+    def between(n_tokens: int, sae: TrainingSAE[Any]) -> None:
+        ended.append(_clocks(device))
+        if n_tokens in quarters:
+            errors.append(error_of(sae).nmse)
+        began.append(_clocks(device))
+
+    called = _clocks(device)
+    trainer, _ = train_cell(recommended(d_sae, k, spectrum), training, activations, between)
+    ended.append(_clocks(device))
+    each = np.array(ended[1:]) - np.array(began)
     counted = each[min(_UNCOUNTED, len(each) // 2) :]
-    found = evaluate(trainer.sae, activations=held_out.float(), ranks=False, progress=False)
+    found = error_of(trainer.sae)
+    scale = of_held_out / variance
     return Pilot(
         d_sae=d_sae,
         k=k,
         steps=training.steps,
         batch=batch,
-        nmse=found.nmse,
-        curve=[round(record["nmse"], 6) for record in trainer.history],  # type: ignore[attr-defined]
+        nmse=found.nmse * scale,
+        curve=[round(error * scale, 6) for error in (*errors, found.nmse)],
         seconds=float(counted[:, 0].mean()),
         cpu_seconds=float(counted[:, 1].mean()),
-        setup_seconds=marks[0][0] - began,
+        setup_seconds=ended[0][0] - called[0],
         rate_quantiles=rate_quantiles(found.firing_counts),
         dead_fraction=found.dead_fraction,
         n_tokens=found.n_tokens,

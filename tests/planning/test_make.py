@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import saelens_asi as asi
 from saelens_asi.planning import PilotSizes, Plan
+from saelens_asi.planning.pilots import run_pilot
 from saelens_asi.plots import plan_figure
 from saelens_asi.spectra.moments import RunningMoments
 from tests.helpers import tiny
@@ -93,6 +95,24 @@ def test_it_says_what_will_go_wrong(made):
     assert "gamma = " in said
     assert "the mean is long" in said
     assert "Too few tokens for d_sae = 48, 96, 192" in said
+
+
+def test_a_token_that_holds_the_variance_is_named_and_decides_nothing():
+    activations = tiny.activations(1000)
+    massive = activations.clone()
+    massive[::250] += 300 * activations.std(dim=0)
+    assert not any("massive" in warning for warning in planned().warnings)
+    made = asi.plan(massive, **SIZES, tokens=(1000,))
+    assert any("A thousandth of the tokens hold" in warning for warning in made.warnings)
+
+    train, without = massive[:500], massive[[i for i in range(500, 900) if i % 250]]
+    pilot = functools.partial(run_pilot, train, d_sae=48, k=4, steps=10, batch=32)
+    of_hook = float(massive.double().var(dim=0, correction=0).sum())
+    by_hook, by_itself = (pilot(held_out=without, variance=variance) for variance in (of_hook, None))
+    ratio = float(without.double().var(dim=0, correction=0).sum()) / of_hook
+    assert ratio < 0.5
+    assert by_hook.nmse == pytest.approx(by_itself.nmse * ratio)
+    assert list(by_hook.curve) == pytest.approx([one * ratio for one in by_itself.curve], rel=1e-3)
 
 
 def test_few_tokens_are_no_evidence_of_death():
