@@ -57,6 +57,8 @@ CURES: dict[str, dict[str, Any]] = {
     "resampling": {},
     "revive": {"revive": "auto"},
 }
+# What is tried with more features, where nothing comes back by itself.
+LARGE = {"SAELens's own": tuple(CURES), "the flag's": ("nothing",), "the paper's": ("nothing", "revive")}
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 # SAEs with so many features are measured on fewer held-out tokens.
@@ -105,9 +107,10 @@ def trials() -> Iterator[Trial]:
         # What starts anew is drawn with a seed of its own, and ends as the same SAE each time.
         for cure in ("nothing", "revive"):
             yield _trial("the flag's", cure, "smollm2", 800_000, seed=seed)
-    for d_sae, tokens in ((32_768, 800_000), (131_072, 800_000)):
-        for start, cure in (*(("SAELens's own", cure) for cure in CURES), ("the flag's", "nothing")):
-            yield _trial(start, cure, "smollm2", tokens, d_sae=d_sae, lr=learning_rate(d_sae))
+    for start, cures in LARGE.items():
+        for d_sae in (32_768, 131_072):
+            for cure in cures:
+                yield _trial(start, cure, "smollm2", 800_000, d_sae=d_sae, lr=learning_rate(d_sae))
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
             yield _trial(start, cure, "smollm2", 2_000_000)
