@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.claims.evidence import Record, ResultFiles
 from benchmarks.claims.of_deaths import OWN_SHARE
+from benchmarks.claims.plan import SLOWER
 from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import Interval, Pair
@@ -21,7 +22,7 @@ OURS, OUR_METHOD = "SparseAdam, mean, active", "asi_sparse_adam"
 # L0 that differ by more cannot be compared by their errors.
 EQUAL_L0 = 0.02
 # Parts of the plan whose contenders are compared, each with its rivals.
-COMPARED = {"factorial": "rivals", "elsewhere": None, "pilot": "pilot_rivals"}
+COMPARED = {"factorial": "rivals", "slower": None, "elsewhere": None, "pilot": "pilot_rivals"}
 
 Rows = Sequence[Any]
 
@@ -76,6 +77,7 @@ def of_plan(e: ResultFiles) -> Iterator[Comparison]:
         for model, text in dict.fromkeys((row["model"], row["text"]) for row in rows):
             here = [row for row in rows if (row["model"], row["text"]) == (model, text)]
             where = f"{MODEL_TITLES[model]}, {TEXT_TITLES[text]}, {_tokens(here[0]['tokens'])} tokens"
+            where += f", rate {SLOWER:g}" if part == "slower" else ""
             yield from _against_ours(where, here)
 
 
