@@ -25,12 +25,12 @@ from torch import Tensor
 from benchmarks.claims import sources
 from benchmarks.claims.records import append, is_among, lines, taken
 from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, MAIN, Source
-from benchmarks.claims.train import of_spectrum, processor
+from benchmarks.claims.train import of_spectrum, processor, streamed_spectrum
 from saelens_asi.evaluation.run import evaluate
+from saelens_asi.initialization import AUTO_TOKENS_PER_DIMENSION
 from saelens_asi.planning.make import PilotSizes
 from saelens_asi.planning.pilots import rate_quantiles, run_pilot
 from saelens_asi.planning.recipe import recommended
-from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from saelens_asi.sweep.run import SweepTraining, measured, train_cell
 
@@ -39,7 +39,6 @@ PILOTS, CELLS, VARIANCES = (RESULTS / f"{name}.jsonl" for name in ("pilots", "ce
 
 # One more text; small, since a pilot takes 41 thousand activations.
 OWN = (Source("smollm2", "bible", ("blocks.15.hook_attn_out", "blocks.15.hook_mlp_out"), 110_000, 20_000),)
-AS_A_PLAN_READS, PILOT_HELD_OUT = PilotSizes().n_activations, PilotSizes().held_out
 PILOT_SIZES = ((4096, 32), (8192, 32), (4096, 64))
 
 # Features, active ones, tokens; (8,192, 32, 200,000) is among the claims' cells at every hook of BY_HOOK.
@@ -111,11 +110,7 @@ def activations(source: Source, hook: str) -> tuple[Tensor, Tensor]:
 def spectrum_of(source: Source, hook: str) -> tuple[Spectrum, Path]:
     """From 32 activations for each dimension, spread evenly; and its file."""
     train, _ = activations(source, hook)
-    every = max(1, len(train) // (32 * train.shape[1]))
-    moments = RunningMoments.zeros(train.shape[1])
-    for part in train[::every][: 32 * train.shape[1]].split(8192):
-        moments.update_(part.float())
-    spectrum = Spectrum.from_moments(moments)
+    spectrum = streamed_spectrum(evenly(train, AUTO_TOKENS_PER_DIMENSION * train.shape[1]))
     folder = Path(tempfile.gettempdir()) / "plan_sweep_spectra"
     folder.mkdir(exist_ok=True)
     return spectrum, spectrum.save(folder / f"{source.model}_{source.text}_{hook}.safetensors")
@@ -126,13 +121,16 @@ def facts(source: Source, hook: str) -> dict[str, float]:
     return {**of_spectrum(spectrum), "variance_in_32": spectrum.variance_explained(32)}
 
 
-def variance_of(activations: Tensor, most: int | None = None) -> float:
-    """E|x - E x|^2 of all of them, or of ``most`` spread evenly."""
-    rows = activations if most is None else activations[:: max(1, len(activations) // most)][:most]
-    moments = RunningMoments.zeros(rows.shape[1])
-    for part in rows.split(8192):
-        moments.update_(part.float())
-    return Spectrum.from_moments(moments).total_variance
+def evenly(activations: Tensor, n: int) -> Tensor:
+    """``n`` of them spread evenly, or all where they are fewer."""
+    return activations[:: max(1, len(activations) // n)][:n]
+
+
+@lru_cache(maxsize=1)
+def variance_as_read(source: Source, hook: str) -> float:
+    """E|x - E x|^2 of as many activations as a plan reads."""
+    train, _ = activations(source, hook)
+    return streamed_spectrum(evenly(train, PilotSizes().n_activations)).total_variance
 
 
 def variances(source: Source, hook: str) -> dict[str, Any]:
@@ -142,8 +140,8 @@ def variances(source: Source, hook: str) -> dict[str, Any]:
     parts = {len(one): one for one in (whole, some)}
     return {
         **place_of(source, hook),
-        "variance": variance_of(train),
-        "held_out": [[n, variance_of(one)] for n, one in parts.items()],
+        "variance": streamed_spectrum(train).total_variance,
+        "held_out": [[n, streamed_spectrum(one).total_variance] for n, one in parts.items()],
     }
 
 
@@ -155,8 +153,7 @@ def measure(one: Work) -> dict[str, Any]:
     train, held_out = activations(one.source, one.hook)
     _, spectrum = spectrum_of(one.source, one.hook)
     if not one.tokens:
-        part = held_out[:: max(1, len(held_out) // PILOT_HELD_OUT)][:PILOT_HELD_OUT]
-        known = variance_of(train, AS_A_PLAN_READS)
+        part, known = evenly(held_out, PilotSizes().held_out), variance_as_read(one.source, one.hook)
         return run_pilot(train, part, one.d_sae, one.k, spectrum=spectrum, variance=known).to_dict()
     training = SweepTraining(training_tokens=one.tokens, batch_size=1024)
     cell = recommended(one.d_sae, one.k, spectrum)

@@ -204,8 +204,8 @@ REPEATED = "authors_sparse_adam"
 def rivals() -> Iterator[Item]:
     for rival in RIVALS:
         settings = chosen(rival)
-        for seed in SEEDS if rival == REPEATED else SEEDS[:1]:
-            if settings:
+        if settings:
+            for seed in SEEDS if rival == REPEATED else SEEDS[:1]:
                 yield _item("rivals", rival, "smollm2", "linux-doc", MAIN_TOKENS, seed=seed, save=seed == 0, **settings)
 
 

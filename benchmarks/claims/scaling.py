@@ -32,8 +32,7 @@ from saelens_asi.sweep.run import measured, train_cell
 
 PART = "scaling"
 # The rule for the rate was never tried with so many features; the rate of the largest is one that was seen to train.
-MILLION = 2**20
-RATES = {d_sae: learning_rate(d_sae) for d_sae in (8192, 16_384, 32_768, 65_536, 131_072)} | {MILLION: 0.0005}
+RATES = {d_sae: learning_rate(d_sae) for d_sae in (8192, 16_384, 32_768, 65_536, 131_072)} | {2**20: 0.0005}
 TOKENS = 2_000_000
 # The product with all features is the cost of an evaluation: a step selects its features with a screen, this does not.
 HELD_OUT = 20_000

@@ -50,10 +50,15 @@ def processor(device: str = "cpu") -> str:
 def of_activations(source: Any, hook: str) -> dict[str, float]:
     """What the spectrum of a hook says: rank, and how long the mean is against the deviation (gamma)."""
     train, _ = activations(source, hook)
-    moments = RunningMoments.zeros(train.shape[1])
-    for part in train[:100_000].split(10_000):
+    return of_spectrum(streamed_spectrum(train[:100_000]))
+
+
+def streamed_spectrum(activations: Tensor) -> Spectrum:
+    """Of (n, d_in) activations that lie on the disk, a part at a time."""
+    moments = RunningMoments.zeros(activations.shape[1])
+    for part in activations.split(8192):
         moments.update_(part.float())
-    return of_spectrum(Spectrum.from_moments(moments))
+    return Spectrum.from_moments(moments)
 
 
 def of_spectrum(spectrum: Spectrum) -> dict[str, float]:

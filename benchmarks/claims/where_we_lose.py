@@ -176,16 +176,8 @@ def table(found: Sequence[Loss]) -> list[str]:
                 str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} against {counts[1]}",
             )
         )
-    header = [
-        "where",
-        "better",
-        "error, theirs and ours",
-        "ours higher by",
-        "dead",
-        "ours more by",
-        "silent: ours more by",
-    ]
-    header += ["L0", "seeds"]
+    header = ["where", "better", "error, theirs and ours", "ours higher by", "dead", "ours more by"]
+    header += ["silent: ours more by", "L0", "seeds"]
     return [markdown_table(header, lines, align="llrrrrrrr"), ""]
 
 
@@ -197,8 +189,7 @@ def summary(e: ResultFiles, found: Sequence[Loss]) -> str:
     """How many there are, and what could not be compared yet."""
     every = comparisons(e)
     n_error, n_dead, n_silent = (
-        sum(value is not None for value in each)
-        for each in ([one.error for one in found], [one.dead for one in found], [one.silent for one in found])
+        sum(getattr(loss, measure) is not None for loss in found) for measure in ("error", "dead", "silent")
     )
     waiting = [part for part in COMPARED if not any(row["contender"] == OURS for row in e.parts.get(part, []))]
     sentence = (

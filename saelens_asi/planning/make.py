@@ -264,8 +264,7 @@ def _spread(pilot: Pilot) -> float:
 def anchor_of(pilots: Sequence[Pilot], rank_share: float, gamma: float) -> Anchor:
     """What three pilots say: the first, one with other d_sae, one with other k."""
     first, wider, denser = pilots
-    n = len(first.curve)
-    by_tokens = math.log(first.curve[-1] / first.curve[0]) / math.log(n) if n > 1 else 0.0
+    by_tokens = math.log(first.nmse / first.nmse_at_quarter) / math.log(4)
     by_k = math.log(denser.nmse / first.nmse) / math.log(denser.k / first.k)
     return Anchor(
         d_sae=first.d_sae,

@@ -35,7 +35,7 @@ RESULT = json.loads((Path(plan_fit.OUT) / "plan.json").read_text())
 
 
 def pilot(d_sae: int = 4096, k: int = 32, nmse: float = 0.25, seconds: float = 0.1) -> Pilot:
-    return Pilot(d_sae, k, 40, 1024, nmse, (0.3, 0.28, 0.26, 0.25), seconds, seconds, 0.5, (0.5,) * 8, 0.0, 8192)
+    return Pilot(d_sae, k, 40, 1024, nmse, 0.3, seconds, seconds, 0.5, (0.5,) * 8, 0.0, 8192)
 
 
 def test_the_prediction_at_the_pilot_itself_is_what_the_pilot_measured():
