@@ -252,14 +252,17 @@ def _bias_correction(beta: float, step: Step) -> Step:
 
 BiasCorrection = Literal["global", "per_row"]
 EpsPlacement = Literal["adam", "sparse_adam"]
-Decay = Literal["none", "authors"]
+SilentMoments = Literal["keep", "decay"]
 
 # Options of a group with a choice, the first being the default: also that of a state that was saved without the option.
 _CHOICES = {
     "bias_correction": get_args(BiasCorrection),
     "eps_placement": get_args(EpsPlacement),
-    "decay": get_args(Decay),
+    "silent_moments": get_args(SilentMoments),
 }
+
+# Those that a ``RowUpdate`` knows at their defaults alone.
+_OF_ROW_UPDATES = ("bias_correction", "eps_placement")
 
 
 class _Group(TypedDict):
@@ -271,14 +274,14 @@ class _Group(TypedDict):
     eps: float
     bias_correction: BiasCorrection
     eps_placement: EpsPlacement
-    decay: Decay
+    silent_moments: SilentMoments
     row_dim: int | None
 
 
 class RowUpdate(Protocol):
     """Makes the gradients of some parameters and moves them in one go, as a fused kernel does.
 
-    Of groups with ``bias_correction="global"``, ``eps_placement="adam"`` and ``decay="none"`` alone.
+    Of groups with ``bias_correction="global"`` and ``eps_placement="adam"`` alone.
     """
 
     @property
@@ -286,7 +289,11 @@ class RowUpdate(Protocol):
         """What it moves: parameters of the optimizer, each in one update of a step at most."""
 
     def apply_(
-        self, moments: Sequence[tuple[Tensor, Tensor]], settings: Sequence[AdamSettings], steps: Sequence[float]
+        self,
+        moments: Sequence[tuple[Tensor, Tensor]],
+        settings: Sequence[AdamSettings],
+        steps: Sequence[float],
+        last_steps: Sequence[Tensor | None],
     ) -> None:
         """Move rows of ``params`` and of their moments in place; all other rows keep their bits.
 
@@ -294,6 +301,8 @@ class RowUpdate(Protocol):
             moments: ``exp_avg`` and ``exp_avg_sq`` of each parameter, in its shape and layout.
             settings: of each parameter's group.
             steps: that the optimizer has taken with each parameter, this one included.
+            last_steps: of each parameter whose silent rows have moments that decay, of which step the moments of each
+                row are, (n_rows,) int32: to be made good, and brought up to this step, for the rows that move.
         """
 
 
@@ -330,10 +339,10 @@ class SparseAdam(Optimizer):
     - ``"sparse_adam"``: to the root before its bias correction, as in ``torch.optim.SparseAdam``. The two differ where
       gradients are not far above ``eps``: after a step, 1e-8 is added to 0.032 times the gradient instead of to it.
 
-    What becomes of the moments of a silent row, ``decay``; its parameters stay as they are either way:
+    What becomes of the moments of a silent row, ``silent_moments``; its parameters stay as they are either way:
 
-    - ``"none"``: they keep their bits.
-    - ``"authors"``: they decay by their beta each step, as with gradients of zero, which is what the code released with
+    - ``"keep"``: they keep their bits.
+    - ``"decay"``: they decay by their beta each step, as with gradients of zero, which is what the code released with
       arXiv 2508.16929 does. Made good in the row's next update, at the betas of then, so that a step costs what fires:
       until then the state holds the moments of step ``last_step``, one integer a row. Switched on in a run, silence
       counts from there; switched off, what is due is made good at once. A parameter without any gradient takes no step,
@@ -352,7 +361,7 @@ class SparseAdam(Optimizer):
             model, benchmarks/results/ablation.md) or ``"per_row"``.
         row_dim: see above.
         eps_placement: see above.
-        decay: see above.
+        silent_moments: see above.
 
     Attributes:
         moved_versions: ``_version`` of each parameter that the last step moved, right after it: where it is another one
@@ -368,10 +377,10 @@ class SparseAdam(Optimizer):
         bias_correction: BiasCorrection = "global",
         row_dim: int | None = None,
         eps_placement: EpsPlacement = "adam",
-        decay: Decay = "none",
+        silent_moments: SilentMoments = "keep",
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "bias_correction": bias_correction, "row_dim": row_dim}
-        defaults |= {"eps_placement": eps_placement, "decay": decay}
+        defaults |= {"eps_placement": eps_placement, "silent_moments": silent_moments}
         self.row_gradients: dict[Tensor, RowGradient] = {}
         self.row_norms: dict[Tensor, Tensor] = {}
         self.row_updates: list[RowUpdate] = []
@@ -429,7 +438,8 @@ class SparseAdam(Optimizer):
             moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
             steps = [float(state["step"]) for state in states]
             settings = [_settings_of(groups[param], step) for param, step in zip(update.params, steps, strict=True)]
-            update.apply_(moments, settings, steps)
+            last_steps = [state.get("last_step") for state in states]
+            update.apply_(moments, settings, steps, last_steps)
             for tensor in (*update.params, *itertools.chain.from_iterable(moments)):
                 torch.autograd.graph.increment_version(tensor)  # a kernel of somebody else's may not have done so
         return set(claimed)
@@ -479,7 +489,7 @@ class SparseAdam(Optimizer):
             steps = int(state["step"])
             seen = state["exp_avg_sq"].movedim(row_dim, 0).reshape(param.shape[row_dim], -1).any(dim=1)
             state["row_step"] = seen.to(torch.int32) * steps
-        if row_dim is None or group["decay"] == "none":
+        if row_dim is None or group["silent_moments"] == "keep":
             _settle_(state, group)  # after a switch mid-run, or where a gradient of every entry follows sparse ones
         elif "last_step" not in state:
             # Switched on mid-run: silence counts from here.
@@ -551,8 +561,8 @@ def _check_claimed(claimed: Sequence[Tensor], groups: Mapping[Tensor, _Group]) -
         if param not in groups or any(param is other for other in claimed[:i]):
             problem = "is in two of row_updates" if param in groups else "in row_updates is no parameter of the groups"
             raise ValueError(f"a tensor of shape {tuple(param.shape)} {problem}: give each parameter to one of them")
-        for option, (served, *_) in _CHOICES.items():
-            value = groups[param][option]  # type: ignore[literal-required]
+        for option in _OF_ROW_UPDATES:
+            value, (served, *_) = groups[param][option], _CHOICES[option]  # type: ignore[literal-required]
             if value != served:
                 raise ValueError(
                     f"{option}={value!r} is not served by row_updates: set {option}={served!r}, or give row_gradients"

@@ -88,6 +88,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "BatchTopK": _START,
     "BatchTopK, revive": {**_START, "revive": "auto"},
     "BatchTopK, bias correction by row": {**_START, "bias_correction": "per_row"},
+    "BatchTopK, moments that decay": {**_START, "silent_moments": "decay"},
+    "BatchTopK, moments that decay, lr 0.001": {**_START, "silent_moments": "decay", "lr": 0.001},
     "BatchTopK, lr 0.001": {**_START, "lr": 0.001},
     "BatchTopK, lr 0.0005": {**_START, "lr": 0.0005},
     "BatchTopK, all of d": {**_START, "d_init": None, "subspace": "full"},

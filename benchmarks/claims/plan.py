@@ -197,7 +197,27 @@ def slower() -> Iterator[Item]:
         yield _item("slower", contender, "smollm2", "linux-doc", MAIN_TOKENS, lr=SLOWER)
 
 
-# Differs from ours in what becomes of the moments of silent rows alone, and is compared with it seed by seed.
+# What silence does to the moments of SparseAdam, at rates of which each may suit one of the two: at the main size, with
+# more features, on the second model.
+MOMENTS = ("keep", "decay")
+MOMENTS_AT = (
+    ("smollm2", D_SAE, MAIN_TOKENS, (0.0005, 0.001, 0.002)),
+    ("gemma3-270m", D_SAE, 300_000, (0.001, 0.002)),
+    ("smollm2", 32_768, 800_000, (0.0005, 0.001)),
+)
+
+
+def moments() -> Iterator[Item]:
+    for model, d_sae, tokens, rates in MOMENTS_AT:
+        for lr in rates:
+            for silent_moments in MOMENTS:
+                yield _item(
+                    "moments", "SparseAdam, mean, active", model, "linux-doc", tokens,
+                    d_sae=d_sae, lr=lr, silent_moments=silent_moments,
+                )  # fmt: skip
+
+
+# Differs from ours in the moments of silent rows and in where eps is added, and is compared with it seed by seed.
 REPEATED = "authors_sparse_adam"
 
 
@@ -229,6 +249,7 @@ PARTS = {
     "pilot_rivals": pilot_rivals,
     "factorial": factorial,
     "slower": slower,
+    "moments": moments,
     "rivals": rivals,
     "elsewhere": elsewhere,
     "d_init": d_init,

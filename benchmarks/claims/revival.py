@@ -111,6 +111,11 @@ def trials() -> Iterator[Trial]:
         for d_sae in (32_768, 131_072):
             for cure in cures:
                 yield _trial(start, cure, "smollm2", 800_000, d_sae=d_sae, lr=learning_rate(d_sae))
+    for model, architecture, tokens in (("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000)):
+        for start, cures in (("SAELens's own", ("nothing", "revive")), ("the flag's", ("nothing",))):
+            for cure in cures:
+                settings = {"architecture": architecture, "d_sae": 32_768, "lr": learning_rate(32_768)}
+                yield _trial(start, cure, model, tokens, **settings)
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
             yield _trial(start, cure, "smollm2", 2_000_000)

@@ -222,7 +222,7 @@ def use_authors_options_(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(optimizer, SparseAdam):
         raise ValueError(f"{type(optimizer).__name__} is no SparseAdam: set optimizer='sparse_adam' in the cell")
     for group in optimizer.param_groups:
-        group.update(decay="authors", eps_placement="sparse_adam", bias_correction="global")
+        group.update(silent_moments="decay", eps_placement="sparse_adam", bias_correction="global")
 
 
 # When Resampling looks for dead features, as shares of a run; Bricken et al. do at 25,000, 50,000, 75,000 and 100,000

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import SafetensorError
 
+from saelens_asi.plugin.fields import FLAGS
 from saelens_asi.plugin.launch import is_loss
 from saelens_asi.resume import (
     DISK_ERRORS,
@@ -205,7 +206,7 @@ def sae_misfit(path: Path, cfg: Any) -> str:
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an SAE that training goes by; a flag at its default is not written, so it is filled in."""
-    return {"optimizer": "adam", **{name: value for name, value in values.items() if name not in _FREE}}
+    return {name: value for name, value in {**FLAGS, **values}.items() if name not in _FREE}
 
 
 def run_misfit(path: Path, settings: Mapping[str, Any]) -> str:

@@ -12,17 +12,18 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import simple_parsing
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
 from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
+from saelens_asi.sparse_adam import SilentMoments
 
 # Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
 AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
-FLAGS = {"initializer": "default", "optimizer": "adam", "revive": "off"}
+FLAGS = {"initializer": "default", "optimizer": "adam", "silent_moments": "keep", "revive": "off"}
 # Of a run with one of the flags set, or with one of these: when it is saved, and what stops it.
 KEEPING = {
     "checkpoint_minutes": 10.0,
@@ -34,10 +35,19 @@ KEEPING = {
 }
 DEFAULTS: dict[str, Any] = {**FLAGS, **KEEPING}
 INITIALIZERS = ("default", INITIALIZER_NAME)
-OPTIMIZERS = ("adam", "sparse_adam")
-REVIVALS = ("off", "auto")
+# What a field may be, for those that are a choice; the initializer may also be settings.
+CHOICES = {
+    "optimizer": ("adam", "sparse_adam"),
+    "silent_moments": get_args(SilentMoments),
+    "revive": ("off", "auto"),
+}
 
 _HELP = {
+    "optimizer": "'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps its weights.",
+    "silent_moments": "Of 'sparse_adam': whether a feature that is silent in a step keeps its moments too ('keep'), or "
+    "these decay ('decay', as in the code released with arXiv 2508.16929).",
+    "revive": "'off', or 'auto': features whose silence is evidence that they are dead start again where the error is, "
+    "while training goes on. Of the TopK family.",
     "checkpoint_minutes": "Minutes between checkpoints of a run with initializer, optimizer or one of these set, and "
     "longer where they would take over 1 %% of the time; 0: only those of n_checkpoints.",
     "keep_checkpoints": "How many of the checkpoints by time or interrupt stay; those of n_checkpoints all do.",
@@ -78,9 +88,9 @@ def _checked_initializer(value: object, d_in: int | None) -> str | ActiveSubspac
     raise ValueError(f"initializer={value!r} must be one of {INITIALIZERS}, or a saelens_asi.ActiveSubspaceInit(...)")
 
 
-def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {choices}")
+def _checked_choice(name: str, value: object) -> str:
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name}={value!r} must be one of {CHOICES[name]}")
     return value  # type: ignore[return-value]
 
 
@@ -114,6 +124,7 @@ def add_fields() -> None:
     TrainingSAEConfig.__annotations__.update(
         initializer=Any,
         optimizer=str,
+        silent_moments=str,
         revive=str,
         checkpoint_minutes=float,
         keep_checkpoints=int,
@@ -129,26 +140,12 @@ def add_fields() -> None:
         help="Weights at the start: 'default' (SAELens's own), 'active_subspace' (arXiv 2508.16929), or its settings "
         'as JSON, such as \'{"d_init": 0.2, "n_tokens": 100000}\'.',
     )
-    TrainingSAEConfig.optimizer = simple_parsing.field(  # type: ignore[attr-defined]
-        default=DEFAULTS["optimizer"],
-        choices=list(OPTIMIZERS),
-        type=str,
-        help="'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps weights and moments.",
-    )
-    TrainingSAEConfig.revive = simple_parsing.field(  # type: ignore[attr-defined]
-        default=DEFAULTS["revive"],
-        choices=list(REVIVALS),
-        type=str,
-        help="'off', or 'auto': features whose silence is evidence that they are dead start again where the error is, "
-        "while training goes on. Of the TopK family.",
-    )
-    for name, help_text in _HELP.items():
-        kind = TrainingSAEConfig.__annotations__[name]
-        setattr(
-            TrainingSAEConfig,
-            name,
-            simple_parsing.field(default=KEEPING[name], type=str if name == "resume" else kind, help=help_text),
-        )
+    for name, choices in CHOICES.items():
+        made = simple_parsing.field(default=DEFAULTS[name], choices=list(choices), type=str, help=_HELP[name])
+        setattr(TrainingSAEConfig, name, made)
+    for name, default in KEEPING.items():
+        kind = str if name == "resume" else TrainingSAEConfig.__annotations__[name]
+        setattr(TrainingSAEConfig, name, simple_parsing.field(default=default, type=kind, help=_HELP[name]))
     _decorate_again(TrainingSAEConfig, fresh=tuple(DEFAULTS))
     _wrap_methods()
     _decorate_subclasses(TrainingSAEConfig)
@@ -196,10 +193,8 @@ def _wrap_methods() -> None:
     def __setattr__(self: TrainingSAEConfig, name: str, value: object) -> None:
         if name == "initializer":
             value = _checked_initializer(value, self.__dict__.get("d_in"))
-        elif name == "optimizer":
-            value = _checked_choice(name, value, OPTIMIZERS)
-        elif name == "revive":
-            value = _checked_choice(name, value, REVIVALS)
+        elif name in CHOICES:
+            value = _checked_choice(name, value)
         elif name in KEEPING:
             value = _checked_keeping(name, value)
         object.__setattr__(self, name, value)

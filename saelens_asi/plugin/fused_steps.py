@@ -35,7 +35,7 @@ _NORM_STRIPES = 32
 _DEVICE = "cuda"
 
 # Options of a group of SparseAdam that a fused update serves.
-_OPTIONS = {"bias_correction": "global", "decay": "none", "eps_placement": "adam"}
+_OPTIONS = {"bias_correction": "global", "eps_placement": "adam"}
 
 
 class DeadWatch:
@@ -183,7 +183,7 @@ def takes_fused(sae: AnyTrainingSAE, optimizer: Optimizer, made: TrainStepInput)
 
 def _is_served(optimizer: SparseAdam) -> bool:
     """Whether all parameters move alike, by the options that there are kernels for."""
-    groups, same = optimizer.param_groups, ("lr", "betas", "eps")
+    groups, same = optimizer.param_groups, ("lr", "betas", "eps", "silent_moments")
     # The counts lie on the CPU, whatever the parameters do.
     steps = {float(optimizer.state[param].get("step", 0)) for group in groups for param in group["params"]}
     return len(steps) == 1 and all(

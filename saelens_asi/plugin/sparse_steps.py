@@ -254,5 +254,18 @@ def make_optimizer(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
     if torch.device(cfg.device).type == "cpu":
         load_kernels()  # here rather than in the first step: the first time, they are compiled
     return SparseAdam(
-        [{**group} for group in feature_row_groups(sae)], lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2)
+        [{**group} for group in feature_row_groups(sae)],
+        lr=cfg.lr,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        silent_moments=sae.cfg.silent_moments,
     )
+
+
+def check_moments(sae: AnyTrainingSAE) -> None:
+    """Raise ValueError where the optimizer has no choice in what becomes of the moments of silent features."""
+    if sae.cfg.silent_moments != "keep" and sae.cfg.optimizer != "sparse_adam":
+        raise ValueError(
+            f"silent_moments={sae.cfg.silent_moments!r} is of optimizer='sparse_adam', and optimizer="
+            f"{sae.cfg.optimizer!r} moves every feature in every step: set optimizer='sparse_adam', or "
+            "silent_moments='keep'"
+        )

@@ -32,7 +32,7 @@ from saelens_asi.plugin.batches import make_saveable
 from saelens_asi.plugin.boards import TensorBoard, all_of, beside_saelens
 from saelens_asi.plugin.checkpoints import KeepSettings, how_to_resume, run_misfit, sae_misfit, said_of
 from saelens_asi.plugin.estimate import check_settings, initialize_together
-from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin, initializer_settings
+from saelens_asi.plugin.fields import CHOICES, AnyTrainingSAE, asks_for_plugin, initializer_settings
 from saelens_asi.plugin.fused_steps import DeadWatch
 from saelens_asi.plugin.guard import Guard, Progress
 from saelens_asi.plugin.kept_run import KeptRun, schedule_settings
@@ -51,7 +51,7 @@ from saelens_asi.plugin.recorder import (
 from saelens_asi.plugin.revival import REVIVAL, Counters, Revival, check_revival
 from saelens_asi.plugin.sharded_run import ShardedRun
 from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, shard_of, whole_config
-from saelens_asi.plugin.sparse_steps import SparseSteps, make_optimizer
+from saelens_asi.plugin.sparse_steps import SparseSteps, check_moments, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
 from saelens_asi.resume import save_tensors, write_json
 from saelens_asi.spectra.spectrum import Spectrum
@@ -97,6 +97,7 @@ class PluginTrainer(KeptRun, ShardedRun):
         refuse_known_failures(cfg, sae)
         check_device(cfg.device)
         check_revival(sae)
+        check_moments(sae)
         shard_(sae)
         self.shard = shard_of(sae)
         cfg = self._alike(cfg, sae)
@@ -562,14 +563,15 @@ def plugin_trainer_class(base: type[SAETrainer[Any, Any]]) -> type[SAETrainer[An
 
 
 def take_flags_from_runner(sae: AnyTrainingSAE, save_checkpoint_fn: SaveCheckpointFn | None) -> None:
-    """Carry optimizer and revival of a runner's config over to an SAE loaded from ``from_pretrained_path``.
+    """Carry the choices of a runner's config over to an SAE that is loaded from ``from_pretrained_path``.
 
     SAELens ignores ``cfg.sae`` there. Loaded weights are never initialised again.
     """
     cfg = getattr(getattr(save_checkpoint_fn, "__self__", None), "cfg", None)
     if not isinstance(cfg, LanguageModelSAERunnerConfig) or cfg.from_pretrained_path is None:
         return
-    sae.cfg.optimizer, sae.cfg.revive = cfg.sae.optimizer, cfg.sae.revive
+    for name in CHOICES:
+        setattr(sae.cfg, name, getattr(cfg.sae, name))
     if sae.cfg.initializer != "default" or cfg.sae.initializer != "default":
         logger.info("weights come from %s: initializer is not applied", cfg.from_pretrained_path)
         sae.cfg.initializer = "default"

@@ -192,8 +192,8 @@ PARAMETERS = {
 }
 
 _OWN_FIELDS = (
-    *("initializer", "optimizer", "checkpoint_minutes", "keep_checkpoints", "checkpoint_buffer"),
-    *("max_skipped_fraction", "resume"),
+    *("initializer", "optimizer", "silent_moments", "revive", "checkpoint_minutes", "keep_checkpoints"),
+    *("checkpoint_buffer", "max_skipped_fraction", "resume", "batch_shards"),
 )
 
 

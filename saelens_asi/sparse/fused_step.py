@@ -253,12 +253,13 @@ def clip(
 
 
 @operator(
-    "(Tensor(a!)[] tensors, Tensor starts, Tensor order, Tensor values, Tensor d_values, Tensor d_out, Tensor x, "
-    "Tensor tile_rows, Tensor tile_bias, Tensor divisor, float[] numbers) -> ()",
-    mutates=("tensors",),
+    "(Tensor(a!)[] tensors, Tensor(b!)[] last_steps, Tensor starts, Tensor order, Tensor values, Tensor d_values, "
+    "Tensor d_out, Tensor x, Tensor tile_rows, Tensor tile_bias, Tensor divisor, float[] numbers, int step) -> ()",
+    mutates=("tensors", "last_steps"),
 )
 def move_rows_(
     tensors: list[Tensor],
+    last_steps: list[Tensor],
     starts: Int64[Tensor, " d_sae_and_1"],
     order: Int64[Tensor, " n_entries"],
     values: Float[Tensor, "n_tokens k"],
@@ -269,21 +270,30 @@ def move_rows_(
     tile_bias: Float[Tensor, " n_tiles"],
     divisor: Float[Tensor, ""],
     numbers: list[float],
+    step: int,
 ) -> None:
     """Make the gradients of the rows that fired, and move these by Adam; all other rows keep their bits. One launch.
 
     Args:
         tensors: W_enc (d_sae, d_in), b_enc (d_sae,), W_dec (d_sae, d_in), the first moments of the three, the second.
+        last_steps: (d_sae,) int32, of which step the moments of each row of the three are: what they lose by their
+            silence since is made good, and they are of this step then. Empty where silence takes nothing from them.
         starts: and what follows are the fields of ``FusedEntries``.
         divisor: of the gradients.
         numbers: see ``AdamNumbers``.
+        step: steps taken, this one included.
     """
     fired = starts.diff() > 0
     d_W_dec, d_W_enc, d_b_enc = _row_gradients(starts, order, values, d_values, d_out, x)
     for i, gradient in enumerate((d_W_enc, d_b_enc, d_W_dec)):
         here = fired if gradient.ndim == 1 else fired[:, None]
         moved = tensors[i], tensors[i + 3], tensors[i + 6]
-        for tensor, new in zip(moved, _adam(*moved, gradient / divisor, numbers), strict=True):
+        param, exp_avg, exp_avg_sq = moved
+        if last_steps:
+            silent = (step - 1 - last_steps[i]).view(here.shape)
+            exp_avg, exp_avg_sq = exp_avg * numbers[2] ** silent, exp_avg_sq * numbers[3] ** silent
+            last_steps[i].masked_fill_(fired, step)
+        for tensor, new in zip(moved, _adam(param, exp_avg, exp_avg_sq, gradient / divisor, numbers), strict=True):
             tensor.copy_(torch.where(here, new, tensor))
 
 
@@ -367,25 +377,35 @@ class FusedUpdate:
     divisor: Float[Tensor, ""]
     norms: Float[Tensor, " d_sae"] | None = field(default=None)
 
-    def apply_(self, moments: Sequence[tuple[Tensor, Tensor]], settings: Sequence[Any], steps: Sequence[float]) -> None:
+    def apply_(
+        self,
+        moments: Sequence[tuple[Tensor, Tensor]],
+        settings: Sequence[Any],
+        steps: Sequence[float],
+        last_steps: Sequence[Tensor | None],
+    ) -> None:
         """See ``RowUpdate.apply_``.
 
         Raises:
-            ValueError: where settings or steps of the parameters differ, or where a feature's weights of W_enc or of
-                its moments do not lie side by side.
+            ValueError: where settings or steps of the parameters differ, where some of them have moments that decay
+                in silence and others do not, or where a feature's weights of W_enc or of its moments do not lie side
+                by side.
         """
         lr, beta1, beta2, eps = settings[0][:4]
         if any(other[:4] != settings[0][:4] for other in settings) or len(set(steps)) > 1:
             raise ValueError(
                 f"settings {settings} and steps {steps} of the parameters of one step differ: make them equal"
             )
+        decaying = [last_step for last_step in last_steps[:3] if last_step is not None]
+        if len(decaying) not in (0, 3):
+            raise ValueError("the moments of some parameters decay in silence, of others not: set one silent_moments")
         numbers = list(AdamNumbers.of(float(lr), beta1, beta2, eps, steps[0]))
         by_kind = list(zip(self.params, *zip(*moments, strict=True), strict=True))
         rows = [tensor.detach().t() for tensor in by_kind[0]]
         if not all(tensor.is_contiguous() for tensor in (*rows, *by_kind[2])):
             raise ValueError("a feature's weights must lie side by side in memory: W_enc transposed, and W_dec")
         tensors = [tensor for triple in zip(rows, *by_kind[1:3], strict=True) for tensor in triple]
-        move_rows_(tensors, *self.entries.parts(), self.divisor, numbers)
+        move_rows_(tensors, decaying, *self.entries.parts(), self.divisor, numbers, int(steps[0]))
         move_vector_(*by_kind[3], self.d_b_dec, numbers)
         if self.norms is not None:
             renew_norms_(self.norms, by_kind[2][0], self.entries.starts)

@@ -5,6 +5,7 @@ the same bits. Rows are addressed with 64-bit offsets: d_sae * d_in may pass 2^3
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -510,16 +511,30 @@ def _adam(
 
 
 @triton.jit
+def _kept(last_steps, feature, step, beta1, beta2, log_beta1, log_beta2, DECAYS: tl.constexpr):
+    """What a row's moments are multiplied by: their betas, once more for each step of its silence where they decay."""
+    if DECAYS:
+        silent = (step - 1 - tl.load(last_steps + feature)).to(tl.float32)
+        tl.store(last_steps + feature, step)
+        beta1 *= tl.exp2(silent * log_beta1)
+        beta2 *= tl.exp2(silent * log_beta2)
+    return beta1, beta2
+
+
+@triton.jit(do_not_specialize=["step"])
 def _move_rows(
     W_enc, b_enc, W_dec, W_enc_exp_avg, b_enc_exp_avg, W_dec_exp_avg, W_enc_exp_avg_sq, b_enc_exp_avg_sq,
-    W_dec_exp_avg_sq, starts, order, values, d_values, d_out, x, tile_rows, tile_bias, divisor, d_in, step_size,
-    root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps, K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    W_dec_exp_avg_sq, W_enc_last, b_enc_last, W_dec_last, starts, order, values, d_values, d_out, x, tile_rows,
+    tile_bias, divisor, d_in, step, step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, log_beta1,
+    log_beta2, eps, K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, DECAYS: tl.constexpr,
 ):
     feature = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(starts + feature), tl.load(starts + feature + 1)
     if stop > start:
         by = tl.load(divisor)
+        W_enc_beta1, W_enc_beta2 = _kept(W_enc_last, feature, step, beta1, beta2, log_beta1, log_beta2, DECAYS)
+        b_enc_beta1, b_enc_beta2 = _kept(b_enc_last, feature, step, beta1, beta2, log_beta1, log_beta2, DECAYS)
+        W_dec_beta1, W_dec_beta2 = _kept(W_dec_last, feature, step, beta1, beta2, log_beta1, log_beta2, DECAYS)
         d_bias = 0.0
         for first in range(0, d_in, BLOCK):
             columns = first + tl.arange(0, BLOCK)
@@ -531,29 +546,31 @@ def _move_rows(
             row = feature * d_in + columns
             _adam(
                 W_dec, W_dec_exp_avg, W_dec_exp_avg_sq, row, inside, d_decoder / by,
-                step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
+                step_size, root_scale, W_dec_beta1, one_less_beta1, W_dec_beta2, one_less_beta2, eps,
             )
             _adam(
                 W_enc, W_enc_exp_avg, W_enc_exp_avg_sq, row, inside, d_encoder / by,
-                step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
+                step_size, root_scale, W_enc_beta1, one_less_beta1, W_enc_beta2, one_less_beta2, eps,
             )
         _adam(
             b_enc, b_enc_exp_avg, b_enc_exp_avg_sq, feature, True, d_bias / by,
-            step_size, root_scale, beta1, one_less_beta1, beta2, one_less_beta2, eps,
+            step_size, root_scale, b_enc_beta1, one_less_beta1, b_enc_beta2, one_less_beta2, eps,
         )
 
 
 def move_rows_(
-    tensors: list[Tensor], starts: Tensor, order: Tensor, values: Tensor, d_values: Tensor, d_out: Tensor,
-    x: Tensor, tile_rows: Tensor, tile_bias: Tensor, divisor: Tensor, numbers: list[float],
+    tensors: list[Tensor], last_steps: list[Tensor], starts: Tensor, order: Tensor, values: Tensor, d_values: Tensor,
+    d_out: Tensor, x: Tensor, tile_rows: Tensor, tile_bias: Tensor, divisor: Tensor, numbers: list[float], step: int,
 ) -> None:
     d_in = x.shape[1]
     step_size, root_scale, beta1, beta2, eps = numbers
+    # Of a beta of 0 nothing is left after a step, and all without one: 2^(0 * -inf) would not be a number.
+    logs = [math.log2(beta) if beta else -1e30 for beta in (beta1, beta2)]
     block = min(MAX_COLUMNS, triton.next_power_of_2(d_in))
     _move_rows[(starts.numel() - 1,)](
-        *tensors, starts, order, values, d_values, d_out, x, tile_rows, tile_bias, divisor, d_in, step_size,
-        root_scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, K=values.shape[1], TILE=TILE_OF_ENTRIES,
-        BLOCK=block, num_warps=_warps(block),
+        *tensors, *(last_steps or [starts] * 3), starts, order, values, d_values, d_out, x, tile_rows, tile_bias,
+        divisor, d_in, step, step_size, root_scale, beta1, 1 - beta1, beta2, 1 - beta2, *logs, eps,
+        K=values.shape[1], TILE=TILE_OF_ENTRIES, BLOCK=block, DECAYS=bool(last_steps), num_warps=_warps(block),
     )
 
 

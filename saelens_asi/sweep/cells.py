@@ -44,6 +44,10 @@ METHOD_TITLES = {
 }
 
 
+# Settings that a row names where they are others: rows from before they were settings have none.
+_LEFT_OUT = {"revive": "off", "silent_moments": "keep"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One SAE to train; every field can be an axis of a grid. The defaults are those of the flag.
@@ -62,6 +66,7 @@ class Cell:
         lr: learning rate.
         seed: of the weights. The order of the data is the same for all.
         revive: ``"auto"``: features that die start again; ``"off"``.
+        silent_moments: of ``"sparse_adam"``: ``"keep"`` or ``"decay"``.
     """
 
     architecture: str = "topk"
@@ -77,6 +82,7 @@ class Cell:
     lr: float = 1e-3
     seed: int = 0
     revive: str = "off"
+    silent_moments: str = "keep"
 
     def __post_init__(self) -> None:
         if self.initializer not in ("default", "active_subspace"):
@@ -92,6 +98,8 @@ class Cell:
         self.initializer_settings()
         if self.revive not in ("off", "auto"):
             raise ValueError(f"revive={self.revive!r} must be 'off' or 'auto'")
+        if self.silent_moments not in ("keep", "decay"):
+            raise ValueError(f"silent_moments={self.silent_moments!r} must be 'keep' or 'decay'")
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must be at least 1 and at most d_sae={self.d_sae}")
 
@@ -113,11 +121,12 @@ class Cell:
 
     def _method_settings(self) -> tuple[object, ...]:
         initialization = (self.initializer, *(getattr(self, name) for name in _INITIALIZATION))
-        return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive
+        return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive, self.silent_moments
 
     def to_dict(self) -> dict[str, float | str | None]:
-        """Plain values, for JSON; ``revive`` where it is on, as rows of sweeps before it was a setting have none."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("revive", "off")}
+        """Plain values, for JSON; those of ``_LEFT_OUT`` where they are others."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]}
 
 
 def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list[Cell]:
@@ -238,7 +247,7 @@ class SweepStore:
 
     def find(self, cell: Cell, hook_name: str) -> SweepRow | None:
         """The finished row of a cell on a hook."""
-        own = {"hook_name": hook_name, "revive": None, **cell.to_dict()}
+        own = {"hook_name": hook_name, **dict.fromkeys(_LEFT_OUT), **cell.to_dict()}
         return next((row for row in self.rows if all(row.get(name) == value for name, value in own.items())), None)
 
     def add(self, cell: Cell, measured: Mapping[str, str | float]) -> SweepRow:

@@ -165,6 +165,7 @@ def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
         "device": device,
         "initializer": cell.initializer_settings() or "default",
         "optimizer": cell.optimizer,
+        "silent_moments": cell.silent_moments,
         "aux_loss_coefficient": cell.aux_loss_coefficient,
         "revive": cell.revive,
     }

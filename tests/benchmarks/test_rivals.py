@@ -265,7 +265,7 @@ def test_the_moments_of_silent_rows_decay_in_the_authors_sparse_adam_alone(activ
     )
     torch.testing.assert_close(kept, decayed, rtol=1e-4, atol=1e-9)  # what is due is made good later
     for group in theirs.optimizer.param_groups:
-        group["decay"] = "none"
+        group["silent_moments"] = "keep"
     theirs.step(activations[:64])
     torch.testing.assert_close(
         theirs.optimizer.state[theirs.sae.W_dec]["exp_avg"][7], 0.9**10 * kept, rtol=1e-3, atol=1e-9

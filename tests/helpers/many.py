@@ -92,7 +92,8 @@ def whole_state(trainer: Any) -> dict[str, Tensor]:
         dim = feature_dim(name, param, shard.n_features)
         found[name] = _whole(param.detach(), dim, shard)
         for key, value in trainer.optimizer.state[param].items():
-            found[f"{name}.{key}"] = _whole(value, dim if value.shape == param.shape else None, shard)
+            of_rows = 0 if dim is not None and value.ndim else None  # one number a row
+            found[f"{name}.{key}"] = _whole(value, dim if value.shape == param.shape else of_rows, shard)
     for name in ("act_freq_scores", "n_forward_passes_since_fired"):
         found[name] = _whole(getattr(trainer, name), 0, shard)
     if hasattr(trainer.sae, "topk_threshold"):

@@ -66,6 +66,7 @@ def test_settings_in_a_config(settings, words, refused):
         ({"initializer": None}, ["initializer=None", "default"]),
         ({"optimizer": "sgd"}, ["optimizer='sgd'", "adam", "sparse_adam"]),
         ({"optimizer": None}, ["optimizer=None", "adam"]),
+        ({"silent_moments": True}, ["silent_moments=True", "keep", "decay"]),
         ({"initializer": ActiveSubspaceInit(d_init=17)}, ["d_init=17", "d_in=16", "at most 16"]),
         ({"initializer": ActiveSubspaceInit(d_init=0.01)}, ["d_init=0.01", "d_in=16", "larger fraction"]),
     ],
@@ -78,6 +79,12 @@ def test_flags_of_a_config(architecture, flags, words, refused):
 @pytest.mark.parametrize("value", [[1], {"d_init": 4}])
 def test_an_optimizer_that_is_not_a_name(value, refused):
     refused(lambda: tiny.sae_config(optimizer=value), f"optimizer={value!r}", "sparse_adam")
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"initializer": SETTINGS}])
+def test_moments_of_an_optimizer_that_has_no_silence(optimizer, refused):
+    words = ("silent_moments='decay'", "optimizer='adam'", "set optimizer='sparse_adam'", "silent_moments='keep'")
+    refused(lambda: tiny.trainer(silent_moments="decay", **optimizer), *words)
 
 
 def _provider(x: torch.Tensor) -> Any:

@@ -27,6 +27,7 @@ SAES = st.fixed_dictionaries(
     {
         "initializer": INITIALIZERS,
         "optimizer": st.sampled_from(["adam", "sparse_adam"]),
+        "silent_moments": st.sampled_from(["keep", "decay"]),
         "d_sae": st.sampled_from([1, 5, 24, 48]),
         "normalize_activations": st.sampled_from(
             ["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]

@@ -60,6 +60,13 @@ def test_features_spread_over_processes_train_as_in_one(architecture: str, n: in
     assert max(done.gradient_norms) > 1  # all of them clipped by the norm of the whole
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_moments_that_decay_in_silence_are_those_of_one_process(architecture: str) -> None:
+    decaying = _compare(2, architecture, silent_moments="decay")
+    kept = _train(architecture, 12, {**FLAGS})
+    assert not torch.equal(decaying.tensors["W_dec"], kept.tensors["W_dec"])
+
+
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_a_batch_is_split_too(architecture: str) -> None:
     _compare(4, architecture, batch_shards=2, apply_b_dec_to_input=False)

@@ -46,10 +46,14 @@ def _runner(folder: Path, model: Any, dataset: Any, sae: Any = None, **changes: 
 
 
 @pytest.mark.parametrize("architecture", ALL)
-@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"optimizer": "adam"}, {"optimizer": "sparse_adam"}, {"optimizer": "sparse_adam", "silent_moments": "decay"}],
+    ids=["adam", "sparse_adam", "decay"],
+)
 def test_a_resumed_trainer_goes_on_bit_exactly(architecture, optimizer, tmp_path, no_initialization):
     batches = [tiny.activations(tiny.BATCH, seed=seed) for seed in range(8 + 12)]
-    flags = {"initializer": SETTINGS, "optimizer": optimizer}
+    flags = {"initializer": SETTINGS, **optimizer}
     settings = {"lr_warm_up_steps": 3, "lr_decay_steps": 4, "dead_feature_window": 2, "n_steps": 12}
     whole = tiny.trainer(architecture, iter(batches), **settings, **flags)
     stock_step = whole.step

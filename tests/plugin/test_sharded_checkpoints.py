@@ -34,7 +34,7 @@ from tests.helpers import tiny
 from tests.helpers.processes import in_processes
 
 D_IN, D_SAE = 7, 10  # four processes hold 3, 3, 3 and 1 features
-PER_ROW = {"bias_correction": "per_row", "decay": "authors"}
+PER_ROW = {"bias_correction": "per_row", "silent_moments": "decay"}
 COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
 
 

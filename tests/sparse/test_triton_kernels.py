@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,7 @@ class _Problem:
     target: Tensor
     k: int
     magnitude: bool
+    last_steps: list[Tensor | None] = field(default_factory=lambda: [None] * 4)
 
     def rows(self, which: int = 0) -> Tensor:
         return self.params[which].t() if which == 0 else self.params[which]
@@ -266,10 +267,13 @@ class _Problem:
         moments = [(copy(first), copy(second)) for first, second in self.moments]
         norms = None if self.norms is None else copy(self.norms)
         x, target = copy(self.x), copy(self.target)
-        return _Problem([copy(one) for one in self.params], moments, norms, x, target, self.k, self.magnitude)
+        last_steps = [last_step if last_step is None else last_step.clone() for last_step in self.last_steps]
+        return _Problem([copy(p) for p in self.params], moments, norms, x, target, self.k, self.magnitude, last_steps)
 
 
-def _problem(d_in: int, d_sae: int, k: int, magnitude: bool = False, rescale: bool = True, n: int = 70) -> _Problem:
+def _problem(
+    d_in: int, d_sae: int, k: int, magnitude: bool = False, rescale: bool = True, n: int = 70, decay: bool = False
+) -> _Problem:
     W_enc, W_dec, b_enc = torch.randn(d_sae, d_in) / d_in**0.5, torch.randn(d_sae, d_in), torch.randn(d_sae) * 0.1
     W_enc[3], b_enc[3], b_enc[5], W_dec[3] = W_enc[5], 20.0, 20.0, W_dec[5]  # repeated rows
     b_enc[11], W_enc[11] = 30.0, 0.0
@@ -278,7 +282,8 @@ def _problem(d_in: int, d_sae: int, k: int, magnitude: bool = False, rescale: bo
     moments = [(0.1 * torch.randn_like(p), 0.1 * torch.rand_like(p)) for p in params]
     norms = W_dec.norm(dim=1) if rescale else None
     x = torch.randn(n, d_in)
-    return _Problem(params, moments, norms, x, x + torch.randn(d_in), k, magnitude)
+    last_steps = [torch.randint(0, int(STEP), (d_sae,), dtype=torch.int32) if decay else None for _ in range(3)]
+    return _Problem(params, moments, norms, x, x + torch.randn(d_in), k, magnitude, [*last_steps, None])
 
 
 SETTINGS, STEP = AdamSettings(1e-2, 0.9, 0.99, 1e-8), 3.0
@@ -295,12 +300,13 @@ def _fused(problem: _Problem) -> dict[str, Tensor]:
     squares, d_input = fused_step.gradient_squares(*entries.parts(), W_enc.t())
     d_b_dec, norm, divisor = fused_step.clip(squares, decoded.d_out.sum(0), d_input.sum(0), 1.0)
     FusedUpdate(problem.params, entries, d_b_dec, divisor, problem.norms).apply_(
-        problem.moments, [SETTINGS] * 4, [STEP] * 4
+        problem.moments, [SETTINGS] * 4, [STEP] * 4, problem.last_steps
     )
     facts = {"loss": decoded.errors.mean(), "norm": norm, "out": decoded.out, "firings": entries.firings()}
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     moved = {f"{name} {i}": m for name, pair in zip(names, problem.moments, strict=True) for i, m in enumerate(pair)}
-    return {**facts, **dict(zip(names, problem.params, strict=True)), **moved}
+    last = {f"{name} last": one for name, one in zip(names, problem.last_steps, strict=True) if one is not None}
+    return {**facts, **dict(zip(names, problem.params, strict=True)), **moved, **last}
 
 
 def _dense(problem: _Problem) -> dict[str, Tensor]:
@@ -321,10 +327,24 @@ def _dense(problem: _Problem) -> dict[str, Tensor]:
     active = fired.any(dim=0)
     here = (active[None, :], active, active[:, None], torch.ones_like(b_dec, dtype=torch.bool))
     found = {"loss": loss.detach(), "norm": norm, "out": out.detach(), "firings": fired.sum(dim=0)}
-    named = zip(("W_enc", "b_enc", "W_dec", "b_dec"), params, gradients, problem.moments, here, strict=True)
-    for name, param, gradient, (first, second), where in named:
+    moments = list(problem.moments)
+    for i, last_step in enumerate(problem.last_steps):
+        if last_step is not None:
+            silent = STEP - 1 - (last_step if i else last_step[None, :]).double()
+            silent = silent[:, None] if i == 2 else silent
+            moments[i] = (0.9**silent * moments[i][0], 0.99**silent * moments[i][1])
+            found[f"{('W_enc', 'b_enc', 'W_dec')[i]} last"] = torch.where(active, int(STEP), last_step)
+    named = zip(
+        ("W_enc", "b_enc", "W_dec", "b_dec"),
+        params,
+        gradients,
+        zip(problem.moments, moments, strict=True),
+        here,
+        strict=True,
+    )
+    for name, param, gradient, ((first, second), (m, v)), where in named:
         gradient = gradient / max(1.0, float(norm + 1e-6))
-        m, v = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
         step = 1e-2 / (1 - 0.9**STEP) * m / (v.sqrt() / math.sqrt(1 - 0.99**STEP) + 1e-8)
         found[name] = torch.where(where, param.detach() - step, param.detach())
         found[f"{name} 0"], found[f"{name} 1"] = torch.where(where, m, first), torch.where(where, v, second)
@@ -338,6 +358,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "magnitude": {"d_in": 16, "d_sae": 60, "k": 6, "magnitude": True},
     "no norms": {"d_in": 16, "d_sae": 60, "k": 6, "rescale": False},
     "a batch of one": {"d_in": 16, "d_sae": 60, "k": 6, "n": 1},
+    "moments that decay": {"d_in": 40, "d_sae": 150, "k": 5, "decay": True},
 }
 
 
@@ -369,7 +390,7 @@ def test_a_step_of_twins_is_that_of_whole_matrices(name):
 
 @interpreted
 @pytest.mark.usefixtures("by_kernels")
-@pytest.mark.parametrize("name", ["width 40", "no norms", "a batch of one"])
+@pytest.mark.parametrize("name", ["width 40", "no norms", "a batch of one", "moments that decay"])
 def test_a_step_of_kernels_is_that_of_whole_matrices(name):
     _check_step(_problem(**PROBLEMS[name]))
 
@@ -446,20 +467,26 @@ def test_settings_of_one_step_that_differ_are_refused():
     entries = FusedEntries.of(decoded, problem.x, torch.arange(101, dtype=torch.int32))
     update = FusedUpdate(problem.params, entries, problem.params[3], torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"settings .* of the parameters of one step differ"):
-        update.apply_(problem.moments, [SETTINGS] * 3 + [SETTINGS._replace(lr=1.0)], [STEP] * 4)
+        update.apply_(problem.moments, [SETTINGS] * 3 + [SETTINGS._replace(lr=1.0)], [STEP] * 4, [None] * 4)
+    last_steps = [torch.zeros(100, dtype=torch.int32), None, None, None]
+    with pytest.raises(ValueError, match=r"of some parameters decay in silence, of others not: set one silent_moments"):
+        update.apply_(problem.moments, [SETTINGS] * 4, [STEP] * 4, last_steps)
     update = FusedUpdate(
         [problem.params[0].contiguous(), *problem.params[1:]], entries, problem.params[3], torch.ones(())
     )
     with pytest.raises(ValueError, match="side by side"):
-        update.apply_(problem.moments, [SETTINGS] * 4, [STEP] * 4)
+        update.apply_(problem.moments, [SETTINGS] * 4, [STEP] * 4, [None] * 4)
 
 
 _FLAGS = {"K": 32, "MAGNITUDE": False, "HAS_SCALE": True, "HAS_GROUPS": True, "GROUP": 16, "TILE": 64, "WIDEN": False}
-_INT32 = {"n", "n_rows", "n_groups", "n_tokens", "n_features", "n_entries", "width", "d_in", "d_sae"}
+_FLAGS["DECAYS"] = False
+_INT32 = {"n", "step", "n_rows", "n_groups", "n_tokens", "n_features", "n_entries", "width", "d_in", "d_sae"}
 _FLOATS = {"factor", "max_norm", "step_size", "root_scale", "beta1", "one_less_beta1", "beta2", "one_less_beta2", "eps"}
+_FLOATS |= {"log_beta1", "log_beta2"}
 _POINTERS = {
     **{"features": "*i64", "best_columns": "*i64", "groups": "*i64", "starts": "*i64", "order": "*i64"},
     **{"counts": "*i64", "owners": "*i32", "good": "*i1", "norm": "*fp64"},
+    **{"W_enc_last": "*i32", "b_enc_last": "*i32", "W_dec_last": "*i32"},
 }
 
 # Kernel, warps, sizes, and the most registers: two programs of 16 warps need at most 64.
@@ -475,6 +502,8 @@ _COMPILED: list[tuple[str, int, dict[str, Any], int]] = [
     ("_gradient_squares", 16, {"BLOCK": 4096}, 128),
     ("_move_rows", 4, {"BLOCK": 1024}, 128),
     ("_move_rows", 16, {"BLOCK": 4096}, 128),
+    ("_move_rows", 4, {"BLOCK": 1024, "DECAYS": True}, 128),
+    ("_move_rows", 16, {"BLOCK": 4096, "DECAYS": True}, 128),
     ("_clip", 8, {"N": 2048, "BLOCK": 8192}, 128),
     ("_move_vector", 4, {"BLOCK": 256}, 64),
     ("_renew_norms", 16, {"BLOCK": 8192}, 64),

@@ -281,12 +281,14 @@ def through_a_file(state_dict):
 
 
 @both_corrections
-@pytest.mark.parametrize("decay", ["none", "authors"])
+@pytest.mark.parametrize("silent_moments", ["keep", "decay"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_resuming_from_a_saved_state_is_bit_exact(bias_correction, decay, dtype):
+def test_resuming_from_a_saved_state_is_bit_exact(bias_correction, silent_moments, dtype):
     groups = lambda w, b: [{"params": [w], "row_dim": 1}, {"params": [b], "row_dim": 0}, {"params": []}]  # noqa: E731
     weight, bias = parameter(3, 6, dtype=dtype), parameter(6, seed=1, dtype=dtype)
-    optimizer = SparseAdam(groups(weight, bias), lr=0.02, bias_correction=bias_correction, decay=decay)
+    optimizer = SparseAdam(
+        groups(weight, bias), lr=0.02, bias_correction=bias_correction, silent_moments=silent_moments
+    )
     grads = rows_active(1, 20, 6, 3).to(dtype)
 
     def run(optimizer, weight, bias, grads):
@@ -391,7 +393,7 @@ def test_small_moments_of_bfloat16_parameters_are_not_rounded_away():
         ("betas", (0.9,), r"betas=\(0\.9,\)"),
         ("bias_correction", "local", "bias_correction='local'"),
         ("eps_placement", "torch", "eps_placement='torch' must be one of"),
-        ("decay", True, "decay=True must be one of"),
+        ("silent_moments", True, "silent_moments=True must be one of"),
         ("row_dim", 2, r"row_dim=2 .*\(3, 2\)"),
         ("row_dim", -1, r"row_dim=-1 .*\(3, 2\)"),
     ],
@@ -452,7 +454,7 @@ class DenseUpdate:
     def __init__(self, params, grads):
         self.params, self.grads, self.steps = params, grads, []
 
-    def apply_(self, moments, settings, steps):
+    def apply_(self, moments, settings, steps, last_steps):
         self.steps.append(steps)
         parts = zip(self.params, self.grads, moments, steps, settings, strict=True)
         for param, grad, (exp_avg, exp_avg_sq), step, setting in parts:
@@ -536,7 +538,7 @@ def test_the_moments_of_silent_rows_decay_as_if_in_every_step(bias_correction, r
     options = {"lr": 0.01, "betas": betas, "eps": 1e-3, "bias_correction": bias_correction}
     expected = row_adam(start, list(grads), **options, decays=[True] * 40)
     param = nn.Parameter(start.movedim(0, row_dim).contiguous())
-    optimizer = SparseAdam([param], row_dim=row_dim, decay="authors", **options)
+    optimizer = SparseAdam([param], row_dim=row_dim, silent_moments="decay", **options)
     take_steps(optimizer, param, grads.movedim(1, 1 + row_dim))
     found = [param.detach().movedim(row_dim, 0), *due(optimizer, param, row_dim)]
     for ours, theirs in zip(found, expected, strict=True):
@@ -557,7 +559,7 @@ def test_decay_can_be_switched_in_a_run(bias_correction, row_dim, first):
     param = nn.Parameter(start.movedim(0, row_dim).contiguous())
     optimizer = SparseAdam([param], row_dim=row_dim, **options)
     for grad, decay in zip(grads.movedim(1, 1 + row_dim), decays, strict=True):
-        optimizer.param_groups[0]["decay"] = "authors" if decay else "none"
+        optimizer.param_groups[0]["silent_moments"] = "decay" if decay else "keep"
         take_steps(optimizer, param, [grad])
         assert ("last_step" in optimizer.state[param]) == decay
     torch.testing.assert_close(param.detach().movedim(row_dim, 0), expected[0], rtol=1e-12, atol=1e-12)
@@ -565,7 +567,7 @@ def test_decay_can_be_switched_in_a_run(bias_correction, row_dim, first):
 
 def test_a_step_with_decay_touches_what_fires_alone():
     param = parameter(6, 3)
-    optimizer = SparseAdam([param], row_dim=0, decay="authors")
+    optimizer = SparseAdam([param], row_dim=0, silent_moments="decay")
     take_steps(optimizer, param, order_one(1, 3, 6, 3))
     before = {key: value.clone() for key, value in optimizer.state[param].items()}
     grad = torch.zeros(6, 3, dtype=torch.float64)
@@ -579,7 +581,7 @@ def test_a_step_with_decay_touches_what_fires_alone():
 
 def test_dense_parameters_know_no_silence():
     ours, theirs = parameter(6, 3), parameter(6, 3)
-    optimizer, reference = SparseAdam([ours], decay="authors"), SparseAdam([theirs])
+    optimizer, reference = SparseAdam([ours], silent_moments="decay"), SparseAdam([theirs])
     for one, param in ((optimizer, ours), (reference, theirs)):
         take_steps(one, param, rows_active(1, 20, 6, 3))
     assert_same_bits(bits(optimizer, ours), bits(reference, theirs))
@@ -592,7 +594,7 @@ def test_a_gradient_of_every_entry_finds_moments_that_have_decayed():
     options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "bias_correction": "global"}
     expected = row_adam(start, list(grads), **options, decays=[True] * 21)
     param = nn.Parameter(start.clone())
-    optimizer = SparseAdam([param], decay="authors", **options)
+    optimizer = SparseAdam([param], silent_moments="decay", **options)
     take_steps(optimizer, param, [*(as_sparse(grad) for grad in grads[:-1]), grads[-1]])
     torch.testing.assert_close(param.detach(), expected[0], rtol=1e-12, atol=1e-12)
 
@@ -603,14 +605,14 @@ def test_a_state_from_before_there_was_a_choice_is_read_as_it_was_meant():
     take_steps(optimizer, param, order_one(1, 2, 3, 2))
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
-        del group["eps_placement"], group["decay"]
-    resumed = SparseAdam([param], row_dim=0, decay="authors")
+        del group["eps_placement"], group["silent_moments"]
+    resumed = SparseAdam([param], row_dim=0, silent_moments="decay")
     resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["decay"] == "none"
+    assert resumed.param_groups[0]["silent_moments"] == "keep"
     take_steps(resumed, param, order_one(2, 2, 3, 2))
 
 
-@pytest.mark.parametrize("option", [{"eps_placement": "sparse_adam"}, {"decay": "authors"}])
+@pytest.mark.parametrize("option", [{"eps_placement": "sparse_adam"}, {"bias_correction": "per_row"}])
 def test_a_row_update_is_refused_with_options_that_it_does_not_serve(option):
     param = parameter(5, 3)
     optimizer = SparseAdam([param], row_dim=0, **option)
