@@ -100,6 +100,24 @@ def table(rows: Rows) -> list[str]:
     return [markdown_table(header, lines, align="llrrr"), ""] if lines else []
 
 
+def moments(rows: Rows) -> str:
+    """Moments that silence leaves alone beside those that it lets decay, at each rate and size; Markdown."""
+    pairs: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        where = (row["model"], row["d_sae"], row["tokens"], row["lr"])
+        pairs.setdefault(where, {})[row.get("silent_moments", "keep")] = row
+    lines = [
+        (model, f"{d_sae:,}", f"{tokens:,}", f"{lr:g}", *(_ends_of(both.get(name)) for name in ("keep", "decay")))
+        for (model, d_sae, tokens, lr), both in sorted(pairs.items(), key=lambda one: (one[0][1], one[0][0], one[0][3]))
+    ]
+    header = ["model", "features", "tokens", "lr", "kept: error, dead, silent", "decaying: error, dead, silent"]
+    return markdown_table(header, lines, align="lrrrrr")
+
+
+def _ends_of(row: Mapping[str, Any] | None) -> str:
+    return f"{row['nmse']:.4f}, {row['dead_fraction']:.1%}, {row['silent_fraction']:.2%}" if row else ""
+
+
 def _ends(one: Interval) -> tuple[float, float, float]:
     return one.mean, one.low, one.high
 

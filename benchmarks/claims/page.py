@@ -100,6 +100,11 @@ features in points. Both sides have the rate that the pilot chose for them.
 The pilot chooses by the error after a tenth of the tokens, and that favours rates at which features die later on. The
 same tokens at a rate of 0.001:
 """,
+    "moments": """
+SparseAdam from the flag's start, layer 15's attention output (SmolLM2) and layer 9's (Gemma), the kernel's
+documentation, one seed: `silent_moments="keep"`, the default, beside `"decay"`, what the code released with the paper
+does. *Dead*, and *silent* in the last 40 % of training too.
+""",
     "d_init": """
 8,192 features, 195 steps, learning rate 0.001, mean as centre, SparseAdam. Error and silent features at what a rule
 asks for are interpolated between the dimensions that were tried.

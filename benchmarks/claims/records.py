@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.sources import CACHE
+from saelens_asi.sweep.cells import LEFT_OUT
 
 RESULTS = Path(__file__).parent.parent / "results" / "claims"
 
@@ -31,8 +32,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_among(rows: Iterable[Mapping[str, Any]], key: Mapping[str, Any]) -> bool:
-    """Whether one of the lines has all of these settings."""
-    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+    """Whether one of the lines has all of these settings, and of those that a cell may leave out no others."""
+    whole = {**dict.fromkeys(LEFT_OUT), **key}
+    return any(all(row.get(name) == value for name, value in whole.items()) for row in rows)
 
 
 @contextmanager

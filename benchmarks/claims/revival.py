@@ -119,6 +119,11 @@ def trials() -> Iterator[Trial]:
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
             yield _trial(start, cure, "smollm2", 2_000_000)
+    # Where features die in mid-run even from our start: a long run, at the default rate and at twice that.
+    for lr in (0.001, 0.002):
+        for cure in ("nothing", "revive"):
+            for silent_moments in ("keep", "decay"):
+                yield _trial("the flag's", cure, "smollm2", 2_000_000, lr=lr, silent_moments=silent_moments)
 
 
 def _trial(start: str, cure: str, model: str, tokens: int, **settings: Any) -> Trial:

@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     "pilot": "learning rates, and AuxK's window, of every contender, at a tenth of the tokens",
     "factorial": "every contender at its best try, three seeds, SmolLM2-135M on the kernel's documentation",
     "slower": "some of them at a rate of 0.001, one seed",
+    "moments": "SparseAdam with moments that stay or decay in silence, at several rates, sizes and on both models",
     "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
     "d_init": "dimensions of the subspace at four kinds of hooks, three layers, both models",
     "d_init_sizes": "the same at one hook of each model, with more and with fewer features",
@@ -217,10 +218,12 @@ def of_the_activations(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
 
 def of_the_factorial(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     """What each ingredient buys, how it goes with the tokens, and at a lower rate."""
-    rows, slower = e.parts["factorial"], e.parts.get("slower", [])
+    rows, slower, moments = (e.parts.get(part, []) for part in ("factorial", "slower", "moments"))
     lines = ["### What each ingredient buys", "", texts["ingredients"], "", *of_factorial.table(rows)]
     lines += figure("tokens.png")
-    return [*lines, *(("### At a lower rate", "", texts["slower"], "", *contenders(slower)) if slower else ())]
+    lines += ["### At a lower rate", "", texts["slower"], "", *contenders(slower)] if slower else []
+    title = "### Moments of silent features: kept, or decaying"
+    return [*lines, *((title, "", texts["moments"], "", of_factorial.moments(moments), "") if moments else ())]
 
 
 def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:

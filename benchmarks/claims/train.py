@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -108,18 +109,29 @@ def sae_folder(item: Item) -> Path:
     )
 
 
+def asked(parts: Sequence[str], model: str | None, contenders: Sequence[str] | None) -> list[Item]:
+    """Items of the plan: of one model, and of some contenders in their order, where these are given."""
+    found = [item for item in items(parts) if model in (None, item.model)]
+    if contenders is None:
+        return found
+    return [item for name in contenders for item in found if item.contender == name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--list", action="store_true", help="name what is missing and train nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", choices=list(MODEL_TITLES), help="of this one alone")
+    parser.add_argument("--contender", nargs="+", help="these alone, in this order")
+    parser.add_argument("--saes", action="store_true", help="also train again, without a new line, what lies nowhere")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sae_trainer.Adam = functools.partial(torch.optim.Adam, fused=True)
-    for item in items(args.parts):
+    for item in asked(args.parts, args.model, args.contender):
         with taken(item.key()) as mine:
-            if args.model not in (None, item.model) or not mine or is_among(read(item.part), item.key()):
+            is_known = is_among(read(item.part), item.key())
+            if not mine or (is_known and not (args.saes and item.save and not sae_folder(item).exists())):
                 continue
             if args.list:
                 print(item)
@@ -128,6 +140,8 @@ def main() -> None:
             if item.save:
                 sae.cfg.metadata.hook_name = item.hook
                 sae.save_inference_model(str(sae_folder(item)))
+            if is_known:
+                continue
             of_hook = of_activations(item.source, item.hook)
             keep(item.part, {**item.key(), **of_hook, **measured, "processor": processor(args.device)})
             print(

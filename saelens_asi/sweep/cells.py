@@ -45,7 +45,7 @@ METHOD_TITLES = {
 
 
 # Settings that a row names where they are others: rows from before they were settings have none.
-_LEFT_OUT = {"revive": "off", "silent_moments": "keep"}
+LEFT_OUT = {"revive": "off", "silent_moments": "keep"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ class Cell:
         return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive, self.silent_moments
 
     def to_dict(self) -> dict[str, float | str | None]:
-        """Plain values, for JSON; those of ``_LEFT_OUT`` where they are others."""
+        """Plain values, for JSON; those of ``LEFT_OUT`` where they are others."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]}
+        return {name: value for name, value in values.items() if name not in LEFT_OUT or value != LEFT_OUT[name]}
 
 
 def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list[Cell]:
@@ -247,7 +247,7 @@ class SweepStore:
 
     def find(self, cell: Cell, hook_name: str) -> SweepRow | None:
         """The finished row of a cell on a hook."""
-        own = {"hook_name": hook_name, **dict.fromkeys(_LEFT_OUT), **cell.to_dict()}
+        own = {"hook_name": hook_name, **dict.fromkeys(LEFT_OUT), **cell.to_dict()}
         return next((row for row in self.rows if all(row.get(name) == value for name, value in own.items())), None)
 
     def add(self, cell: Cell, measured: Mapping[str, str | float]) -> SweepRow:

@@ -12,8 +12,10 @@ import torch
 
 from benchmarks.claims import page, plan, records, rule, sections, sources, train
 from benchmarks.claims.evidence import ResultFiles
-from benchmarks.claims.plan import CONTENDERS, PARTS, Item, items
+from benchmarks.claims.plan import CONTENDERS, PARTS, Item, items, tries
+from benchmarks.claims.records import is_among
 from benchmarks.claims.rivals import RIVALS
+from benchmarks.claims.train import asked
 from saelens_asi.sweep import Cell
 from tests.helpers import tiny
 from tests.helpers.processes import in_processes
@@ -126,6 +128,22 @@ def test_rules_are_read_off_between_the_dimensions_that_were_tried():
     assert rule.at(rows, 10) == (pytest.approx(0.1), 0.2)
     assert rule.at(rows, 1000) == (0.0, 0.0)
     assert rule.at(rows, 10**1.5) == (pytest.approx(0.05), pytest.approx(0.1))
+
+
+def test_a_line_with_a_setting_that_a_cell_leaves_out_is_no_line_of_that_cell():
+    kept, decaying = (Cell(silent_moments=name).to_dict() for name in ("keep", "decay"))
+    assert is_among([kept], kept)
+    assert is_among([decaying], decaying)
+    assert not is_among([decaying], kept)
+    assert not is_among([kept], decaying)
+
+
+def test_items_are_asked_for_by_model_and_by_contender_in_its_order():
+    names = ["TopK, mean, active", "AuxK, zeros, all of d"]
+    found = asked(["pilot", "d_init"], "smollm2", names)
+    assert list(dict.fromkeys(item.contender for item in found)) == names
+    assert len(found) == sum(len(tries(name)) for name in names)
+    assert {item.model for item in asked(["d_init"], "gemma3-270m", None)} == {"gemma3-270m"}
 
 
 def test_the_page_names_every_part_of_the_plan():

@@ -199,10 +199,11 @@ def test_moments_forget():
 @pytest.mark.parametrize(
     ("shares", "gamma", "failed"),
     [
-        ((0.3, 0.3), 1.0, True),  # of a hundred firings each, a quarter is enough
-        ((0.0, 0.95), 1.0, True),  # of ten, nearly all
-        ((0.2, 0.85), 1.0, False),
-        ((1.0, 1.0), 0.4, False),  # no mean that could be the cause
+        ((0.3, 0.3, 0.3), 1.0, True),  # of a hundred firings each, a quarter is enough
+        ((0.0, 0.0, 0.95), 1.0, True),  # of ten, nearly all
+        ((0.0, 0.6, 0.7), 1.0, True),  # of thirty, a half
+        ((0.2, 0.45, 0.85), 1.0, False),
+        ((1.0, 1.0, 1.0), 0.4, False),  # no mean that could be the cause
     ],
 )
 def test_a_start_has_failed_where_features_miss_their_firings_and_the_mean_is_long(shares, gamma, failed):
