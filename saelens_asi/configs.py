@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     class _Fields:
         initializer: Literal["default", "active_subspace"] | ActiveSubspaceInit = "default"
         optimizer: Literal["adam", "sparse_adam"] = "adam"
-        silent_moments: Literal["keep", "decay"] = "keep"
+        silent_moments: Literal["keep", "decay"] = "decay"
         revive: Literal["off", "auto"] = "off"
         checkpoint_minutes: float = 10.0
         keep_checkpoints: int = 2

@@ -83,7 +83,7 @@ class Item:
 
 
 # What is tried against the deaths, and the two baselines. A quarter of d is the subspace unless a name says otherwise.
-_START = {"architecture": "batchtopk", "d_init": 0.25, "lr": 0.002, "k": K}
+_START = {"architecture": "batchtopk", "d_init": 0.25, "lr": 0.002, "k": K, "silent_moments": "keep"}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "BatchTopK": _START,
     "BatchTopK, revive": {**_START, "revive": "auto"},

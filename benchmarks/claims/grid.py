@@ -47,13 +47,18 @@ class Sweep:
     save_saes: bool = False
 
     def cells(self) -> list[Cell]:
-        return grid(self.axes, self.methods)
+        return grid(self.all_axes, self.methods)
+
+    @property
+    def all_axes(self) -> Axes:
+        """With moments of silent features that stay, as they did by default when the committed cells were trained."""
+        return {**self.axes, "silent_moments": ["keep"]}
 
     def arguments(self) -> list[str]:
         """Of ``saelens-asi sweep``."""
         words = ["--cache", str(CACHE), "--hooks", *self.hooks, "--out", str(RESULTS / "claims" / self.folder)]
         words += ["--methods", *self.methods] if self.methods else []
-        for name, values in self.axes.items():
+        for name, values in self.all_axes.items():
             words += [_flag(name), *map(str, values)]
         for name, size in self.sizes.items():
             words += [_flag(name), str(size)]

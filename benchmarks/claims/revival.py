@@ -127,7 +127,7 @@ def trials() -> Iterator[Trial]:
 
 
 def _trial(start: str, cure: str, model: str, tokens: int, **settings: Any) -> Trial:
-    cell = Cell(**{"d_sae": 8192, "k": 32, **STARTS[start], **CURES[cure], **settings})
+    cell = Cell(**{"d_sae": 8192, "k": 32, "silent_moments": "keep", **STARTS[start], **CURES[cure], **settings})
     return Trial(start=start, cure=cure, model=model, cell=cell, tokens=tokens)
 
 

@@ -38,7 +38,7 @@ def best_cell(rows: Sequence[SweepRow], method: str, d_sae: int) -> Cell:
     """The cell of a method at its chosen learning rate, first seed."""
     chosen = [row for row in rows if (row["method"], row["d_sae"], row["seed"]) == (method, d_sae, 0)]
     (best,) = chosen_rates(chosen)
-    return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"]})
+    return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"], "silent_moments": "keep"})
 
 
 def losses(sweeps: Path, model: nn.Module, held_out: Dataset) -> dict[str, dict[str, float | None]]:

@@ -131,7 +131,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is trained, and train nothing")
     args = parser.parse_args()
     for d_sae in () if args.table else args.d_sae:
-        cell, training = Cell(d_sae=d_sae, k=K, lr=RATES[d_sae]), SweepTraining(training_tokens=TOKENS)
+        cell = Cell(d_sae=d_sae, k=K, lr=RATES[d_sae], silent_moments="keep")
+        training = SweepTraining(training_tokens=TOKENS)
         key = {"part": PART, "model": MAIN.model, "text": MAIN.text, "tokens": TOKENS, **cell.to_dict()}
         if not is_among(read(PART), key):
             keep(PART, {**key, **train(cell, training), "processor": processor(), "threads": torch.get_num_threads()})

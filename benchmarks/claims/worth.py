@@ -23,7 +23,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,14 @@ from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.evaluation.saes import chunk_size
 from saelens_asi.resume import written_whole
-from saelens_asi.sweep import Cell, read_sweep
+from saelens_asi.sweep import read_sweep
+from saelens_asi.sweep.cells import cell_of
 from saelens_asi.sweep.run import sae_folder
 
 # Cosines of decoder rows from which on a feature has a counterpart.
 COUNTERPART = (0.5, 0.7)
 # Median cosine of features of one number from which on two SAEs started from the same directions.
 SAME_START = 0.5
-_SETTINGS = {one.name for one in fields(Cell)}
 Record = dict[str, Any]
 Encode = Callable[[Tensor], Tensor]
 
@@ -427,8 +427,7 @@ def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[s
     found: dict[str, Path] = {}
     for row in chosen_rates(rows):
         name = row["method"] if row["seed"] == 0 else f"{row['method']} seed {row['seed']}"
-        settings: Record = {name: value for name, value in row.items() if name in _SETTINGS}
-        folder = sae_folder(sweep, Cell(**settings), hook_name)
+        folder = sae_folder(sweep, cell_of(row), hook_name)
         if name in found:
             raise ValueError(f"{sweep} has several cells of {name} at d_sae={d_sae}: name folders with --sae")
         if (row["seed"] == 0 or name == f"{baseline} seed 1") and folder.exists():

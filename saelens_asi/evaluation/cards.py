@@ -212,6 +212,7 @@ def _provenance(facts: CardFacts) -> str:
         "activations normalized": cfg.get("normalize_activations"),
         "trained as": metadata.get("training_architecture"),
         "optimizer": details.get("optimizer"),
+        "moments of silent features": details.get("silent_moments"),
         "initializer": "Active Subspace Initialization" if own else None,
         "directions of the start (d_init)": own.get("d_init"),
         "share of variance in them": own.get("variance_explained"),

@@ -23,7 +23,7 @@ from saelens_asi.sparse_adam import SilentMoments
 # Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
 AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
-FLAGS = {"initializer": "default", "optimizer": "adam", "silent_moments": "keep", "revive": "off"}
+FLAGS = {"initializer": "default", "optimizer": "adam", "silent_moments": "decay", "revive": "off"}
 # Of a run with one of the flags set, or with one of these: when it is saved, and what stops it.
 KEEPING = {
     "checkpoint_minutes": 10.0,
@@ -44,8 +44,8 @@ CHOICES = {
 
 _HELP = {
     "optimizer": "'adam' (SAELens's own), or 'sparse_adam': a feature that is silent in a step keeps its weights.",
-    "silent_moments": "Of 'sparse_adam': whether a feature that is silent in a step keeps its moments too ('keep'), or "
-    "these decay ('decay', as in the code released with arXiv 2508.16929).",
+    "silent_moments": "Of 'sparse_adam': in a step in which a feature is silent its moments decay ('decay', as in the "
+    "code released with arXiv 2508.16929), or stay too ('keep').",
     "revive": "'off', or 'auto': features whose silence is evidence that they are dead start again where the error is, "
     "while training goes on. Of the TopK family.",
     "checkpoint_minutes": "Minutes between checkpoints of a run with initializer, optimizer or one of these set, and "

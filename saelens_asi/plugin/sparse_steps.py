@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from saelens_asi.activations.sae_state import feature_row_groups
-from saelens_asi.plugin.fields import AnyTrainingSAE
+from saelens_asi.plugin.fields import FLAGS, AnyTrainingSAE
 from saelens_asi.plugin.fused_steps import FusedSteps, takes_fused
 from saelens_asi.plugin.topk_pass import SparsePass, dense_path_reason, encoder_of, is_topk, sparse_pass
 from saelens_asi.sparse.kernels import load_kernels
@@ -263,9 +263,10 @@ def make_optimizer(cfg: SAETrainerConfig, sae: AnyTrainingSAE) -> SparseAdam:
 
 def check_moments(sae: AnyTrainingSAE) -> None:
     """Raise ValueError where the optimizer has no choice in what becomes of the moments of silent features."""
-    if sae.cfg.silent_moments != "keep" and sae.cfg.optimizer != "sparse_adam":
+    default = FLAGS["silent_moments"]
+    if sae.cfg.silent_moments != default and sae.cfg.optimizer != "sparse_adam":
         raise ValueError(
             f"silent_moments={sae.cfg.silent_moments!r} is of optimizer='sparse_adam', and optimizer="
             f"{sae.cfg.optimizer!r} moves every feature in every step: set optimizer='sparse_adam', or "
-            "silent_moments='keep'"
+            f"silent_moments={default!r}, the default"
         )

@@ -44,8 +44,8 @@ METHOD_TITLES = {
 }
 
 
-# Settings that a row names where they are others: rows from before they were settings have none.
-LEFT_OUT = {"revive": "off", "silent_moments": "keep"}
+# Settings that a row names where they are none of these: rows from before they were settings have none.
+LEFT_OUT: dict[str, tuple[str | None, ...]] = {"revive": ("off",), "silent_moments": ("keep", None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Cell:
         lr: learning rate.
         seed: of the weights. The order of the data is the same for all.
         revive: ``"auto"``: features that die start again; ``"off"``.
-        silent_moments: of ``"sparse_adam"``: ``"keep"`` or ``"decay"``.
+        silent_moments: ``"decay"`` or ``"keep"``; Adam has none.
     """
 
     architecture: str = "topk"
@@ -82,7 +82,7 @@ class Cell:
     lr: float = 1e-3
     seed: int = 0
     revive: str = "off"
-    silent_moments: str = "keep"
+    silent_moments: str | None = "decay"
 
     def __post_init__(self) -> None:
         if self.initializer not in ("default", "active_subspace"):
@@ -98,7 +98,9 @@ class Cell:
         self.initializer_settings()
         if self.revive not in ("off", "auto"):
             raise ValueError(f"revive={self.revive!r} must be 'off' or 'auto'")
-        if self.silent_moments not in ("keep", "decay"):
+        if self.optimizer != "sparse_adam":
+            object.__setattr__(self, "silent_moments", None)
+        elif self.silent_moments not in ("keep", "decay"):
             raise ValueError(f"silent_moments={self.silent_moments!r} must be 'keep' or 'decay'")
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must be at least 1 and at most d_sae={self.d_sae}")
@@ -112,7 +114,7 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """Name in ``METHODS``, whatever the sizes, the rate and the weight of the auxiliary loss; else ``"other"``."""
+        """Name in ``METHODS``, whatever sizes, rate, moments and the weight of the auxiliary loss; else ``"other"``."""
         for name, changes in METHODS.items():
             stock = Cell(**{**changes, "k": self.k, "d_sae": self.d_sae})
             if stock._method_settings() == self._method_settings():
@@ -121,12 +123,18 @@ class Cell:
 
     def _method_settings(self) -> tuple[object, ...]:
         initialization = (self.initializer, *(getattr(self, name) for name in _INITIALIZATION))
-        return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive, self.silent_moments
+        return *initialization, self.optimizer, self.aux_loss_coefficient > 0, self.revive
 
     def to_dict(self) -> dict[str, float | str | None]:
         """Plain values, for JSON; those of ``LEFT_OUT`` where they are others."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in LEFT_OUT or value != LEFT_OUT[name]}
+        return {name: value for name, value in values.items() if value not in LEFT_OUT.get(name, ())}
+
+
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """The cell of a finished row; what the row leaves out is as ``LEFT_OUT`` has it."""
+    left_out = {name: values[0] for name, values in LEFT_OUT.items()}
+    return Cell(**{**left_out, **{one.name: row[one.name] for one in fields(Cell) if one.name in row}})
 
 
 def grid(axes: Mapping[str, Sequence[Any]], methods: Sequence[str] = ()) -> list[Cell]:
@@ -187,8 +195,10 @@ class _Measures(_CellSettings):
 
 
 class SweepRow(_Measures, total=False):
-    """A finished cell: its settings, and what was measured; the last three where it had an initialization."""
+    """A finished cell: settings, those of ``LEFT_OUT`` where they are others; what was measured; and of the start."""
 
+    revive: str
+    silent_moments: str
     d_init_used: int
     initial_norm: float
     initial_nmse: float
@@ -198,7 +208,7 @@ class SweepRow(_Measures, total=False):
 _MADE_OF = "fingerprints"
 
 # What a line has at least.
-_NEEDED = {"hook_name", *Cell().to_dict()}
+_NEEDED = {"hook_name", *Cell().to_dict()} - LEFT_OUT.keys()
 
 
 class SweepStore:

@@ -72,12 +72,12 @@ def grouped(rows: Iterable[SweepRow], key: Callable[[SweepRow], Key]) -> dict[Ke
 
 
 _COLUMNS = ("hook_name", "architecture", "method", "d_sae", "k", "subspace", "norm", "center", "d_init", "optimizer",
-            "aux_loss_coefficient", "lr")  # fmt: skip
+            "silent_moments", "aux_loss_coefficient", "revive", "lr")  # fmt: skip
 
 
 def sweep_table(rows: Iterable[SweepRow]) -> str:
     """A Markdown table: cells that differ in the seed alone are one line, with mean and range."""
-    groups = grouped(rows, itemgetter(*_COLUMNS))
+    groups = grouped(rows, lambda row: tuple(row.get(name) for name in _COLUMNS))
     constant = [i for i in range(len(_COLUMNS)) if len({key[i] for key in groups}) == 1 and len(groups) > 1]
     shown = [i for i in range(len(_COLUMNS)) if i not in constant]
     columns = [*(_COLUMNS[i] for i in shown), "normalized MSE", "dead", "L0", "seeds", "s", "CPU s"]
@@ -99,12 +99,12 @@ def _measures(rows: Sequence[SweepRow]) -> list[str]:
     ]
 
 
-def _setting(value: str | float | None) -> str:
+def _setting(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, str):
-        return METHOD_TITLES.get(value, value)
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    if isinstance(value, int | float):
+        return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return METHOD_TITLES.get(str(value), str(value))
 
 
 def spread(rows: Sequence[SweepRow], measure: Measure, form: str) -> str:

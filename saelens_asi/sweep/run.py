@@ -165,10 +165,11 @@ def _untrained(cell: Cell, d_in: int, device: str) -> TrainingSAE:
         "device": device,
         "initializer": cell.initializer_settings() or "default",
         "optimizer": cell.optimizer,
-        "silent_moments": cell.silent_moments,
         "aux_loss_coefficient": cell.aux_loss_coefficient,
         "revive": cell.revive,
     }
+    if cell.silent_moments is not None:
+        settings["silent_moments"] = cell.silent_moments
     if cell.architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [cell.d_sae // 8, cell.d_sae // 2, cell.d_sae]
     return sae_class(config_class(**settings))
@@ -372,6 +373,6 @@ def _line(cell: Cell, row: SweepRow) -> str:
 
 def describe(cell: Cell) -> str:
     """The settings in which a cell differs from the default one."""
-    default, own = Cell().to_dict(), cell.to_dict()
+    default, own = asdict(Cell()), asdict(cell)
     changed = [f"{name}={value}" for name, value in own.items() if value != default.get(name) and value is not None]
     return " ".join(changed) or "defaults"

@@ -14,7 +14,8 @@ from benchmarks.claims import figures, grid, of_deaths, of_training, of_universa
 from benchmarks.claims.evidence import RESULTS, Claim, ResultFiles
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
 from saelens_asi import cli
-from saelens_asi.sweep import Cell, SweepTraining, read_sweep
+from saelens_asi.sweep import SweepTraining, read_sweep
+from saelens_asi.sweep.cells import cell_of
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +168,7 @@ def test_a_cell_that_is_missing_is_named(evidence):
 
 def test_the_grid_holds_the_committed_cells_and_no_others():
     committed = {
-        (
-            path.parent.name,
-            row["hook_name"],
-            Cell(**{name: row[name] for name in Cell.__dataclass_fields__ if name in row}),
-        )
+        (path.parent.name, row["hook_name"], cell_of(row))
         for path in RESULTS.glob("claims/*/cells.jsonl")
         for row in read_sweep(path.parent)
     }
@@ -191,7 +188,8 @@ def test_the_flags_of_a_sweep_say_its_cells(one):
         else:
             values.append(word)
     axes = {
-        name: [type(value)(word) for value, word in zip(one.axes[name], flags[name], strict=True)] for name in one.axes
+        name: [type(value)(word) for value, word in zip(values, flags[name], strict=True)]
+        for name, values in one.all_axes.items()
     }
     assert grid.grid(axes, flags.get("methods", ())) == one.cells()
     assert flags["hooks"] == list(one.hooks)

@@ -27,7 +27,7 @@ from saelens_asi.sweep import (
     sweep_table,
     train_cell,
 )
-from saelens_asi.sweep.cells import grid
+from saelens_asi.sweep.cells import cell_of, grid
 from saelens_asi.sweep.results import best_rates
 from saelens_asi.sweep.run import ARCHITECTURES, run_cell
 from tests.helpers import tiny
@@ -339,11 +339,25 @@ def test_nothing_is_written_where_there_are_no_cells(tmp_path):
     assert write_report(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [Cell(), Cell(silent_moments="keep"), Cell(revive="auto"), Cell(optimizer="adam"), Cell(subspace="full", k=8)],
+)
+def test_a_row_tells_its_cell_and_a_folder_goes_on_with_it(cell, tmp_path):
+    others = [Cell(), Cell(silent_moments="keep"), Cell(revive="auto"), Cell(optimizer="adam")]
+    store = run.SweepStore(tmp_path, {"a": 1})
+    row = store.add(cell, {"hook_name": HOOK})
+    assert cell_of(row) == cell
+    assert run.SweepStore(tmp_path, {"a": 1}).find(cell, HOOK) == row
+    assert all(store.find(other, HOOK) is None for other in others if other != cell)
+    assert len({run.describe(one) for one in others}) == len(others)
+
+
 def test_a_table_of_one_cell_names_all_of_its_settings():
     lines = sweep_table([_row()]).splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("| hook_name | architecture | method |")
-    assert lines[1] == "|" + "---|" * 12 + "---:|" * 6
+    assert lines[1] == "|" + "---|" * 14 + "---:|" * 6
 
 
 def test_a_crash_while_a_cut_line_is_dropped_loses_no_cell(data, tmp_path, monkeypatch):
