@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from benchmarks.claims.evidence import Claim, Record, ResultFiles
+from benchmarks.claims.plan import DECAYING, OURS, OWN_SHARE
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import Explained, Interval, explained, verdict
 from saelens_asi.activations.hooks import split_name
 from saelens_asi.evaluation.tables import markdown_table
 
-# Of the active subspace, the share of d that the default's rule comes to at most hooks.
-OWN_SHARE = 0.125
 # Of one model; with fewer an interval says nothing.
 FEWEST_HOOKS = 9
 
@@ -78,7 +77,7 @@ def _topk(row: Record) -> bool:
 
 
 def _own(row: Record) -> bool:
-    return row["contender"] == "SparseAdam, mean, active" and row["d_init"] == OWN_SHARE
+    return row["contender"] == OURS
 
 
 def of_models(e: ResultFiles, trained: str, chosen: Callable[[Record], bool]) -> list[Group]:
@@ -115,7 +114,7 @@ def topk_of_models(e: ResultFiles) -> list[Group]:
 
 
 def own_of_models(e: ResultFiles) -> list[Group]:
-    return of_models(e, f"SparseAdam, mean, active subspace of {OWN_SHARE:.1%} of d", _own)
+    return of_models(e, f"{DECAYING}, mean, active subspace of {OWN_SHARE:.1%} of d", _own)
 
 
 def with_interval(value: Interval) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from benchmarks.claims.plan import STARTS, TRAINED
+from benchmarks.claims.plan import OURS, STARTS, TRAINED
 from benchmarks.claims.statistics import Interval, Pair
 from saelens_asi.evaluation.tables import markdown_table
 
@@ -55,6 +55,7 @@ def effects(rows: Rows) -> Iterator[Effect]:
         for change, before, after in CHANGES
     ]
     pairs += [("SparseAdam for Adam", start, f"TopK, {start}", f"SparseAdam, {start}") for start in STARTS]
+    pairs.append(("moments that decay", "mean, active", "SparseAdam, mean, active", OURS))
     for change, where, before, after in pairs:
         if len(_shared(rows, before, after)) > 1:
             yield Effect(

@@ -63,8 +63,10 @@ any, since a high rate can buy a lower error with the lives of features ({trade}
 **TopK** and **AuxK** start as the paper's do, evenly in all of d with the norm of the lowest initial error; AuxK's
 coefficient is 1/32, and a feature counts as dead for it after {dead_after:,} silent tokens. **ASI** is this package's
 initialization with the dimension that was its default when these were trained (active subspace of 90 % of the variance,
-106 of 576; least-squares norm, mean as centre); **ASI (paper)** has zeros as centre and 18.75 % of d. What the default
-is today, and why, stands under "The dimension of the subspace". NMSE: E|x - x_hat|^2 / E|x - E x|^2.
+106 of 576; least-squares norm, mean as centre), and **SparseAdam** has moments that stay in silence, as they did by
+default then; **ASI (paper)** has zeros as centre and 18.75 % of d. What the defaults
+are today, and why, stands under "The dimension of the subspace" and "Moments of silent features".
+NMSE: E|x - x_hat|^2 / E|x - E x|^2.
 
 **Verdicts.** A claim is a list of pairs and counts. A pair is a difference over shared seeds (or layers) with its 95 %
 interval (Student); where a pair has one seed, the deviation of a seed is that of all cells with several, pooled (of

@@ -85,6 +85,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     f"{trained}, {start}": {**how, **where} for trained, how in TRAINED.items() for start, where in STARTS.items()
 }
 
+# What the flag does by default, from its own start alone.
+DECAYING = "SparseAdam (moments decay)"
+OURS = f"{DECAYING}, mean, active"
+CONTENDERS[OURS] = {**CONTENDERS["SparseAdam, mean, active"], "silent_moments": "decay"}
+
 # What revived features are compared with.
 BASELINE = "TopK, zeros, all of d"
 
@@ -128,6 +133,8 @@ def pilot_rivals() -> Iterator[Item]:
 # centre, and the paper's baseline.
 D_INIT_SHARES = (0.0625, 0.125, 0.25, 0.375)
 D_INIT_TOKENS = 200_000
+# That of the default at 8,192 features, for which `d_init="auto"` asks too.
+OWN_SHARE = 0.125
 
 
 def d_init(sources: Iterable[Source] = BY_HOOK, part: str = "d_init") -> Iterator[Item]:
@@ -142,6 +149,7 @@ def d_init(sources: Iterable[Source] = BY_HOOK, part: str = "d_init") -> Iterato
                         )  # fmt: skip
                     for contender in ("SparseAdam, mean, all of d", "TopK, zeros, all of d"):
                         yield _item(part, contender, source.model, source.text, D_INIT_TOKENS, hook=hook)
+                    yield _item(part, OURS, source.model, source.text, D_INIT_TOKENS, hook=hook, d_init=OWN_SHARE)
 
 
 def d_init_aside() -> Iterator[Item]:
@@ -194,7 +202,7 @@ SLOWER = 0.001
 
 
 def slower() -> Iterator[Item]:
-    ours = ("SparseAdam, mean, active", "SparseAdam, mean, all of d")
+    ours = (OURS, "SparseAdam, mean, active", "SparseAdam, mean, all of d")
     for contender in (*ours, "TopK, mean, active", BASELINE, "authors_sparse_adam"):
         yield _item("slower", contender, "smollm2", "linux-doc", MAIN_TOKENS, lr=SLOWER)
 
@@ -206,7 +214,7 @@ MOMENTS_AT = (
     ("smollm2", D_SAE, MAIN_TOKENS, (0.0005, 0.001, 0.0014, 0.002), (0,)),
     ("gemma3-270m", D_SAE, 300_000, (0.001, 0.002), (0,)),
     ("smollm2", 32_768, 800_000, (0.0005, 0.001), (0,)),
-    ("smollm2", D_SAE, MAIN_TOKENS, (0.001, 0.002), (1, 2)),
+    ("smollm2", D_SAE, MAIN_TOKENS, (0.001,), (1, 2)),
 )
 
 

@@ -34,14 +34,13 @@ from saelens_asi.sweep.run import MEASURED, measured, silent_features, train_cel
 PART = "revival"
 
 TEXT = """
-Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, learning rate
-0.001, SparseAdam, batches of 1,024 (`python -m benchmarks.claims.revival`). The auxiliary loss has the coefficient
-1/32 and a window of 102,400 tokens, resampling takes place four times in the first half (Bricken et al. 2023). *Dead,
+Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, SparseAdam with
+moments that stay in silence unless a line says *decay*, batches of 1,024 (`python -m benchmarks.claims.revival`). The
+auxiliary loss has the coefficient 1/32 and a window of 102,400 tokens, resampling takes place four times in the first half (Bricken et al. 2023). *Dead,
 both*: silent on the held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those
 whose decoder row has a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE
 again. *Lived on*: of the features that were revived (one by one, or by a new start) a million tokens or more before the
-end, those that are not dead on both. With 32,768 features the rate is 0.0005; with 131,072 it is 0.00025, and there are
-40,000 held-out tokens.
+end, those that are not dead on both. With 131,072 features there are 40,000 held-out tokens.
 """
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -193,9 +192,9 @@ def _largest(rows: Tensor, part: Tensor) -> Tensor:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All that is trained, in Markdown."""
-    header = ["model", "SAE", "features", "tokens", "start", "cure", "seed", "dead", "dead, both", "NMSE", "L0"]
+    header = ["model", "SAE", "features", "tokens", "start", "lr", "cure", "seed", "dead", "dead, both", "NMSE", "L0"]
     header += ["duplicates", "revived", "lived on", "anew", "CPU s"]
-    return markdown_table(header, [_line(row) for row in rows], align="llrrllrrrrrrrrrr")
+    return markdown_table(header, [_line(row) for row in rows], align="llrrlrlrrrrrrrrrr")
 
 
 def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -205,7 +204,8 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["architecture"],
         f"{row['d_sae']:,}",
         f"{row['tokens']:,}",
-        row["start"],
+        row["start"] + (", decay" if "silent_moments" in row else ""),
+        f"{row['lr']:g}",
         row["cure"],
         str(row["seed"]),
         f"{row['dead_fraction']:.1%}",

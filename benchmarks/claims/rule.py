@@ -41,7 +41,7 @@ RULES: dict[str, Callable[[Row], float]] = {
 
 
 def by_hook(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows with a d_init, by model and hook, in order of the dimension."""
+    """Rows with a d_init and moments that stay, by model and hook, in order of the dimension."""
     return _of_active(rows, ("model", "hook"))
 
 
@@ -53,7 +53,7 @@ def by_size(rows: Iterable[Row]) -> dict[tuple[str, int], list[Row]]:
 def _of_active(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
     found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["subspace"] == "active":
+        if row["subspace"] == "active" and "silent_moments" not in row:
             found[tuple(row[name] for name in names)].append(row)
     return {name: sorted(rows, key=lambda row: row["d_init_used"]) for name, rows in found.items() if len(rows) > 2}
 

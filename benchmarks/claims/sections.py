@@ -9,7 +9,7 @@ from operator import itemgetter
 from benchmarks.claims import of_deaths, of_factorial, of_universality, where_we_lose
 from benchmarks.claims.evidence import Record, ResultFiles
 from benchmarks.claims.figures import CAPTIONS
-from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, PARTS, items
+from benchmarks.claims.plan import AFTER_THE_PILOT, CONTENDERS, OURS, OWN_SHARE, PARTS, items
 from benchmarks.claims.records import is_among
 from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.rule import at, by_hook, by_size, default, judged
@@ -91,7 +91,9 @@ def hooks(rows: Sequence[Record]) -> list[str]:
     for (model, hook), own in by_hook(rows).items():
         first = own[0]
         tried = "; ".join(f"{row['d_init_used']}: {row['nmse']:.4f}, {row['silent_fraction']:.1%}" for row in own)
-        topk = [row for row in rows if (row["model"], row["hook"]) == (model, hook) and row["optimizer"] == "adam"]
+        here = [row for row in rows if (row["model"], row["hook"]) == (model, hook)]
+        topk = [row for row in here if row["optimizer"] == "adam"]
+        decaying = [row for row in here if row["contender"] == OURS]
         lines.append(
             (
                 model,
@@ -99,11 +101,12 @@ def hooks(rows: Sequence[Record]) -> list[str]:
                 f"{first['effective_rank'] / first['d_in']:.0%}",
                 f"{first['gamma']:.2f}",
                 tried,
-                f"{topk[0]['nmse']:.4f}, {topk[0]['silent_fraction']:.1%}" if topk else "",
+                *(f"{own[0]['nmse']:.4f}, {own[0]['silent_fraction']:.1%}" if own else "" for own in (decaying, topk)),
             )
         )
-    header = ["model", "hook", "rank", "gamma", "d_init: error, silent", "TopK, zeros"]
-    return [markdown_table(header, lines, align="llrrll"), ""]
+    decay = f"moments decay, {OWN_SHARE:.1%} of d"
+    header = ["model", "hook", "rank", "gamma", "d_init: error, silent", decay, "TopK, zeros"]
+    return [markdown_table(header, lines, align="llrrlll"), ""]
 
 
 def sizes(rows: Sequence[Record]) -> list[str]:

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from saelens_asi.initialization import INITIALIZER_NAME, ActiveSubspaceInit
 from saelens_asi.sparse_adam import SilentMoments
 
-# Of any architecture. Its config is untyped: SAELens's type lacks the two fields, and what one architecture has alone.
+# Of any architecture. Its config is untyped: SAELens's type lacks the fields, and what one architecture has alone.
 AnyTrainingSAE: TypeAlias = TrainingSAE[Any]
 
 FLAGS = {"initializer": "default", "optimizer": "adam", "silent_moments": "decay", "revive": "off"}

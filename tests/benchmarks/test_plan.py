@@ -46,7 +46,8 @@ def test_contenders_differ_in_what_their_names_say():
         trained, centre, directions = name.split(", ")
         assert cell["center"] == centre
         assert cell["subspace"] == ("full" if directions == "all of d" else "active")
-        assert cell["optimizer"] == ("sparse_adam" if trained == "SparseAdam" else "adam")
+        assert cell["optimizer"] == ("sparse_adam" if trained.startswith("SparseAdam") else "adam")
+        assert cell.get("silent_moments") == ("decay" if trained.endswith("(moments decay)") else None)
 
 
 @pytest.mark.parametrize("part", PARTS)
