@@ -193,9 +193,9 @@ def summary(e: ResultFiles, found: Sequence[Loss]) -> str:
     waiting = [part for part in COMPARED if not any(row["contender"] == OURS for row in e.parts.get(part, []))]
     sentence = (
         f"{len(found)} of {len(every)} comparisons of our default ({OURS}; at each hook {OWN_SHARE:.1%} of d; on the "
-        f"Bible with moments that stay) with another contender: {n_error} by a lower error at equal L0, {n_dead} by fewer dead features, "
-        f"{n_silent} by fewer that were silent at the end of training too, by more than seeds differ "
-        "(the 95 % interval of the difference lies on their side)."
+        f"Bible with moments that stay) with another contender: {n_error} by a lower error at equal L0, "
+        f"{n_dead} by fewer dead features, {n_silent} by fewer that were silent at the end of training "
+        "too, by more than seeds differ (the 95 % interval of the difference lies on their side)."
     )
     if waiting:
         sentence += f" Not compared yet, since ours is not trained there: {', '.join(waiting)}."

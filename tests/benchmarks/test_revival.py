@@ -46,7 +46,8 @@ def test_features_that_were_revived_long_ago_are_looked_at_again():
 def test_the_section_has_a_line_for_each_row():
     assert revival.section([]) == []
     row = {"model": "m", "architecture": "topk", "d_sae": 64, "tokens": 1000, "start": "the flag's",
-           "lr": 0.001, "cure": "revive", "seed": 0, "dead_fraction": 0.25, "nmse": 0.2, "l0": 4.0, "duplicate_fraction": 0.0, "n_revived": 64,
+           "lr": 0.001, "cure": "revive", "seed": 0, "dead_fraction": 0.25, "nmse": 0.2, "l0": 4.0,
+           "duplicate_fraction": 0.0, "n_revived": 64,
            "started_anew_after_steps": 50, "cpu_seconds": 3.0}  # fmt: skip
     lived = {"lived_on": 0.75, "n_revived_long_ago": 8}
     assert "| 64 | 75.0% of 8 | 50 |" in revival.section([{**row, **lived}])[-2]
