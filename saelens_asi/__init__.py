@@ -1,6 +1,6 @@
 """Active Subspace Initialization and SparseAdam for SAELens (arXiv 2508.16929).
 
-Importing this package adds two fields to SAELens's training configs: ``initializer`` and ``optimizer``.
+Importing this package adds fields to SAELens's training configs, ``initializer`` and ``optimizer`` first of all.
 """
 
 # ruff: noqa: E402 - what follows imports from SAELens, which is checked first: one message names all that is missing

@@ -103,20 +103,34 @@ def table(rows: Rows) -> list[str]:
 
 def moments(rows: Rows) -> str:
     """Moments that silence leaves alone beside those that it lets decay, at each rate and size; Markdown."""
-    pairs: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    found: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        where = (row["model"], row["d_sae"], row["tokens"], row["lr"])
-        pairs.setdefault(where, {})[row.get("silent_moments", "keep")] = row
+        where = (row["d_sae"], row["model"], row["lr"], row["tokens"])
+        found.setdefault(where, {"keep": [], "decay": []})[row.get("silent_moments", "keep")].append(row)
     lines = [
-        (model, f"{d_sae:,}", f"{tokens:,}", f"{lr:g}", *(_ends_of(both.get(name)) for name in ("keep", "decay")))
-        for (model, d_sae, tokens, lr), both in sorted(pairs.items(), key=lambda one: (one[0][1], one[0][0], one[0][3]))
+        (model, f"{d_sae:,}", f"{tokens:,}", f"{lr:g}", *map(_in_the_mean, both.values()), str(len(both["decay"])))
+        for (d_sae, model, lr, tokens), both in sorted(found.items())
     ]
-    header = ["model", "features", "tokens", "lr", "kept: error, dead, silent", "decaying: error, dead, silent"]
-    return markdown_table(header, lines, align="lrrrrr")
+    header = [
+        "model",
+        "features",
+        "tokens",
+        "lr",
+        "kept: error, dead, silent",
+        "decaying: error, dead, silent",
+        "seeds",
+    ]
+    return markdown_table(header, lines, align="lrrrrrr")
 
 
-def _ends_of(row: Mapping[str, Any] | None) -> str:
-    return f"{row['nmse']:.4f}, {row['dead_fraction']:.1%}, {row['silent_fraction']:.2%}" if row else ""
+def _in_the_mean(rows: Rows) -> str:
+    """Over seeds; nothing where none is trained."""
+    if not rows:
+        return ""
+    error, dead, silent = (
+        np.mean([row[name] for row in rows]) for name in ("nmse", "dead_fraction", "silent_fraction")
+    )
+    return f"{error:.4f}, {dead:.2%}, {silent:.2%}"
 
 
 def _ends(one: Interval) -> tuple[float, float, float]:

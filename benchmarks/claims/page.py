@@ -104,8 +104,8 @@ same tokens at a rate of 0.001:
 """,
     "moments": """
 SparseAdam from the flag's start, layer 15's attention output (SmolLM2) and layer 9's (Gemma), the kernel's
-documentation, one seed: `silent_moments="keep"`, the default, beside `"decay"`, what the code released with the paper
-does. *Dead*, and *silent* in the last 40 % of training too.
+documentation: `silent_moments="keep"` beside `"decay"`, the default, which is what the code released with the paper
+does. *Dead*, and *silent* in the last 40 % of training too; the mean over seeds.
 """,
     "d_init": """
 8,192 features, 195 steps, learning rate 0.001, mean as centre, SparseAdam. Error and silent features at what a rule

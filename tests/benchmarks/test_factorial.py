@@ -47,3 +47,13 @@ def test_a_curve_is_the_mean_of_the_seeds_and_ends_with_the_finished_sae():
     assert of_factorial.curve(_rows("TopK, zeros, all of d")) == [(100, 1.5, 0.25), (200, 0.25, pytest.approx(0.1))]
     figure = of_factorial.curves(_rows("TopK, zeros, all of d"))
     assert sum(len(line.get_xdata()) for axis in figure.axes for line in axis.lines) == 4
+
+
+def test_moments_are_paired_by_what_else_is_the_same_and_averaged_over_seeds():
+    row = {"model": "m", "d_sae": 64, "tokens": 100, "lr": 0.001, "nmse": 0.2, "dead_fraction": 0.5,
+           "silent_fraction": 0.25}  # fmt: skip
+    decaying = {**row, "silent_moments": "decay", "dead_fraction": 0.0}
+    rows = [row, decaying, {**decaying, "nmse": 0.3}, {**row, "lr": 0.002}]
+    *_, both, alone = of_factorial.moments(rows).splitlines()
+    assert both == "| m | 64 | 100 | 0.001 | 0.2000, 50.00%, 25.00% | 0.2500, 0.00%, 25.00% | 2 |"
+    assert alone == "| m | 64 | 100 | 0.002 | 0.2000, 50.00%, 25.00% | | 0 |"
