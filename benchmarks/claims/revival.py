@@ -119,6 +119,16 @@ def trials() -> Iterator[Trial]:
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
             yield _trial(start, cure, "smollm2", 2_000_000)
+    # As a run of today has it: moments that decay.
+    for model, architecture, tokens in (
+        ("smollm2", "topk", 800_000),
+        ("gemma3-270m", "topk", 300_000),
+        ("smollm2", "batchtopk", 400_000),
+        ("smollm2", "topk", 2_000_000),
+    ):
+        for cure in ("revive", "nothing"):
+            settings = {"architecture": architecture, "silent_moments": "decay"}
+            yield _trial("SAELens's own", cure, model, tokens, **settings)
     # Where features die in mid-run even from our start: a long run, at the default rate and at twice that.
     for lr in (0.001, 0.002):
         for cure in ("nothing", "revive"):
