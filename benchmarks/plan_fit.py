@@ -1,14 +1,17 @@
 """Fits the model behind ``saelens_asi.plan`` and tests it on hooks, models and texts that the fit has not seen.
 
     python -m benchmarks.plan_fit     # writes saelens_asi/planning/fitted.json and benchmarks/results/plan.{json,md}
+    python -m benchmarks.plan_fit --decaying    # how right the fit is of SAEs whose moments decay in silence
 
 Rows: the SAEs of ``plan_sweep`` and those of the claims' sweeps that were trained as the plan recommends (TopK, active
 subspace with a dimension within a factor of 1.5 of the default, mean as centre, SparseAdam, no auxiliary loss, a rate
-within a factor of 1.5 of the rule), at hooks that have pilots. Each hook counts the same, however many SAEs it has.
+within a factor of 1.5 of the rule, moments that stay in silence), at hooks that have pilots. Each hook counts the same,
+however many SAEs it has.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,9 +91,11 @@ def _counts(row: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return (row["n_tokens"], row["dead_fraction"]), (row["silent_tokens"], row["silent_fraction"])
 
 
-def _is_recommended(row: dict[str, Any]) -> bool:
+def _is_recommended(row: dict[str, Any], silent_moments: str) -> bool:
     own = (row["architecture"], row["optimizer"], row["subspace"], row["center"], row["aux_loss_coefficient"])
     if own != ("topk", "sparse_adam", "active", "mean", 0.0) or row["norm"] != "least_squares":
+        return False
+    if row.get("silent_moments", "keep") != silent_moments:
         return False
     share = row["d_init_used"] / row["d_in"] / auto_share(row["d_in"], row["d_sae"])
     rate = row["lr"] / learning_rate(row["d_sae"])
@@ -107,15 +112,15 @@ def variances() -> dict[tuple[Group, int], float]:
     }
 
 
-def trained() -> Iterator[Trained]:
-    """All of them, from all files of results."""
+def trained(silent_moments: str) -> Iterator[Trained]:
+    """All of them, from all files of results; SparseAdam's moments are as it is told."""
     for path in [CELLS, *sorted(CLAIMS.glob("*.jsonl")), *sorted(CLAIMS.glob("*/cells.jsonl"))]:
         shared: dict[str, Any] = {}
         if (path.parent / "sweep.json").exists():
             sweep = json.loads((path.parent / "sweep.json").read_text())
             shared = {"model": sweep["model"], "text": sweep["dataset"], "tokens": sweep["training"]["training_tokens"]}
         for row in ({**shared, **one} for one in lines(path)) if path.exists() else ():
-            if "silent_tokens" not in row or not _is_recommended(row):
+            if "silent_tokens" not in row or not _is_recommended(row, silent_moments):
                 continue
             group = (row["model"], row["text"], row.get("hook") or row["hook_name"])
             yield Trained(
@@ -149,13 +154,13 @@ class Hook:
         return self.timed[1:]
 
 
-def hooks() -> dict[Group, Hook]:
-    """Those with three pilots and an SAE at least."""
+def hooks(silent_moments: str = "keep") -> dict[Group, Hook]:
+    """Those with three pilots and an SAE at least, whose moments are as it is told."""
     by_group: dict[Group, dict[tuple[int, int], dict[str, Any]]] = {}
     for row in lines(PILOTS):
         if row["steps"] == STEPS:
             by_group.setdefault((row["model"], row["text"], row["hook"]), {})[row["d_sae"], row["k"]] = row
-    found, all_rows = {}, list(trained())
+    found, all_rows = {}, list(trained(silent_moments))
     sizes = ((PILOT_D_SAE[0], PILOT_K[0]), (PILOT_D_SAE[1], PILOT_K[0]), (PILOT_D_SAE[0], PILOT_K[1]))
     for group, by_size in by_group.items():
         rows = tuple(row for row in all_rows if row.group == group)
@@ -498,7 +503,20 @@ def shown(hook: Hook, budget_hours: float = 0.5, memory: str = "2GiB") -> Plan:
     )
 
 
+def of_decaying() -> dict[str, Any]:
+    """Coverage of the package's fit, of SAEs that it has not seen: their moments decay in silence."""
+    own, rows = planning.fitted(), []
+    for group, hook in hooks("decay").items():
+        rows += [_compared("moments", group, hook.anchor, row, own) for row in hook.rows]
+    return coverage(rows)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decaying", action="store_true")
+    if parser.parse_args().decaying:
+        print(json.dumps(of_decaying(), indent=1))
+        return
     some = hooks()
     own = fit_all(some)
     rows = tested(some)
