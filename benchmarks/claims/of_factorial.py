@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from benchmarks.claims.plan import OURS, STARTS, TRAINED
+from benchmarks.claims.sources import MODEL_TITLES
 from benchmarks.claims.statistics import Interval, Pair
 from saelens_asi.evaluation.tables import markdown_table
 
@@ -108,7 +109,14 @@ def moments(rows: Rows) -> str:
         where = (row["d_sae"], row["model"], row["lr"], row["tokens"])
         found.setdefault(where, {"keep": [], "decay": []})[row.get("silent_moments", "keep")].append(row)
     lines = [
-        (model, f"{d_sae:,}", f"{tokens:,}", f"{lr:g}", *map(_in_the_mean, both.values()), str(len(both["decay"])))
+        (
+            MODEL_TITLES.get(model, model),
+            f"{d_sae:,}",
+            f"{tokens:,}",
+            f"{lr:g}",
+            *map(_in_the_mean, both.values()),
+            str(len(both["decay"])),
+        )
         for (d_sae, model, lr, tokens), both in sorted(found.items())
     ]
     header = [
