@@ -168,7 +168,11 @@ def check_kernels(device: str, d_in: int = 576, d_sae: int = 9000, k: int = 32, 
     params = [W_enc, b_enc, W_dec]
     moments = [0.1 * random(*p.shape) for p in params] + [0.1 * random(*p.shape).abs() for p in params]
     divisor = torch.tensor(2.0, device=device)
-    found["move_rows_"] = _difference("move_rows_", [*params, *moments], *entries.parts(), divisor, numbers)
+    last_steps = [torch.randint(0, 5, (d_sae,), dtype=torch.int32, device=device) for _ in params]
+    found["move_rows_"] = max(
+        _difference("move_rows_", [*params, *moments], decaying, *entries.parts(), divisor, numbers, 5)
+        for decaying in ([], last_steps)
+    )
     found["move_vector_"] = _difference("move_vector_", b_dec, random(d_in), random(d_in).abs(), random(d_in), numbers)
     found["renew_norms_"] = _difference("renew_norms_", torch.zeros_like(norms), W_dec, entries.starts)
     x[[0, 5], 3] = torch.nan
