@@ -188,6 +188,9 @@ class Spectrum:
             raise ValueError(
                 f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
             )
+        unknown = metadata.keys() - {"format", "spectrum", "checksum"}
+        if unknown:  # such as the name of the checksum, with a letter changed
+            _refuse(path, f"its header has {sorted(unknown)}, which is in none of these files")
         tensors, about = load_tensors(path), metadata.get("spectrum", "")
         # Files of the first version have none.
         if metadata.get("checksum") not in (None, content_checksum(tensors, about)):

@@ -357,6 +357,14 @@ def test_damaged_files_are_refused_or_right(damage, saved, tmp_path_factory):
     assert found.n_tokens == whole.n_tokens
 
 
+def test_a_name_in_the_header_that_is_damaged_is_no_sign_of_an_older_version(saved, tmp_path):
+    path = tmp_path / "spectrum.safetensors"
+    content = saved.read_bytes()
+    path.write_bytes(content[:-1].replace(b'"checksum"', b'"checks:m"') + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"its header has \['checks:m'\]"):
+        Spectrum.load(path)
+
+
 EYE = torch.eye(3, dtype=torch.float64)
 MEAN = torch.zeros(3, dtype=torch.float64)
 
