@@ -116,6 +116,25 @@ def content_checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
+def changed_since_written(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], text_name: str) -> str:
+    """How a file differs from what was written, in words; empty where it does not.
+
+    Files of the first versions have no checksum. One whose header has a name that is in none of them is not such a
+    file: a letter of the checksum's name may have changed.
+
+    Args:
+        metadata: its header: a format, a text, and a checksum of text and tensors.
+        tensors: that it holds.
+        text_name: name of the text.
+    """
+    unknown = metadata.keys() - {"format", text_name, "checksum"}
+    if unknown:
+        return f"its header has {sorted(unknown)}, which is in none of these files"
+    if metadata.get("checksum") not in (None, content_checksum(tensors, metadata.get(text_name, ""))):
+        return "its checksum differs, so that its content has changed since it was written"
+    return ""
+
+
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON values with a checksum of them, which ``unsealed`` compares."""
     return {**values, _SEAL: _json_checksum(values)}

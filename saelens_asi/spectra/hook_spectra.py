@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saelens_asi.activations.fingerprint import (
     Fingerprints,
+    changed_since_written,
     check_fingerprints,
     content_checksum,
     fingerprints,
@@ -289,11 +290,9 @@ def load_pass(path: Path, settings: Mapping[str, Any]) -> SavedPass:
     if metadata.get("format") != PASS_FORMAT:
         raise ValueError(f"{path} is not the checkpoint of a pass over activations: give another path")
     tensors = load_tensors(path)
-    # Files of the first version have no checksum; a name that none has is its name with a letter changed.
-    is_named_otherwise = bool(metadata.keys() - {"format", "state", "checksum"})
-    right = (None, content_checksum(tensors, metadata.get("state", "")))
-    if is_named_otherwise or metadata.get("checksum") not in right:
-        raise ValueError(f"{path} is damaged: its checksum differs. Delete it, and the pass begins anew")
+    damage = changed_since_written(metadata, tensors, "state")
+    if damage:
+        raise ValueError(f"{path} is damaged: {damage}. Delete it, and the pass begins anew")
     try:
         state = json.loads(metadata["state"])
         changed = differences(state["settings"], settings)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from saelens_asi.activations.fingerprint import content_checksum
+from saelens_asi.activations.fingerprint import changed_since_written, content_checksum
 from saelens_asi.resume import load_tensors, save_tensors, tensor_metadata
 from saelens_asi.spectra.moments import RunningMoments
 
@@ -188,15 +188,12 @@ class Spectrum:
             raise ValueError(
                 f"{path} is not a spectrum file: format {metadata.get('format')!r}, expected {FILE_FORMAT!r}"
             )
-        unknown = metadata.keys() - {"format", "spectrum", "checksum"}
-        if unknown:  # such as the name of the checksum, with a letter changed
-            _refuse(path, f"its header has {sorted(unknown)}, which is in none of these files")
-        tensors, about = load_tensors(path), metadata.get("spectrum", "")
-        # Files of the first version have none.
-        if metadata.get("checksum") not in (None, content_checksum(tensors, about)):
-            _refuse(path, "its checksum differs, so that its content has changed since it was written")
+        tensors = load_tensors(path)
+        changed = changed_since_written(metadata, tensors, "spectrum")
+        if changed:
+            _refuse(path, changed)
         try:
-            n_tokens = json.loads(about)["n_tokens"]
+            n_tokens = json.loads(metadata.get("spectrum", ""))["n_tokens"]
         except (ValueError, KeyError, TypeError):
             n_tokens = None
         wrong = _not_moments(tensors, n_tokens)
