@@ -22,8 +22,9 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 
 from benchmarks.claims.sources import MAIN, MAIN_HOOK, activations
+from benchmarks.claims.train import streamed_spectrum
 from benchmarks.train_step import machine
-from saelens_asi import ActiveSubspaceInit, RunningMoments, Spectrum, initialize_
+from saelens_asi import ActiveSubspaceInit, initialize_
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.planning.recipe import learning_rate
 from saelens_asi.plugin.revival import ROUND_STEPS
@@ -58,9 +59,7 @@ def started(d_sae: int, tokens: Tensor) -> TopKTrainingSAE:
             aux_loss_coefficient=0.0,
         )
     )  # fmt: skip
-    moments = RunningMoments.zeros(tokens.shape[1])
-    moments.update_(tokens)
-    initialize_(sae, settings, Spectrum.from_moments(moments), tokens[:4096])
+    initialize_(sae, settings, streamed_spectrum(tokens), tokens[:4096])
     sae.cfg.metadata[METADATA_KEY] = {}  # done, as a trainer sees it
     return sae
 

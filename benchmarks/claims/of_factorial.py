@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from benchmarks.claims.plan import OURS, STARTS, TRAINED
 from benchmarks.claims.sources import MODEL_TITLES
 from benchmarks.claims.statistics import Interval, Pair
 from saelens_asi.evaluation.tables import markdown_table
+from saelens_asi.sweep.results import grouped, mean_of
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -102,43 +104,22 @@ def table(rows: Rows) -> list[str]:
     return [markdown_table(header, lines, align="llrrr"), ""] if lines else []
 
 
-def moments(rows: Rows) -> str:
+def moments(rows: Sequence[Any]) -> str:
     """Moments that silence leaves alone beside those that it lets decay, at each rate and size; Markdown."""
-    found: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
-    for row in rows:
-        where = (row["d_sae"], row["model"], row["lr"], row["tokens"])
-        found.setdefault(where, {"keep": [], "decay": []})[row.get("silent_moments", "keep")].append(row)
-    lines = [
-        (
-            MODEL_TITLES.get(model, model),
-            f"{d_sae:,}",
-            f"{tokens:,}",
-            f"{lr:g}",
-            *map(_in_the_mean, both.values()),
-            str(len(both["decay"])),
-        )
-        for (d_sae, model, lr, tokens), both in sorted(found.items())
-    ]
-    header = [
-        "model",
-        "features",
-        "tokens",
-        "lr",
-        "kept: error, dead, silent",
-        "decaying: error, dead, silent",
-        "seeds",
-    ]
-    return markdown_table(header, lines, align="lrrrrrr")
+    lines = []
+    for (d_sae, model, lr, tokens), own in sorted(grouped(rows, itemgetter("d_sae", "model", "lr", "tokens")).items()):
+        kept, decaying = ([row for row in own if ("silent_moments" in row) == decays] for decays in (False, True))
+        sizes = (MODEL_TITLES.get(model, model), f"{d_sae:,}", f"{tokens:,}", f"{lr:g}")
+        lines.append((*sizes, _in_the_mean(kept), _in_the_mean(decaying), str(len(decaying))))
+    measured = [f"{name}: error, dead, silent" for name in ("kept", "decaying")]
+    return markdown_table(["model", "features", "tokens", "lr", *measured, "seeds"], lines, align="lrrrrrr")
 
 
-def _in_the_mean(rows: Rows) -> str:
+def _in_the_mean(rows: Sequence[Any]) -> str:
     """Over seeds; nothing where none is trained."""
     if not rows:
         return ""
-    error, dead, silent = (
-        np.mean([row[name] for row in rows]) for name in ("nmse", "dead_fraction", "silent_fraction")
-    )
-    return f"{error:.4f}, {dead:.2%}, {silent:.2%}"
+    return f"{mean_of(rows, 'nmse'):.4f}, {mean_of(rows, 'dead_fraction'):.2%}, {mean_of(rows, 'silent_fraction'):.2%}"
 
 
 def _ends(one: Interval) -> tuple[float, float, float]:

@@ -64,7 +64,6 @@ class Item:
         return {**own, **self.cell.to_dict()}
 
 
-# Moments of silent features stay unless a part says otherwise: that was the default when most of it was trained.
 # The factorial: three ways of training x two centres x two sets of directions. SAELens's own settings are norm 0.1,
 # a coefficient of 1 and a window of 1,000 steps; the rest has the norm of the lowest initial error.
 TRAINED: dict[str, dict[str, Any]] = {
@@ -103,6 +102,7 @@ def tries(contender: str) -> list[dict[str, Any]]:
 
 
 def _item(part: str, contender: str, model: str, text: str, tokens: int, **changes: Any) -> Item:
+    # Moments of silent features stay unless a part says otherwise: the default when most of it was trained.
     settings = {"d_sae": D_SAE, "k": K, "silent_moments": "keep", **CONTENDERS.get(contender, {})}
     own = {name: changes.pop(name) for name in list(changes) if name in Item.__dataclass_fields__}
     cell = Cell(**{**settings, **changes})

@@ -101,7 +101,7 @@ def hooks(rows: Sequence[Record]) -> list[str]:
                 f"{first['effective_rank'] / first['d_in']:.0%}",
                 f"{first['gamma']:.2f}",
                 tried,
-                *(f"{own[0]['nmse']:.4f}, {own[0]['silent_fraction']:.1%}" if own else "" for own in (decaying, topk)),
+                *(f"{one[0]['nmse']:.4f}, {one[0]['silent_fraction']:.1%}" if one else "" for one in (decaying, topk)),
             )
         )
     decay = f"moments decay, {OWN_SHARE:.1%} of d"
