@@ -1,5 +1,7 @@
 """Every claim of the paper beside what was measured here: writes docs/claims.md and its figures.
 
+The table of what brings dead features back, in docs/problems/dead_features.md, is written with it.
+
     make claims                              # the sweeps behind it (hours on two cores), then the page
     python -m benchmarks.claims.page   # the page alone, from the results in benchmarks/results
 
@@ -18,9 +20,9 @@ from benchmarks.claims import (
     of_activations,
     of_deaths,
     of_lorsa,
+    of_revival,
     of_training,
     of_universality,
-    revival,
     scaling,
 )
 from benchmarks.claims.evidence import Claim, ResultFiles
@@ -32,6 +34,7 @@ from saelens_asi.sweep.results import mean_of
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "claims.md"
 FIGURES = ROOT / "docs" / "claims"
+DEAD_FEATURES = ROOT / "docs" / "problems" / "dead_features.md"
 
 CLAIMS: tuple[Callable[[ResultFiles], Claim], ...] = (
     of_activations.low_rank,
@@ -175,7 +178,7 @@ def claims_page(e: ResultFiles) -> str:
         lines.append(f"- `{command}` measures {numbers} again.")
     lines.append("")
     lines += sections(e, {name: textwrap.fill(text.strip(), 120) for name, text in TEXTS.items()})
-    lines += revival.section(e.parts.get(revival.PART, []))
+    lines += of_revival.section(e.parts.get(of_revival.PART, []))
     lines += scaling.section(e.parts.get(scaling.PART, []))
     lines += batchtopk.section(e.parts.get(batchtopk.PART, []))
     return "\n".join(lines)
@@ -211,7 +214,8 @@ def shared_settings(e: ResultFiles) -> dict[str, int]:
 def main() -> None:
     e = ResultFiles()
     PAGE.write_text(claims_page(e))
-    print("\n".join(str(path) for path in (PAGE, *figures.write(e, FIGURES))))
+    of_revival.update(DEAD_FEATURES, e.parts[of_revival.PART])
+    print("\n".join(str(path) for path in (PAGE, DEAD_FEATURES, *figures.write(e, FIGURES))))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ schedule. Each finished SAE is one line of benchmarks/results/claims/revival.jso
 from __future__ import annotations
 
 import argparse
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,30 +18,17 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from torch import Tensor
 
+from benchmarks.claims.of_revival import PART, table
 from benchmarks.claims.records import is_among, keep, read, taken
 from benchmarks.claims.rival_trainers import Resampling, Run, train_with
 from benchmarks.claims.sources import BY_HOOK, MAIN, MAIN_HOOK, Source
 from benchmarks.claims.train import on_device, processor
 from saelens_asi.dead_features.revive import largest_cosines
 from saelens_asi.evaluation.run import evaluate
-from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.planning.recipe import learning_rate
 from saelens_asi.sweep import Cell, SweepTraining
 from saelens_asi.sweep.run import MEASURED, measured, silent_features, train_cell
-
-PART = "revival"
-
-TEXT = """
-Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, SparseAdam with
-moments that stay in silence unless a line says *decay*, batches of 1,024 (`python -m benchmarks.claims.revival`). The
-auxiliary loss has the coefficient 1/32 and a window of 102,400 tokens, resampling takes place four times in the first
-half (Bricken et al. 2023). *Dead, both*: silent on the held-out tokens and on the last 40 % of training.
-*Duplicates*: of the features that fire, those whose decoder row has a cosine above 0.9 with another's. *Anew*: after
-how many steps `revive` started the whole SAE again. *Lived on*: of the features that were revived (one by one, or by
-a new start) a million tokens or more before the end, those that are not dead on both. With 131,072 features there are
-40,000 held-out tokens.
-"""
 
 STARTS: dict[str, dict[str, Any]] = {
     "SAELens's own": {"initializer": "default"},
@@ -57,8 +43,8 @@ CURES: dict[str, dict[str, Any]] = {
     "resampling": {},
     "revive": {"revive": "auto"},
 }
-# What is tried with more features, where nothing comes back by itself.
-LARGE = {"SAELens's own": tuple(CURES), "the flag's": ("nothing",), "the paper's": ("nothing", "revive")}
+# Models, architectures and tokens, of which each is trained from all starts with all cures.
+SETS = (("smollm2", "topk", 800_000), ("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000))
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 # SAEs with so many features are measured on fewer held-out tokens.
@@ -95,40 +81,29 @@ class Trial:
 
 
 def trials() -> Iterator[Trial]:
-    for model, architecture, tokens in (
-        ("smollm2", "topk", 800_000),
-        ("gemma3-270m", "topk", 300_000),
-        ("smollm2", "batchtopk", 400_000),
-    ):
-        for start in STARTS:
-            for cure in CURES:
-                yield _trial(start, cure, model, tokens, architecture=architecture)
+    for d_sae in (8192, 32_768, MANY):
+        for model, architecture, tokens in SETS:
+            for start in STARTS:
+                for cure in CURES:
+                    settings = {"architecture": architecture, "d_sae": d_sae, "lr": learning_rate(d_sae)}
+                    yield _trial(start, cure, model, tokens, **settings)
     for seed in (1, 2):
         # What starts anew is drawn with a seed of its own, and ends as the same SAE each time.
         for cure in ("nothing", "revive"):
             yield _trial("the flag's", cure, "smollm2", 800_000, seed=seed)
-    for start, cures in LARGE.items():
-        for d_sae in (32_768, 131_072):
-            for cure in cures:
-                yield _trial(start, cure, "smollm2", 800_000, d_sae=d_sae, lr=learning_rate(d_sae))
-    for model, architecture, tokens in (("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000)):
-        for start, cures in (("SAELens's own", ("nothing", "revive")), ("the flag's", ("nothing",))):
-            for cure in cures:
-                settings = {"architecture": architecture, "d_sae": 32_768, "lr": learning_rate(32_768)}
-                yield _trial(start, cure, model, tokens, **settings)
     for start in ("SAELens's own", "the paper's"):
         for cure in ("nothing", "revive"):
             yield _trial(start, cure, "smollm2", 2_000_000)
     # As a run of today has it: moments that decay.
-    for model, architecture, tokens in (
-        ("smollm2", "topk", 800_000),
-        ("gemma3-270m", "topk", 300_000),
-        ("smollm2", "batchtopk", 400_000),
-        ("smollm2", "topk", 2_000_000),
-    ):
+    for model, architecture, tokens in (*SETS, ("smollm2", "topk", 2_000_000)):
         for cure in ("revive", "nothing"):
             settings = {"architecture": architecture, "silent_moments": "decay"}
             yield _trial("SAELens's own", cure, model, tokens, **settings)
+    for d_sae in (32_768, MANY):
+        for model, architecture, tokens in SETS:
+            for start, cure in (("SAELens's own", "revive"), ("the flag's", "nothing")):
+                settings = {"architecture": architecture, "d_sae": d_sae, "lr": learning_rate(d_sae)}
+                yield _trial(start, cure, model, tokens, silent_moments="decay", **settings)
     # Where features die in mid-run even from our start: a long run, at the default rate and at twice that.
     for lr in (0.001, 0.002):
         for cure in ("nothing", "revive"):
@@ -199,42 +174,6 @@ def _largest(rows: Tensor, part: Tensor) -> Tensor:
     outside = largest_cosines(rows[part], rows, others)
     inside = (rows[part] @ rows[part].T).fill_diagonal_(-1).amax(dim=1)
     return torch.maximum(outside, inside)
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All that is trained, in Markdown."""
-    header = ["model", "SAE", "features", "tokens", "start", "lr", "cure", "seed", "dead", "dead, both", "NMSE", "L0"]
-    header += ["duplicates", "revived", "lived on", "anew", "CPU s"]
-    return markdown_table(header, [_line(row) for row in rows], align="llrrlrlrrrrrrrrrr")
-
-
-def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
-    silent = row.get("silent_fraction")
-    return (
-        row["model"],
-        row["architecture"],
-        f"{row['d_sae']:,}",
-        f"{row['tokens']:,}",
-        row["start"] + (", decay" if "silent_moments" in row else ""),
-        f"{row['lr']:g}",
-        row["cure"],
-        str(row["seed"]),
-        f"{row['dead_fraction']:.1%}",
-        "" if silent is None else f"{silent:.1%}",
-        f"{row['nmse']:.4f}",
-        f"{row['l0']:.1f}",
-        f"{row['duplicate_fraction']:.1%}",
-        f"{row['n_revived']:,}" if row["n_revived"] else "",
-        f"{row['lived_on']:.1%} of {row['n_revived_long_ago']:,}" if "lived_on" in row else "",
-        str(row["started_anew_after_steps"] or ""),
-        f"{row['cpu_seconds']:.0f}",
-    )
-
-
-def section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of the page, Markdown; none without results."""
-    title = "## What brings dead features back"
-    return [title, "", textwrap.fill(TEXT.strip(), 120), "", table(rows), ""] if rows else []
 
 
 def main() -> None:

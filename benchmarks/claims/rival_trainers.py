@@ -290,7 +290,9 @@ class Resampling(Method):
         losses = [torch.zeros(0)]
         for rows in torch.split(drawn, _CHUNK):
             x = data[rows].float().to(device)
-            losses.append((x - self.sae.decode(self.sae.encode(x))).square().sum(dim=1).cpu())
+            # A sparse product: with many features a dense one takes most of the time.
+            reconstruction = self.sae.decode(self.sae.encode(x).to_sparse())
+            losses.append((x - reconstruction).square().sum(dim=1).cpu())
         chances = torch.cat(losses).double().square()
         n = min(n, int(chances.count_nonzero()))
         chosen = drawn[torch.multinomial(chances, n, generator=self._generator)] if n else drawn[:0]

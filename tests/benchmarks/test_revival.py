@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.claims import revival
+from benchmarks.claims import of_revival, page, revival
 from benchmarks.claims.records import is_among, read
 from saelens_asi.sweep import Cell, SweepTraining
 from saelens_asi.sweep.run import train_cell
@@ -44,13 +44,40 @@ def test_features_that_were_revived_long_ago_are_looked_at_again():
 
 
 def test_the_section_has_a_line_for_each_row():
-    assert revival.section([]) == []
+    assert of_revival.section([]) == []
     row = {"model": "m", "architecture": "topk", "d_sae": 64, "tokens": 1000, "start": "the flag's",
            "lr": 0.001, "cure": "revive", "seed": 0, "dead_fraction": 0.25, "nmse": 0.2, "l0": 4.0,
            "duplicate_fraction": 0.0, "n_revived": 64,
            "started_anew_after_steps": 50, "cpu_seconds": 3.0}  # fmt: skip
     lived = {"lived_on": 0.75, "n_revived_long_ago": 8}
-    assert "| 64 | 75.0% of 8 | 50 |" in revival.section([{**row, **lived}])[-2]
-    *_, table, _ = revival.section([row, {**row, "silent_fraction": 0.125}])
+    assert "| 64 | 75.0% of 8 | 50 |" in of_revival.section([{**row, **lived}])[-2]
+    *_, table, _ = of_revival.section([row, {**row, "silent_fraction": 0.125}])
     assert "| 25.0% | | 0.2000 |" in table
     assert "| 25.0% | 12.5% | 0.2000 |" in table
+
+
+def test_starts_are_lines_and_cures_are_columns():
+    of_both = {"model": "smollm2", "architecture": "topk", "d_sae": 64, "tokens": 2000, "lr": 0.001, "seed": 0}
+    dead = {"start": "the flag's", "cure": "nothing", "dead_fraction": 0.25, "silent_fraction": 0.0005, "nmse": 0.2}
+    revived = {"start": "the paper's", "cure": "revive", "dead_fraction": 0.0, "nmse": 0.125}
+    *_, first, second = of_revival.by_cure([{**of_both, **dead}, {**of_both, **revived}]).splitlines()
+    assert first == "| SmolLM2-135M, 64, 2k | the paper's | | | | 0.0, 0.125 |"
+    assert second == "| | `initializer` | 25.0 (0.05), 0.200 | | | |"
+
+
+def test_rates_are_told_where_there_is_more_than_one():
+    row = {"model": "smollm2", "architecture": "topk", "d_sae": 64, "tokens": 2000, "seed": 0, "start": "the flag's",
+           "cure": "nothing", "dead_fraction": 0.25, "nmse": 0.2}  # fmt: skip
+    table = of_revival.by_cure([{**row, "lr": 0.001}, {**row, "lr": 0.002, "silent_moments": "decay"}])
+    assert "`initializer`, rate 0.001 |" in table
+    assert "`initializer`, rate 0.002, moments decay |" in table
+
+
+def test_the_docs_have_the_table_of_the_results():
+    docs = page.DEAD_FEATURES.read_text()
+    assert of_revival.written_into(docs, read(revival.PART)) == docs
+
+
+def test_a_page_without_the_table_is_an_error():
+    with pytest.raises(ValueError, match="no table that begins with 'model, features, tokens'"):
+        of_revival.written_into("# a page\n", [])
