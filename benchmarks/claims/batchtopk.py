@@ -60,6 +60,7 @@ class Item:
         cell: settings of the SAE.
         bias_correction: of SparseAdam.
         steps: of 1,024 tokens.
+        rise: of biases in silence, as a share of the threshold; None for none.
     """
 
     contender: str
@@ -67,6 +68,7 @@ class Item:
     cell: Cell
     bias_correction: str = "global"
     steps: int = 292
+    rise: float | None = None
 
     @property
     def training(self) -> SweepTraining:
@@ -80,6 +82,26 @@ class Item:
         if isinstance(trainer.optimizer, SparseAdam):
             for group in trainer.optimizer.param_groups:
                 group["bias_correction"] = self.bias_correction
+        if self.rise is not None:
+            share = self.rise
+            trainer.optimizer.register_step_post_hook(lambda *_: raise_silent_(trainer, share, self.steps))
+
+
+# Of biases that rise: how many steps of silence it takes, how often they do, and in which share of a run.
+SILENT_STEPS, RISEN_EVERY, RISEN_UNTIL = 30, 10, 0.9
+
+
+@torch.no_grad()
+def raise_silent_(trainer: SAETrainer, share: float, steps: int) -> None:
+    """Raise the biases of features that have been silent by ``share`` of the threshold.
+
+    As routers of experts are balanced without an auxiliary loss (Wang et al. 2024, arXiv 2408.15664): the bias of what
+    is never chosen rises until it is.
+    """
+    done = trainer.n_training_steps + 1
+    if done % RISEN_EVERY == 0 and done <= RISEN_UNTIL * steps:
+        silent = trainer.n_forward_passes_since_fired >= SILENT_STEPS
+        trainer.sae.b_enc += silent * share * trainer.sae.topk_threshold
 
 
 # What is tried against the deaths, and the two baselines. A quarter of d is the subspace unless a name says otherwise.
@@ -90,6 +112,13 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "BatchTopK, bias correction by row": {**_START, "bias_correction": "per_row"},
     "BatchTopK, moments that decay": {**_START, "silent_moments": "decay"},
     "BatchTopK, moments that decay, lr 0.001": {**_START, "silent_moments": "decay", "lr": 0.001},
+    "BatchTopK, moments that decay, biases rise by 0.02": {**_START, "silent_moments": "decay", "rise": 0.02},
+    "BatchTopK, moments that decay, lr 0.001, biases rise by 0.02": {
+        **_START, "silent_moments": "decay", "lr": 0.001, "rise": 0.02,
+    },
+    "BatchTopK, moments that decay, lr 0.001, biases rise by 0.005": {
+        **_START, "silent_moments": "decay", "lr": 0.001, "rise": 0.005,
+    },
     "BatchTopK, lr 0.001": {**_START, "lr": 0.001},
     "BatchTopK, lr 0.0005": {**_START, "lr": 0.0005},
     "BatchTopK, all of d": {**_START, "d_init": None, "subspace": "full"},
@@ -116,7 +145,7 @@ def items() -> Iterator[Item]:
 
 def _item(contender: str, model: str, **changes: Any) -> Item:
     settings = {"d_sae": D_SAE, **CONTENDERS[contender], **changes}
-    own = {name: settings.pop(name) for name in ("bias_correction",) if name in settings}
+    own = {name: settings.pop(name) for name in ("bias_correction", "rise") if name in settings}
     return Item(contender=contender, model=model, cell=Cell(**settings), **own)
 
 

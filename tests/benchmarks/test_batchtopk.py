@@ -1,6 +1,7 @@
 """What is measured of BatchTopK at a threshold is what its saved SAE does, and the page says what was found."""
 
 import pytest
+import torch
 
 from benchmarks.claims import batchtopk
 from benchmarks.claims.records import is_among, read
@@ -40,6 +41,18 @@ def test_what_is_tried_gets_into_the_training():
     item = batchtopk.Item(contender="", model="", cell=Cell(), bias_correction="per_row")
     item.prepare(trainer)
     assert {group["bias_correction"] for group in trainer.optimizer.param_groups} == {"per_row"}
+
+
+def test_biases_rise_in_silence_alone():
+    trainer = trained("batchtopk")
+    trainer.n_forward_passes_since_fired = torch.arange(64) - 33 + batchtopk.SILENT_STEPS
+    before = trainer.sae.b_enc.detach().clone()
+    for steps_before, share in ((8, 0.0), (batchtopk.RISEN_EVERY - 1, 0.5), (99, 0.5)):  # not again at the end
+        trainer.n_training_steps = steps_before
+        batchtopk.raise_silent_(trainer, 0.5, steps=100)
+        risen = (trainer.sae.b_enc.detach() - before) / trainer.sae.topk_threshold
+        assert risen[33:].tolist() == pytest.approx([share] * 31, rel=1e-4)
+        assert not risen[:33].any()
 
 
 def test_no_item_is_there_twice_and_results_are_those_of_the_plan():
