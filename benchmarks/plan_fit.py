@@ -1,17 +1,16 @@
 """Fits the model behind ``saelens_asi.plan`` and tests it on hooks, models and texts that the fit has not seen.
 
     python -m benchmarks.plan_fit     # writes saelens_asi/planning/fitted.json and benchmarks/results/plan.{json,md}
-    python -m benchmarks.plan_fit --decaying    # how right the fit is of SAEs whose moments decay in silence
 
 Rows: the SAEs of ``plan_sweep`` and those of the claims' sweeps that were trained as the plan recommends (TopK, active
 subspace with a dimension within a factor of 1.5 of the default, mean as centre, SparseAdam, no auxiliary loss, a rate
-within a factor of 1.5 of the rule, moments that stay in silence), at hooks that have pilots. Each hook counts the same,
-however many SAEs it has.
+within a factor of 1.5 of the rule), at hooks that have pilots. Where moments stay in silence the error is the same, and
+more features are dead: of such SAEs the errors are fitted and tested, the dead shares are not. Each hook counts the
+same, however many SAEs it has.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,6 +73,7 @@ class Trained:
         tokens: that it was trained on.
         nmse: on held-out tokens: E|x - x_hat|^2 over the variance of the hook, where that is known, or theirs.
         counts: pairs of tokens, and share of the features that fired on none of them.
+        decays: whether moments decay in silence, as the plan recommends it.
         cpu_seconds: of the training.
     """
 
@@ -84,6 +84,7 @@ class Trained:
     tokens: int
     nmse: float
     counts: tuple[tuple[int, float], ...]
+    decays: bool
     cpu_seconds: float
 
 
@@ -91,11 +92,9 @@ def _counts(row: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     return (row["n_tokens"], row["dead_fraction"]), (row["silent_tokens"], row["silent_fraction"])
 
 
-def _is_recommended(row: dict[str, Any], silent_moments: str) -> bool:
+def _is_recommended(row: dict[str, Any]) -> bool:
     own = (row["architecture"], row["optimizer"], row["subspace"], row["center"], row["aux_loss_coefficient"])
     if own != ("topk", "sparse_adam", "active", "mean", 0.0) or row["norm"] != "least_squares":
-        return False
-    if row.get("silent_moments", "keep") != silent_moments:
         return False
     share = row["d_init_used"] / row["d_in"] / auto_share(row["d_in"], row["d_sae"])
     rate = row["lr"] / learning_rate(row["d_sae"])
@@ -112,15 +111,15 @@ def variances() -> dict[tuple[Group, int], float]:
     }
 
 
-def trained(silent_moments: str) -> Iterator[Trained]:
-    """All of them, from all files of results; SparseAdam's moments are as it is told."""
+def trained() -> Iterator[Trained]:
+    """All of them, from all files of results."""
     for path in [CELLS, *sorted(CLAIMS.glob("*.jsonl")), *sorted(CLAIMS.glob("*/cells.jsonl"))]:
         shared: dict[str, Any] = {}
         if (path.parent / "sweep.json").exists():
             sweep = json.loads((path.parent / "sweep.json").read_text())
             shared = {"model": sweep["model"], "text": sweep["dataset"], "tokens": sweep["training"]["training_tokens"]}
         for row in ({**shared, **one} for one in lines(path)) if path.exists() else ():
-            if "silent_tokens" not in row or not _is_recommended(row, silent_moments):
+            if "silent_tokens" not in row or not _is_recommended(row):
                 continue
             group = (row["model"], row["text"], row.get("hook") or row["hook_name"])
             yield Trained(
@@ -129,6 +128,7 @@ def trained(silent_moments: str) -> Iterator[Trained]:
                 nmse=row["nmse"] * variances().get((group, row["n_tokens"]), 1.0),
                 **{name: row[name] for name in ("d_sae", "k", "tokens", "cpu_seconds")},
                 counts=_counts(row),
+                decays=row.get("silent_moments") == "decay",
             )
 
 
@@ -154,13 +154,13 @@ class Hook:
         return self.timed[1:]
 
 
-def hooks(silent_moments: str = "keep") -> dict[Group, Hook]:
-    """Those with three pilots and an SAE at least, whose moments are as it is told."""
+def hooks() -> dict[Group, Hook]:
+    """Those with three pilots and an SAE at least."""
     by_group: dict[Group, dict[tuple[int, int], dict[str, Any]]] = {}
     for row in lines(PILOTS):
         if row["steps"] == STEPS:
             by_group.setdefault((row["model"], row["text"], row["hook"]), {})[row["d_sae"], row["k"]] = row
-    found, all_rows = {}, list(trained(silent_moments))
+    found, all_rows = {}, list(trained())
     sizes = ((PILOT_D_SAE[0], PILOT_K[0]), (PILOT_D_SAE[1], PILOT_K[0]), (PILOT_D_SAE[0], PILOT_K[1]))
     for group, by_size in by_group.items():
         rows = tuple(row for row in all_rows if row.group == group)
@@ -229,11 +229,13 @@ def error_left(coefficients: dict[str, float], some: Hooks) -> Left:
 
 
 def _spreads(some: Hooks) -> Iterator[tuple[dict[str, float], float, float]]:
-    """Terms, spread and weight, of each count of each SAE."""
-    for hook, row, weight in _each(some):
-        for n_tokens, share in row.counts:
-            terms = spread_terms(hook.anchor, row.d_sae, row.k, row.tokens)
-            yield terms, spread_of_silence(n_tokens, share, row.d_sae, row.k), weight / len(row.counts)
+    """Terms, spread and weight, of each count of each SAE whose moments decay."""
+    for hook in some.values():
+        rows = [row for row in hook.rows if row.decays]
+        for row in rows:
+            for n_tokens, share in row.counts:
+                terms = spread_terms(hook.anchor, row.d_sae, row.k, row.tokens)
+                yield terms, spread_of_silence(n_tokens, share, row.d_sae, row.k), 1 / len(rows) / len(row.counts)
 
 
 def fit_spread(some: Hooks) -> dict[str, float]:
@@ -399,6 +401,7 @@ def _compared(kept_out: str, group: Group, anchor: Anchor, row: Trained, own: Fi
         **{name: getattr(row, name) for name in SIZES},
         "nmse": row.nmse,
         "nmse_predicted": asdict(error),
+        "decays": row.decays,
         "dead": share,
         "dead_on": n_tokens,
         "dead_predicted": asdict(dead),
@@ -413,25 +416,27 @@ def is_inside(value: float, interval: dict[str, float], step: float = 0.0) -> bo
 def coverage(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of rows of ``tested``: share inside the 80 % intervals, and how far off the middle is."""
     rows = list(rows)
-    of = [(row["model"], row["text"], row["hook"]) for row in rows]
-    weights = [1 / of.count(one) for one in of]  # each hook counts the same
-
-    def share(inside: list[bool]) -> float:
-        return float(np.average(inside, weights=weights))
-
+    decaying = [row for row in rows if row["decays"]]
     off = [math.log(row["nmse"] / row["nmse_predicted"]["value"]) for row in rows]
     widths = [row["nmse_predicted"]["high"] / row["nmse_predicted"]["value"] - 1 for row in rows]
-    dead = [abs(row["dead"] - row["dead_predicted"]["value"]) for row in rows]
+    dead = [abs(row["dead"] - row["dead_predicted"]["value"]) for row in decaying]
     return {
         "saes": len(rows),
-        "error_inside": share([is_inside(row["nmse"], row["nmse_predicted"]) for row in rows]),
+        "error_inside": _share(rows, [is_inside(row["nmse"], row["nmse_predicted"]) for row in rows]),
         "error_off_median": float(np.median(np.abs(np.expm1(off)))),
         "error_off_largest": float(np.max(np.abs(np.expm1(off)))),
         "interval": float(np.median(widths)),
-        "dead_inside": share([is_inside(r["dead"], r["dead_predicted"], 1 / r["d_sae"]) for r in rows]),
+        "dead_saes": len(decaying),
+        "dead_inside": _share(decaying, [is_inside(r["dead"], r["dead_predicted"], 1 / r["d_sae"]) for r in decaying]),
         "dead_off_median": float(np.median(dead)),
         "dead_off_largest": float(np.max(dead)),
     }
+
+
+def _share(rows: Sequence[dict[str, Any]], inside: Sequence[bool]) -> float:
+    """Each hook counts the same."""
+    of = [(row["model"], row["text"], row["hook"]) for row in rows]
+    return float(np.average(inside, weights=[1 / of.count(one) for one in of]))
 
 
 def processors() -> set[str]:
@@ -450,11 +455,11 @@ def costs() -> list[str]:
 
 def report(result: dict[str, Any]) -> str:
     """The page."""
-    percent = [n for n in next(iter(result["coverage"].values())) if n != "saes"]
-    columns = ["kept out", "SAEs", "error inside", "error off, median", "largest", "interval, +", "dead inside",
-               "dead off, median", "largest"]  # fmt: skip
+    columns = ["kept out", "SAEs", "error inside", "error off, median", "largest", "interval, +", "of these decay",
+               "dead inside", "dead off, median", "largest"]  # fmt: skip
     cells = [
-        [name, str(row["saes"]), *(f"{row[one]:.1%}" for one in percent)] for name, row in result["coverage"].items()
+        [name, *(str(value) if key.endswith("saes") else f"{value:.1%}" for key, value in row.items())]
+        for name, row in result["coverage"].items()
     ]
     made = result["fitted"]["provenance"]
     terms = [[name, f"{value:+.4f}"] for name, value in result["fitted"]["error"].items()]
@@ -464,8 +469,9 @@ def report(result: dict[str, Any]) -> str:
             f"Fitted on {made['saes']} SAEs at {made['hooks']} hooks (`make plan`; {', '.join(made['results'])}). Each "
             "SAE below was predicted by a fit, intervals among it, that had seen no SAE of its hook, of its model, or "
             "of its text (where that leaves eight hooks to fit on); inside: share within the 80 % interval, each hook "
-            "counting the same; off: of the measured error, relative; of the dead share, in points.",
-            markdown_table(columns, cells, align="lrrrrrrrr"),
+            "counting the same; off: of the measured error, relative; of the dead share, in points. Dead shares are "
+            "those of SAEs whose moments decay in silence.",
+            markdown_table(columns, cells, align="lrrrrrrrrr"),
             "Error: log (NMSE / NMSE of the first pilot), linear in",
             markdown_table(["term", "coefficient"], terms, align="lr"),
             "Memory: the peak of real runs, each in a process of its own; then CPU seconds of a step, of sizes that "
@@ -503,20 +509,7 @@ def shown(hook: Hook, budget_hours: float = 0.5, memory: str = "2GiB") -> Plan:
     )
 
 
-def of_decaying() -> dict[str, Any]:
-    """Coverage of the package's fit, of SAEs that it has not seen: their moments decay in silence."""
-    own, rows = planning.fitted(), []
-    for group, hook in hooks("decay").items():
-        rows += [_compared("moments", group, hook.anchor, row, own) for row in hook.rows]
-    return coverage(rows)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decaying", action="store_true")
-    if parser.parse_args().decaying:
-        print(json.dumps(of_decaying(), indent=1))
-        return
     some = hooks()
     own = fit_all(some)
     rows = tested(some)

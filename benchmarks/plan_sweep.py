@@ -65,7 +65,8 @@ class Work:
 
     def key(self) -> dict[str, Any]:
         own = {"d_sae": self.d_sae, "k": self.k, **({"tokens": self.tokens} if self.tokens else {})}
-        return {**place_of(self.source, self.hook), **own}
+        moments = recommended(self.d_sae, self.k).silent_moments
+        return {**place_of(self.source, self.hook), **own, "silent_moments": moments}
 
     @property
     def path(self) -> Path:

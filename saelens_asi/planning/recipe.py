@@ -33,10 +33,6 @@ class KnownCell(Cell):
 
 
 def recommended(d_sae: int, k: int, spectrum: str | Path | None = None) -> KnownCell:
-    """TopK with the initializer and SparseAdam, and no auxiliary loss.
-
-    Moments of silent features stay, as in the runs that the model was fitted on: where they decay, which is the default
-    of a run, the error is the same, and fewer features are dead.
-    """
+    """TopK with the initializer and SparseAdam, their defaults, and no auxiliary loss."""
     known = None if spectrum is None else str(spectrum)
-    return KnownCell(d_sae=d_sae, k=k, lr=learning_rate(d_sae), silent_moments="keep", spectrum=known)
+    return KnownCell(d_sae=d_sae, k=k, lr=learning_rate(d_sae), spectrum=known)
