@@ -25,6 +25,7 @@ a new start) a million tokens or more before the end, those that are not dead on
 40,000 held-out tokens, and the two cures that take up to half an hour are tried at one hook from two starts.
 """
 
+STARTS = ("SAELens's own", "the paper's", "the flag's")
 CURES = ("nothing", "auxiliary loss", "resampling", "revive")
 BY_CURE = ["model, features, tokens", "start", "nothing", "auxiliary loss", "resampling", '`revive="auto"`']
 _MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3 270M"}
@@ -91,8 +92,7 @@ def _kind(row: Row) -> tuple[Any, ...]:
 
 def _order(kind: tuple[Any, ...]) -> tuple[Any, ...]:
     model, architecture, d_sae, tokens, start, lr, decays = kind
-    starts = ("SAELens's own", "the paper's", "the flag's")
-    return architecture != "topk", model != "smollm2", d_sae, tokens, starts.index(start), decays, lr
+    return architecture != "topk", model != "smollm2", d_sae, tokens, STARTS.index(start), decays, lr
 
 
 def _is_of(row: Row, kind: tuple[Any, ...], cure: str) -> bool:

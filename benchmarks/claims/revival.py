@@ -46,7 +46,7 @@ CURES: dict[str, dict[str, Any]] = {
 }
 # Models, architectures and tokens, of which each is trained from all starts with all cures.
 SETS = (("smollm2", "topk", 800_000), ("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000))
-# With many features these take up to half an hour each: two starts at one hook, of the dozen that there are.
+# With MANY features these take up to half an hour each, and are tried from two starts at one hook.
 SLOW = ("auxiliary loss", "resampling")
 SLOW_WITH_MANY = {("smollm2", "topk", start) for start in ("SAELens's own", "the flag's")}
 # Decoder rows with a cosine above this are duplicates.
