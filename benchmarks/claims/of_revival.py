@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.sources import MODEL_TITLES
 from saelens_asi.evaluation.tables import markdown_table
 
 Row = Mapping[str, Any]
@@ -28,7 +29,6 @@ a new start) a million tokens or more before the end, those that are not dead on
 STARTS = ("SAELens's own", "the paper's", "the flag's")
 CURES = ("nothing", "auxiliary loss", "resampling", "revive")
 BY_CURE = ["model, features, tokens", "start", "nothing", "auxiliary loss", "resampling", '`revive="auto"`']
-_MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3 270M"}
 _STARTS = {"the flag's": "`initializer`"}
 # Shares below are told with a digit more.
 _FEW = 0.001
@@ -102,7 +102,7 @@ def _is_of(row: Row, kind: tuple[Any, ...], cure: str) -> bool:
 def _title(kind: tuple[Any, ...]) -> str:
     model, architecture, d_sae, tokens = kind[:4]
     many = f"{tokens // 1_000_000}M" if tokens % 1_000_000 == 0 else f"{tokens // 1000}k"
-    return f"{_MODELS[model]}, {'BatchTopK ' if architecture == 'batchtopk' else ''}{d_sae:,}, {many}"
+    return f"{MODEL_TITLES[model]}, {'BatchTopK ' if architecture == 'batchtopk' else ''}{d_sae:,}, {many}"
 
 
 def _cell(row: Row) -> str:

@@ -27,8 +27,8 @@ class PlanRow:
         k: active on a token.
         tokens: to train on.
         nmse: normalized MSE, with its 80 % interval.
-        dead: share of the features that fire on none of the plan's ``counted_on`` tokens, with its 80 % interval; where
-            moments decay in silence, as they do by default, it is rather fewer.
+        dead: share of the features that fire on none of the plan's ``counted_on`` tokens, with its 80 % interval; of
+            moments that decay in silence, a run's default.
         hours: on this machine: steps, the language model, and what comes before the first step.
         memory: of the process, in parts.
         firings: of a feature in training, in the mean.

@@ -57,7 +57,7 @@ def test_the_section_has_a_line_for_each_row():
 
 
 def test_starts_are_lines_and_cures_are_columns():
-    assert (of_revival.STARTS, of_revival.CURES) == (tuple(revival.STARTS), tuple(revival.CURES))
+    assert (tuple(revival.STARTS), tuple(revival.CURES)) == (of_revival.STARTS, of_revival.CURES)
     of_both = {"model": "smollm2", "architecture": "topk", "d_sae": 64, "tokens": 2000, "lr": 0.001, "seed": 0}
     dead = {"start": "the flag's", "cure": "nothing", "dead_fraction": 0.25, "silent_fraction": 0.0005, "nmse": 0.2}
     revived = {"start": "the paper's", "cure": "revive", "dead_fraction": 0.0, "nmse": 0.125}
