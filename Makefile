@@ -106,7 +106,8 @@ gemma: install
 claims: install gemma
 	for part in grid steps saes sources universality; do $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train pilot pilot_rivals d_init d_init_sizes d_init_aside
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial slower rivals elsewhere
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.train factorial slower moments rivals elsewhere predictions
+	$(BIN)/python -m benchmarks.claims.predictions
 	for part in revival batchtopk worth; do OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claims.$$part || exit 1; done
 	$(BIN)/python -m benchmarks.claims.scaling
 	$(BIN)/python -m benchmarks.claims.page

@@ -49,7 +49,7 @@ class ActiveSubspaceInit:
 
     Attributes:
         d_init: dimension of the subspace: an int, a fraction of d_in in (0, 1] given as a float, or ``"auto"``: an
-            eighth of d_in, and up to a quarter for large dictionaries (``auto_d_init``).
+            eighth of d_in, and up to a quarter for large dictionaries and for BatchTopK (``auto_d_init``).
         n_tokens: activation vectors used for the estimate, or ``"auto"``: 32 for each dimension of d_in. They are
             streamed, so memory does not grow with them.
         norm: norm of the decoder rows: ``"least_squares"`` (closed form for the lowest initial reconstruction error;
@@ -129,28 +129,36 @@ class ActiveSubspaceInit:
         return cls(**values)
 
 
-def auto_share(d_in: int, d_sae: int) -> float:
+def auto_share(d_in: int, d_sae: int, over_batch: bool = False) -> float:
     """Of d_in, how many dimensions ``d_sae`` features start in where none are asked for.
 
     An eighth up to fourteen features for each dimension of d_in; from there on as the square root of their number, up
     to a quarter: features crowd, and die of each other. A dimension that is too low loses features, one that is too
     high error (docs/claims.md: what was tried at hooks of two models, and at four sizes).
+
+    A quarter where features are selected over a whole batch (BatchTopK): one threshold for all tokens leaves those
+    behind that crowd, and more of them the longer the run (docs/claims.md, "BatchTopK").
     """
+    if over_batch:
+        return _LARGEST_SHARE
     return min(_LARGEST_SHARE, _LEAST_SHARE * math.sqrt(max(1.0, d_sae / (_UNCROWDED * d_in))))
 
 
-def auto_d_init(spectrum: Spectrum, d_sae: int) -> int:
-    """Dimension of the subspace for ``d_sae`` features where none is asked for.
+def auto_d_init(spectrum: Spectrum, d_sae: int, over_batch: bool = False) -> int:
+    """Dimension of the subspace for ``d_sae`` features where none is asked for; ``over_batch``: of a BatchTopK.
 
     ``auto_share`` of d_in; no more than hold 99 % of the variance, but sixteen at least where the sample has them. How
     much variance they hold says little else: the tail in which features live counts for little in it.
     """
-    wanted = max(_AUTO_LEAST, round(auto_share(spectrum.d, d_sae) * spectrum.d))
+    wanted = max(_AUTO_LEAST, round(auto_share(spectrum.d, d_sae, over_batch) * spectrum.d))
     return min(wanted, spectrum.intrinsic_dimension(_AUTO_VARIANCE), max(1, spectrum.rank))
 
 
-def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum, d_sae: int | None = None) -> int:
-    """Dimension of the subspace for activations with this spectrum, and ``d_sae`` features.
+def choose_d_init(
+    settings: ActiveSubspaceInit, spectrum: Spectrum, d_sae: int | None = None, over_batch: bool = False
+) -> int:
+    """Dimension of the subspace for activations with this spectrum, and ``d_sae`` features (``over_batch``: of a
+    BatchTopK).
 
     ``"auto"`` without a ``d_sae`` is the smallest dimension that holds 90 % of the variance.
 
@@ -161,7 +169,7 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum, d_sae: int |
     if settings.subspace == "full":
         return d_in
     if settings.d_init == "auto" and d_sae is not None:
-        d_init = auto_d_init(spectrum, d_sae)
+        d_init = auto_d_init(spectrum, d_sae, over_batch)
     elif settings.d_init == "auto":
         d_init = spectrum.intrinsic_dimension(AUTO_VARIANCE_SHARE)
     elif _is_int(settings.d_init):
@@ -177,10 +185,14 @@ def choose_d_init(settings: ActiveSubspaceInit, spectrum: Spectrum, d_sae: int |
 
 
 def subspace_basis(
-    settings: ActiveSubspaceInit, spectrum: Spectrum, generator: torch.Generator, d_sae: int | None = None
+    settings: ActiveSubspaceInit,
+    spectrum: Spectrum,
+    generator: torch.Generator,
+    d_sae: int | None = None,
+    over_batch: bool = False,
 ) -> Float64[Tensor, "d_in d_init"] | None:
     """(d_in, d_init) orthonormal float64 columns that span what ``choose_d_init`` asks for; None for all of d_in."""
-    d_init = choose_d_init(settings, spectrum, d_sae)
+    d_init = choose_d_init(settings, spectrum, d_sae, over_batch)
     if settings.subspace == "full":
         return None
     if settings.subspace == "random":
@@ -327,6 +339,7 @@ def initialize_(
     spectrum: Spectrum,
     sample: Float[Tensor, "n d_in"],
     fit_activation_fn: nn.Module | None = None,
+    over_batch: bool = False,
 ) -> Initialization:
     """Initialize ``W_dec``, ``W_enc`` and the biases of a freshly made training SAE.
 
@@ -340,6 +353,7 @@ def initialize_(
         spectrum: of the activations in the space that the encoder sees.
         sample: (n, d_in) activations as the SAE's ``encode`` takes them.
         fit_activation_fn: takes the place of the SAE's own activation function while the norm is fitted.
+        over_batch: whether the SAE selects features over a whole batch.
 
     Raises:
         ValueError: for weights that are not fresh, or settings that do not suit the SAE or the spectrum.
@@ -348,7 +362,7 @@ def initialize_(
     norm = _fixed_norm(sae, settings)
     _check_center(sae, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    basis = subspace_basis(settings, spectrum, generator, _shard(sae).d_sae)
+    basis = subspace_basis(settings, spectrum, generator, _shard(sae).d_sae, over_batch)
     d_in = spectrum.d
     random_directions_(sae.W_dec.data, basis, generator, _shard(sae))
     _tie_encoder_(sae)

@@ -14,6 +14,7 @@ import argparse
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from benchmarks.claims.train import processor
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sparse_adam import SparseAdam
 from saelens_asi.sweep import Cell, SweepTraining
+from saelens_asi.sweep.results import grouped
 from saelens_asi.sweep.run import train_cell
 
 PART = "batchtopk"
@@ -42,11 +44,12 @@ EDGE = 0.2
 RARE = 1e-4
 
 TEXT = """
-The attention output of each main source as far as it is trained, 292 steps of 1,024 activations, d_init 0.25, learning
-rate 0.002 unless a name says otherwise; 60,000 tokens of other documents. *At k*: at the threshold with which L0 is k.
+The attention output of each main source as far as it is trained, steps of 1,024 activations, d_init 0.25, learning rate
+0.002 unless a name says otherwise; 60,000 tokens of other documents. *At k*: at the threshold with which L0 is k.
 The saved SAE's own is a moving average that SAELens starts at 0: after n steps it is too low by a share of 0.99^n,
 more features fire, and fewer seem dead. *Rare* features fire on under one token in 10,000; *silent* ones on none of
-the last 40 % of training.
+the last 40 % of training; *at the edge* are those that do not fire at k, and whose best score comes within a fifth of
+the threshold.
 """
 
 
@@ -88,7 +91,7 @@ class Item:
 
 
 # Of biases that rise: how many steps of silence it takes, how often they do, and in which share of a run.
-SILENT_STEPS, RISEN_EVERY, RISEN_UNTIL = 30, 10, 0.9
+SILENT_STEPS, RISEN_EVERY, RISEN_UNTIL = 10, 5, 0.9
 
 
 @torch.no_grad()
@@ -113,12 +116,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "BatchTopK, moments that decay": {**_START, "silent_moments": "decay"},
     "BatchTopK, moments that decay, lr 0.001": {**_START, "silent_moments": "decay", "lr": 0.001},
     "BatchTopK, moments that decay, biases rise by 0.02": {**_START, "silent_moments": "decay", "rise": 0.02},
-    "BatchTopK, moments that decay, lr 0.001, biases rise by 0.02": {
-        **_START, "silent_moments": "decay", "lr": 0.001, "rise": 0.02,
-    },
-    "BatchTopK, moments that decay, lr 0.001, biases rise by 0.005": {
-        **_START, "silent_moments": "decay", "lr": 0.001, "rise": 0.005,
-    },
     "BatchTopK, lr 0.001": {**_START, "lr": 0.001},
     "BatchTopK, lr 0.0005": {**_START, "lr": 0.0005},
     "BatchTopK, all of d": {**_START, "d_init": None, "subspace": "full"},
@@ -127,6 +124,24 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "architecture": "batchtopk", "initializer": "default", "optimizer": "adam", "aux_loss_coefficient": 1.0,
         "lr": 0.002, "k": K,
     },
+}  # fmt: skip
+
+
+# Features of a BatchTopK die slowly: what a start, and biases that rise, do in longer runs, moments decaying.
+LONGER = {"smollm2": 976, "gemma3-270m": 488}
+_LONG = {**_START, "silent_moments": "decay", "lr": 0.001}
+CONTENDERS_OF_LONGER: dict[str, dict[str, Any]] = {
+    "BatchTopK, the default": {**_LONG, "d_init": "auto"},
+    "BatchTopK": _LONG,
+    "BatchTopK, d_init 0.375": {**_LONG, "d_init": 0.375},
+    "BatchTopK, all of d": {**_LONG, "d_init": None, "subspace": "full"},
+    "BatchTopK, biases rise by 0.02": {**_LONG, "rise": 0.02},
+    "BatchTopK, all of d, biases rise by 0.02": {**_LONG, "d_init": None, "subspace": "full", "rise": 0.02},
+    "BatchTopK, norm 0.8": {**_LONG, "norm": 0.8},
+    "TopK": {**_LONG, "architecture": "topk"},
+    "BatchTopK, the default, lr 0.002": {**_LONG, "d_init": "auto", "lr": 0.002},
+    "BatchTopK, lr 0.002": {**_LONG, "lr": 0.002},
+    "BatchTopK, biases rise by 0.02, lr 0.002": {**_LONG, "rise": 0.02, "lr": 0.002},
 }  # fmt: skip
 
 
@@ -141,22 +156,26 @@ def items() -> Iterator[Item]:
             yield _item(name, "smollm2", seed=seed)
     for name in ("BatchTopK", "BatchTopK, revive"):
         yield _item(name, "smollm2", d_sae=2 * D_SAE)
+    for model, steps in LONGER.items():
+        for name, settings in CONTENDERS_OF_LONGER.items():
+            yield _item(name, model, **settings, steps=steps)
 
 
 def _item(contender: str, model: str, **changes: Any) -> Item:
-    settings = {"d_sae": D_SAE, **CONTENDERS[contender], **changes}
-    own = {name: settings.pop(name) for name in ("bias_correction", "rise") if name in settings}
+    settings = {"d_sae": D_SAE, **(changes if "steps" in changes else CONTENDERS[contender] | changes)}
+    own = {name: settings.pop(name) for name in ("bias_correction", "rise", "steps") if name in settings}
     return Item(contender=contender, model=model, cell=Cell(**settings), **own)
 
 
-def data(model: str) -> tuple[Tensor, Tensor]:
+def data(item: Item) -> tuple[Tensor, Tensor]:
     """Activations to train on and, of other documents, to measure on."""
-    hook = MAIN_HOOK[model]
-    if model == MAIN.model:
-        of_main, _ = activations(MAIN, hook)
-        return of_main[:TRAINED_ON], of_main[HELD_OUT].float()
-    training, held_out = activations(find(model, MAIN.text, hook), hook)
-    return training, held_out.float()
+    hook, n_tokens = MAIN_HOOK[item.model], item.training.training_tokens
+    source = MAIN if item.model == MAIN.model else find(item.model, MAIN.text, hook, n_tokens)
+    training, held_out = activations(source, hook)
+    if item.model == MAIN.model and n_tokens <= TRAINED_ON:
+        held_out = training[HELD_OUT]
+    n_held_out = HELD_OUT.stop - HELD_OUT.start
+    return training[: max(TRAINED_ON, n_tokens)], held_out[:n_held_out].float()
 
 
 @torch.no_grad()
@@ -233,12 +252,13 @@ def _share_of_half(firings: Tensor) -> float:
 
 def section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of the page, Markdown; none without results."""
-    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["d_sae"], row["contender"]), []).append(row)
-    table = [(model, f"{d_sae:,}", name, *_cells(own)) for (model, d_sae, name), own in groups.items()]
-    header = ["model", "features", "trained", "seeds", "NMSE", "L0", "NMSE at k", "dead at k", "rare at k", "silent"]
-    end = markdown_table(header, table, align="lrlrrrrrrr")
+    groups = grouped(rows, itemgetter("model", "steps", "d_sae", "contender"))
+    table = [
+        (model, f"{steps:,}", f"{d_sae:,}", name, *_cells(own)) for (model, steps, d_sae, name), own in groups.items()
+    ]
+    header = ["model", "steps", "features", "trained", "seeds", "NMSE", "L0", "dead", "NMSE at k", "dead at k"]
+    header += ["at the edge", "rare at k", "silent"]
+    end = markdown_table(header, table, align="lrrlrrrrrrrrr")
     return ["## BatchTopK", "", TEXT.strip(), "", end, ""] if rows else []
 
 
@@ -250,8 +270,10 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         str(len(rows)),
         spread([row["nmse"] for row in rows], "{:.4f}"),
         f"{sum(row['l0'] for row in rows) / len(rows):.1f}",
+        spread([row["dead_fraction"] for row in rows], "{:.1%}"),
         of("nmse", "{:.4f}"),
         of("dead_fraction", "{:.1%}"),
+        spread([row["edge_fraction"] for row in rows], "{:.1%}"),
         of("rare_fraction", "{:.1%}"),
         spread([row["silent_in_training"] for row in rows], "{:.1%}"),
     )
@@ -266,7 +288,7 @@ def main() -> None:
         with taken(item.key()) as mine:
             if not mine or is_among(read(PART), item.key()):
                 continue
-            training, held_out = data(item.model)
+            training, held_out = data(item)
             trainer, record = train_cell(item.cell, item.training, training, prepare=item.prepare)
             last = round(0.4 * item.steps)
             silent = float((trainer.n_forward_passes_since_fired >= last).double().mean())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import itemgetter
 
+from benchmarks.claims import plan, predictions
 from benchmarks.claims.evidence import Claim, ResultFiles
-from benchmarks.claims.statistics import UNJUDGED, verdict
+from benchmarks.claims.statistics import Pair, interval, verdict
 from saelens_asi.sweep import fit_power_law
 from saelens_asi.sweep.cells import METHOD_TITLES, SweepRow
 from saelens_asi.sweep.results import best_rates, grouped, mean_of, spread
@@ -208,14 +209,19 @@ def power_law(e: ResultFiles) -> Claim:
 
 
 def downstream(e: ResultFiles) -> Claim:
-    losses = e.evaluations["loss"]
+    rows = e.parts[predictions.PART]
+    of = {
+        name: {row["seed"]: row["kl_recovered"] for row in rows if row["contender"] == name} for name in plan.PREDICTING
+    }
+    ours = of[plan.OURS]
+    parts = [f"{name}: {interval(list(values.values())).written('{:.2%}')}" for name, values in of.items()]
     return Claim(
         "ASI keeps more of the model's predictions (share of the divergence that zero ablation makes)",
         "lower downstream loss than TopK",
-        "; ".join(f"{METHOD_TITLES[name]} {row['kl_recovered']:.1%}" for name, row in losses.items())
-        + f" (on {losses['topk']['n_tokens']:,} tokens)",
-        UNJUDGED,
-        "1",
+        f"{'; '.join(parts)} (kernel documentation, {rows[0]['tokens']:,} tokens of training, {rows[0]['n_tokens']:,} "
+        "predicted)",
+        verdict(Pair(ours, theirs, higher=True) for name, theirs in of.items() if name != plan.OURS),
+        str(len(ours)),
         SWEEPS,
     )
 

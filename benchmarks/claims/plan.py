@@ -215,6 +215,7 @@ MOMENTS_AT = (
     ("gemma3-270m", D_SAE, 300_000, (0.001, 0.002), (0,)),
     ("smollm2", 32_768, 800_000, (0.0005, 0.001), (0,)),
     ("smollm2", D_SAE, MAIN_TOKENS, (0.001,), (1, 2)),
+    ("smollm2", 131_072, 800_000, (0.0005, 0.001), (0,)),
 )
 
 
@@ -245,11 +246,27 @@ def elsewhere() -> Iterator[Item]:
                 yield _item("elsewhere", contender, model, text, ELSEWHERE_TOKENS, **settings)
 
 
+# What SAEs keep of the predictions of a model, seed by seed (predictions.py): the paper's two baselines, TopK with the
+# mean as centre, and ours.
+PREDICTING = (BASELINE, "AuxK, zeros, all of d", "TopK, mean, all of d", OURS)
+PREDICTING_TOKENS = 500_000
+
+
+def predictions() -> Iterator[Item]:
+    for seed in SEEDS:
+        for contender in PREDICTING:
+            settings = chosen(contender)
+            if settings:
+                own = {"seed": seed, "save": True, **settings}
+                yield _item("predictions", contender, "smollm2", "linux-doc", PREDICTING_TOKENS, **own)
+
+
 # Parts whose settings are known when the pilot is done, and how many SAEs they hold.
 AFTER_THE_PILOT = {
     "factorial": len(SEEDS) * len(CONTENDERS),
     "elsewhere": len(ELSEWHERE) * len(CONTENDERS),
     "rivals": len(RIVALS) + len(SEEDS) - 1,
+    "predictions": len(SEEDS) * len(PREDICTING),
 }
 
 PARTS = {
@@ -260,6 +277,7 @@ PARTS = {
     "moments": moments,
     "rivals": rivals,
     "elsewhere": elsewhere,
+    "predictions": predictions,
     "d_init": d_init,
     "d_init_aside": d_init_aside,
     "d_init_sizes": d_init_sizes,

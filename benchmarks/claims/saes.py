@@ -1,4 +1,4 @@
-"""What needs the model itself: predictions with SAEs of the sweeps in place, and dead features by more tokens.
+"""Dead features of the largest SAE of the goal by all tokens of the text, with its last weights.
 
     python -m benchmarks.claims.saes [--sweeps FOLDER]
 
@@ -24,8 +24,7 @@ from saelens_asi.sweep import METHODS, Cell, read_sweep
 from saelens_asi.sweep.cells import SweepRow
 from saelens_asi.sweep.run import sae_folder
 
-CONTEXT, LOSS_TOKENS = 128, 8192
-COMPARED, GOAL = 8192, 65_536
+CONTEXT, GOAL = 128, 65_536
 
 
 def load(sweep: Path, cell: Cell, hook_name: str) -> SAE:
@@ -39,15 +38,6 @@ def best_cell(rows: Sequence[SweepRow], method: str, d_sae: int) -> Cell:
     chosen = [row for row in rows if (row["method"], row["d_sae"], row["seed"]) == (method, d_sae, 0)]
     (best,) = chosen_rates(chosen)
     return Cell(**{**METHODS[method], "d_sae": d_sae, "lr": best["lr"], "silent_moments": "keep"})
-
-
-def losses(sweeps: Path, model: nn.Module, held_out: Dataset) -> dict[str, dict[str, float | None]]:
-    """What SAEs of each method keep of the predictions."""
-    trained = read_sweep(sweeps / "d_sae")
-    names = ("topk", "auxk", "asi", "asi_sparse_adam")
-    saes = {name: load(sweeps / "d_sae", best_cell(trained, name, COMPARED), HOOK) for name in names}
-    found = evaluate(saes, model, held_out, n_tokens=LOSS_TOKENS, loss_tokens=LOSS_TOKENS, context_size=CONTEXT)
-    return {name: one.loss.to_dict() for name, one in found.items()}
 
 
 def finished(sweeps: Path, model: nn.Module, text: Dataset) -> dict[str, float]:
@@ -64,10 +54,7 @@ def main() -> None:
     model = load_model("smollm2")
     text, held_out = load_documents("bible", 100_000)
     path = RESULTS / "claims" / "evaluations.json"
-    found = {
-        "loss": losses(sweeps, model, held_out),
-        "finished": finished(sweeps, model, concatenate_datasets([held_out, text])),
-    }
+    found = {"finished": finished(sweeps, model, concatenate_datasets([held_out, text]))}
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {path}")
 

@@ -16,6 +16,7 @@ from benchmarks.claims.rule import at, by_hook, by_size, default, judged
 from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import interval
 from saelens_asi.evaluation.tables import markdown_table
+from saelens_asi.sweep.results import grouped
 
 
 def progress(e: ResultFiles) -> list[str]:
@@ -38,6 +39,7 @@ DESCRIPTIONS = {
     "slower": "some of them at a rate of 0.001, one seed",
     "moments": "SparseAdam with moments that stay or decay in silence, at several rates, sizes and on both models",
     "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
+    "predictions": "baselines and ours, three seeds, whose predictions are compared",
     "d_init": "dimensions of the subspace at four kinds of hooks, three layers, both models",
     "d_init_sizes": "the same at one hook of each model, with more and with fewer features",
     "d_init_aside": "the same at a layer and on a text that were set aside before the rule was looked for",
@@ -46,10 +48,7 @@ DESCRIPTIONS = {
 
 def spread(values: Sequence[float], form: str) -> str:
     """Mean, and its 95 % interval where there are seeds."""
-    if len(values) < 2:
-        return form.format(values[0])
-    found = interval(values)
-    return f"{form.format(found.mean)} ({form.format(found.low)} to {form.format(found.high)})"
+    return form.format(values[0]) if len(values) < 2 else interval(values).written(form)
 
 
 def contenders(rows: Sequence[Record]) -> list[str]:
@@ -219,6 +218,14 @@ def of_the_activations(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     ]
 
 
+def elsewhere(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
+    """The contenders of the factorial on the second model, and on the second text."""
+    lines = ["## The same on another model, and on another text", "", texts["elsewhere"], ""]
+    for (model, text), rows in grouped(e.parts.get("elsewhere", []), itemgetter("model", "text")).items():
+        lines += [f"### {MODEL_TITLES[model]}, {TEXT_TITLES[text]}", "", *contenders(rows)]
+    return lines
+
+
 def of_the_factorial(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     """What each ingredient buys, how it goes with the tokens, and at a lower rate."""
     rows, slower, moments = (e.parts.get(part, []) for part in ("factorial", "slower", "moments"))
@@ -238,6 +245,7 @@ def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
             lines += [f"## {title}", "", texts[part], "", *contenders(rows)]
         if part == "factorial" and rows:
             lines += of_the_factorial(e, texts)
+    lines += elsewhere(e, texts)
     for part, title in (("d_init", "The dimension of the subspace"), ("d_init_aside", "...where nobody had looked")):
         if e.parts.get(part):
             lines += [f"## {title}", "", texts[part], "", *rules(e.parts[part]), *hooks(e.parts[part])]

@@ -36,6 +36,10 @@ class Interval:
         """-1 where all of it lies below zero, 1 above, 0 where zero is inside."""
         return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
+    def written(self, form: str) -> str:
+        """The mean with its interval in brackets, each as ``form`` has it."""
+        return f"{form.format(self.mean)} ({form.format(self.low)} to {form.format(self.high)})"
+
 
 def interval(values: Sequence[float]) -> Interval:
     """Of the mean of at least two values (Student). Raises ValueError for fewer."""

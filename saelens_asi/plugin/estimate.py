@@ -153,7 +153,7 @@ class _Estimate:
         if self._space_is_raw() and self.settings.spectrum is None:
             self.trainer.unsaved_spectrum = spectrum.scaled(1 / (self.trainer.activation_scaler.scaling_factor or 1.0))
         sample = torch.cat(self.sample)
-        result = initialize_(self.sae, self.settings, spectrum, sample, fit_activation_fn(self.sae))
+        result = initialize_as_selected_(self.sae, self.settings, spectrum, sample)
         self._record(spectrum, result, self.n_drawn if is_training_stream else 0)
         self.trainer.initialization_pending = False
 
@@ -191,6 +191,14 @@ class _Estimate:
             f"variance of {spectrum.n_tokens:,} activations (effective rank {spectrum.effective_rank:.0f}); decoder "
             f"norm {result.norm:.3g}, initial normalized MSE {result.initial_nmse:.3f}"
         )
+
+
+def initialize_as_selected_(
+    sae: AnyTrainingSAE, settings: ActiveSubspaceInit, spectrum: Spectrum, sample: Tensor
+) -> Initialization:
+    """``initialize_`` as it suits the way in which an SAE selects its features; the arguments are the same."""
+    over_batch = isinstance(sae, BatchTopKTrainingSAE)
+    return initialize_(sae, settings, spectrum, sample, fit_activation_fn(sae), over_batch)
 
 
 def fit_activation_fn(sae: AnyTrainingSAE) -> TopKOfAll | None:

@@ -8,8 +8,8 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor
 
 from saelens_asi.dead_features.revive import FAILED, Silence, missed, start_has_failed
-from saelens_asi.initialization import ActiveSubspaceInit, Initialization, initialize_
-from saelens_asi.plugin.estimate import fit_activation_fn
+from saelens_asi.initialization import ActiveSubspaceInit, Initialization
+from saelens_asi.plugin.estimate import initialize_as_selected_
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.spectra.moments import RunningMoments
@@ -78,4 +78,4 @@ class FreshStart:
             sae.topk_threshold.zero_()
         self.last_step = 0
         self.moments = None
-        return initialize_(sae, self.settings, Spectrum.from_moments(moments), sample, fit_activation_fn(sae))
+        return initialize_as_selected_(sae, self.settings, Spectrum.from_moments(moments), sample)

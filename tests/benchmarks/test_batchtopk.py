@@ -55,6 +55,16 @@ def test_biases_rise_in_silence_alone():
         assert not risen[:33].any()
 
 
+def test_longer_runs_are_measured_on_documents_of_their_own(monkeypatch):
+    training, held_out = torch.arange(1_000_000.0)[:, None], -torch.arange(200_000.0)[:, None]
+    monkeypatch.setattr(batchtopk, "activations", lambda source, hook: (training, held_out))
+    for steps, n_training, first in ((292, batchtopk.TRAINED_ON, 310_000.0), (976, 976 * 1024, 0.0)):
+        item = batchtopk.Item(contender="", model="smollm2", cell=Cell(), steps=steps)
+        seen, measured_on = batchtopk.data(item)
+        assert len(seen) == n_training
+        assert (len(measured_on), float(measured_on[0])) == (60_000, first)
+
+
 def test_no_item_is_there_twice_and_results_are_those_of_the_plan():
     keys = [item.key() for item in batchtopk.items()]
     assert all(keys.count(key) == 1 for key in keys)
@@ -64,9 +74,9 @@ def test_no_item_is_there_twice_and_results_are_those_of_the_plan():
 def test_the_section_has_a_line_for_each_contender_of_a_model_and_size():
     assert batchtopk.section([]) == []
     row = {"model": "m", "d_sae": 64, "contender": "TopK", "nmse": 0.2, "l0": 4.0, "dead_fraction": 0.1,
-           "rare_fraction": 0.2, "silent_in_training": 0.0}  # fmt: skip
+           "rare_fraction": 0.2, "silent_in_training": 0.0, "steps": 292, "edge_fraction": 0.05}  # fmt: skip
     own = {**row, "contender": "BatchTopK", "nmse_at_k": 0.3, "dead_fraction_at_k": 0.5, "rare_fraction_at_k": 0.6}
     *_, table, _ = batchtopk.section([row, own, {**own, "nmse_at_k": 0.4}])
-    assert "| 0.2000 | 10.0% |" in table
+    assert "| 292 | 64 | TopK | 1 | 0.2000 | 4.0 | 10.0% | 0.2000 | 10.0% | 5.0% |" in table
     assert "| 2 |" in table
     assert "0.3500 (" in table

@@ -176,6 +176,9 @@ def test_auto_is_an_eighth_of_d_in_and_more_for_crowds():
     chosen = [choose_d_init(ActiveSubspaceInit(), flat, d_sae) for d_sae in (64, 14 * 512, 2 * 14 * 512, 2**30)]
     assert chosen == [64, 64, 91, 128]
     assert choose_d_init(ActiveSubspaceInit(d_init=3), flat, 2**30) == 3
+    # One threshold for all tokens leaves behind what crowds: a quarter from the first.
+    assert choose_d_init(ActiveSubspaceInit(), flat, 64, over_batch=True) == 128
+    assert choose_d_init(ActiveSubspaceInit(d_init=3), flat, 64, over_batch=True) == 3
 
 
 def test_auto_stays_inside_of_what_varies():

@@ -108,6 +108,13 @@ def test_every_architecture_trains(architecture, train):
     assert took["seconds"] >= 0
 
 
+@pytest.mark.parametrize(("architecture", "d_init"), [("topk", 16), ("batchtopk", 32), ("matryoshka_batchtopk", 32)])
+def test_features_of_a_batch_start_in_a_quarter(architecture, d_init):
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+    _, took = train_cell(Cell(architecture=architecture, **SIZES), TRAINING, x)
+    assert took["d_init_used"] == d_init
+
+
 @pytest.mark.parametrize("n_cached", [600, 300])
 def test_the_estimate_reads_a_cache_a_second_time(n_cached, caplog):
     """It says nothing of activations that are used up, and training has the bits of a stream read once."""
