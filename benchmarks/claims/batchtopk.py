@@ -131,7 +131,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 LONGER = {"smollm2": 976, "gemma3-270m": 488}
 _LONG = {**_START, "silent_moments": "decay", "lr": 0.001}
 CONTENDERS_OF_LONGER: dict[str, dict[str, Any]] = {
-    "BatchTopK, the default": {**_LONG, "d_init": "auto"},
+    "BatchTopK, d_init 0.125": {**_LONG, "d_init": 0.125},
     "BatchTopK": _LONG,
     "BatchTopK, d_init 0.375": {**_LONG, "d_init": 0.375},
     "BatchTopK, all of d": {**_LONG, "d_init": None, "subspace": "full"},
@@ -139,7 +139,7 @@ CONTENDERS_OF_LONGER: dict[str, dict[str, Any]] = {
     "BatchTopK, all of d, biases rise by 0.02": {**_LONG, "d_init": None, "subspace": "full", "rise": 0.02},
     "BatchTopK, norm 0.8": {**_LONG, "norm": 0.8},
     "TopK": {**_LONG, "architecture": "topk"},
-    "BatchTopK, the default, lr 0.002": {**_LONG, "d_init": "auto", "lr": 0.002},
+    "BatchTopK, d_init 0.125, lr 0.002": {**_LONG, "d_init": 0.125, "lr": 0.002},
     "BatchTopK, lr 0.002": {**_LONG, "lr": 0.002},
     "BatchTopK, biases rise by 0.02, lr 0.002": {**_LONG, "rise": 0.02, "lr": 0.002},
 }  # fmt: skip

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.claims import figures, grid, of_deaths, of_training, of_universality, page, sections, where_we_lose
+from benchmarks.claims import (
+    figures,
+    grid,
+    of_deaths,
+    of_training,
+    of_universality,
+    page,
+    plan,
+    sections,
+    where_we_lose,
+)
 from benchmarks.claims.evidence import RESULTS, Claim, ResultFiles
 from benchmarks.claims.statistics import FAILS, HOLDS, PARTLY, UNJUDGED
 from saelens_asi import cli
@@ -60,6 +70,17 @@ def test_a_worse_result_takes_the_verdict_away(claim, evidence):
 def test_where_we_lose_stands_in_the_first_half(evidence):
     text = page.claims_page(evidence)
     assert text.index("## Where we lose") < text.index("## Claim by claim") < len(text) / 2
+
+
+def test_predictions_are_compared_seed_by_seed(evidence):
+    changed: Any = copy.deepcopy(evidence)
+    for row in changed.parts["kl"]:
+        row["kl_recovered"] = (0.9 if row["contender"] == plan.OURS else 0.8) + 0.001 * row["seed"]
+    assert of_training.downstream(changed).verdict == HOLDS
+    for row in changed.parts["kl"]:
+        if row["contender"] == plan.BASELINE:
+            row["kl_recovered"] = 0.95
+    assert of_training.downstream(changed).verdict == PARTLY
 
 
 def test_a_comparison_is_lost_beyond_seeds_alone(evidence):
