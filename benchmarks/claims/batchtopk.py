@@ -158,11 +158,11 @@ def items() -> Iterator[Item]:
         yield _item(name, "smollm2", d_sae=2 * D_SAE)
     for model, steps in LONGER.items():
         for name, settings in CONTENDERS_OF_LONGER.items():
-            yield _item(name, model, **settings, steps=steps)
+            yield _item(name, model, {**settings, "steps": steps})
 
 
-def _item(contender: str, model: str, **changes: Any) -> Item:
-    settings = {"d_sae": D_SAE, **(changes if "steps" in changes else CONTENDERS[contender] | changes)}
+def _item(contender: str, model: str, of: Mapping[str, Any] | None = None, **changes: Any) -> Item:
+    settings = {"d_sae": D_SAE, **(of or CONTENDERS[contender]), **changes}
     own = {name: settings.pop(name) for name in ("bias_correction", "rise", "steps") if name in settings}
     return Item(contender=contender, model=model, cell=Cell(**settings), **own)
 
