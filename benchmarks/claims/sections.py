@@ -160,7 +160,7 @@ def worth(e: ResultFiles) -> list[str]:
         lines.append((label, *[""] * 6, _auc(probing, "best, k=1"), ""))
     header = ["SAE", "live", "nearest other", "added", "of firings", "KL: all", "KL: added (at random)"]
     header += ["AUC", "AUC of added"]
-    model, text = MODEL_TITLES.get(shared["model"], shared["model"]), TEXT_TITLES.get(shared["text"], shared["text"])
+    model, text = MODEL_TITLES[shared["model"]], TEXT_TITLES[shared["dataset"]]
     return [
         f"{model}, {shared['hook_name']}, {text}; beside {shared['baseline']}.",
         "",

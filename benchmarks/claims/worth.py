@@ -517,7 +517,7 @@ def main() -> None:
         held_out = activations(MAIN, args.hook)[1] if held_out is None else held_out
     sizes = Sizes()
     text = read_text(source["model"], source["dataset"], args.hook, held_out, source["context_size"], sizes)
-    about = {"model": source["model"], "text": source["dataset"]}
+    about = {"model": source["model"], "dataset": source["dataset"]}
     worth(folders, baseline, text, sizes, args.out, about)
     print(f"written: {args.out}")
 

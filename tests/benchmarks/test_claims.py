@@ -146,7 +146,7 @@ def test_gamma_alone_explains_the_rank_away(evidence):
 WORTH = [
     {
         "what": "all",
-        "settings": {"model": "smollm2", "text": "linux-doc", "hook_name": "h", "baseline": "base"},
+        "settings": {"model": "smollm2", "dataset": "linux-doc", "hook_name": "h", "baseline": "base"},
         "raw_activations": {"all tasks": {"best, k=1": {"auc": {"mean": 0.6}}}},
     },
     {
