@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.claims.plan import D_SAE, K
 from benchmarks.claims.records import is_among, keep, read, taken
 from benchmarks.claims.sections import spread
-from benchmarks.claims.sources import MAIN, MAIN_HOOK, activations, find
+from benchmarks.claims.sources import MAIN, MAIN_HOOK, MODEL_TITLES, activations, find
 from benchmarks.claims.train import processor
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sparse_adam import SparseAdam
@@ -252,9 +252,11 @@ def _share_of_half(firings: Tensor) -> float:
 
 def section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of the page, Markdown; none without results."""
-    groups = grouped(rows, itemgetter("model", "steps", "d_sae", "contender"))
+    where = itemgetter("model", "steps", "d_sae")
+    groups = grouped(sorted(rows, key=where), lambda row: (*where(row), row["contender"]))
     table = [
-        (model, f"{steps:,}", f"{d_sae:,}", name, *_cells(own)) for (model, steps, d_sae, name), own in groups.items()
+        (MODEL_TITLES[model], f"{steps:,}", f"{d_sae:,}", name, *_cells(own))
+        for (model, steps, d_sae, name), own in groups.items()
     ]
     header = ["model", "steps", "features", "trained", "seeds", "NMSE", "L0", "dead", "NMSE at k", "dead at k"]
     header += ["at the edge", "rare at k", "silent"]

@@ -73,7 +73,7 @@ def test_no_item_is_there_twice_and_results_are_those_of_the_plan():
 
 def test_the_section_has_a_line_for_each_contender_of_a_model_and_size():
     assert batchtopk.section([]) == []
-    row = {"model": "m", "d_sae": 64, "contender": "TopK", "nmse": 0.2, "l0": 4.0, "dead_fraction": 0.1,
+    row = {"model": "smollm2", "d_sae": 64, "contender": "TopK", "nmse": 0.2, "l0": 4.0, "dead_fraction": 0.1,
            "rare_fraction": 0.2, "silent_in_training": 0.0, "steps": 292, "edge_fraction": 0.05}  # fmt: skip
     own = {**row, "contender": "BatchTopK", "nmse_at_k": 0.3, "dead_fraction_at_k": 0.5, "rare_fraction_at_k": 0.6}
     *_, table, _ = batchtopk.section([row, own, {**own, "nmse_at_k": 0.4}])
