@@ -197,11 +197,12 @@ def quantile(values: Sequence[float], weights: Sequence[float], q: float) -> flo
 Hooks = dict[Group, Hook]
 
 
-def _each(some: Hooks) -> Iterator[tuple[Hook, Trained, float]]:
-    """SAEs with their hook and weight."""
+def _each(some: Hooks, decaying: bool = False) -> Iterator[tuple[Hook, Trained, float]]:
+    """SAEs with their hook and weight; where it is told, those alone whose moments decay."""
     for hook in some.values():
-        for row in hook.rows:
-            yield hook, row, 1 / len(hook.rows)
+        rows = [row for row in hook.rows if row.decays or not decaying]
+        for row in rows:
+            yield hook, row, 1 / len(rows)
 
 
 def fit_error(some: Hooks) -> dict[str, float]:
@@ -230,12 +231,10 @@ def error_left(coefficients: dict[str, float], some: Hooks) -> Left:
 
 def _spreads(some: Hooks) -> Iterator[tuple[dict[str, float], float, float]]:
     """Terms, spread and weight, of each count of each SAE whose moments decay."""
-    for hook in some.values():
-        rows = [row for row in hook.rows if row.decays]
-        for row in rows:
-            for n_tokens, share in row.counts:
-                terms = spread_terms(hook.anchor, row.d_sae, row.k, row.tokens)
-                yield terms, spread_of_silence(n_tokens, share, row.d_sae, row.k), 1 / len(rows) / len(row.counts)
+    for hook, row, weight in _each(some, decaying=True):
+        for n_tokens, share in row.counts:
+            terms = spread_terms(hook.anchor, row.d_sae, row.k, row.tokens)
+            yield terms, spread_of_silence(n_tokens, share, row.d_sae, row.k), weight / len(row.counts)
 
 
 def fit_spread(some: Hooks) -> dict[str, float]:

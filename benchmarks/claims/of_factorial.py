@@ -73,16 +73,17 @@ def _kept(before: str, after: str) -> str:
     return directions if centre != other else f"{centre} as centre" if centre == "zeros" else "the mean as centre"
 
 
-def _by_seed(rows: Rows, contender: str, measure: str) -> dict[int, float]:
+def by_seed(rows: Rows, contender: str, measure: str) -> dict[int, float]:
+    """What a contender's seeds measured."""
     return {row["seed"]: row[measure] for row in rows if row["contender"] == contender}
 
 
 def _shared(rows: Rows, before: str, after: str) -> set[int]:
-    return set(_by_seed(rows, before, "nmse")) & set(_by_seed(rows, after, "nmse"))
+    return set(by_seed(rows, before, "nmse")) & set(by_seed(rows, after, "nmse"))
 
 
 def _difference(rows: Rows, before: str, after: str, measure: str) -> Interval:
-    ours, theirs = (_by_seed(rows, name, measure) for name in (after, before))
+    ours, theirs = (by_seed(rows, name, measure) for name in (after, before))
     if measure == "nmse":
         ours, theirs = ({seed: math.log(value) for seed, value in one.items()} for one in (ours, theirs))
     return Pair(ours, theirs).difference

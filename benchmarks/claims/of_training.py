@@ -7,6 +7,7 @@ from operator import itemgetter
 
 from benchmarks.claims import plan, predictions
 from benchmarks.claims.evidence import Claim, ResultFiles
+from benchmarks.claims.of_factorial import by_seed
 from benchmarks.claims.statistics import Pair, interval, verdict
 from saelens_asi.sweep import fit_power_law
 from saelens_asi.sweep.cells import METHOD_TITLES, SweepRow
@@ -210,9 +211,7 @@ def power_law(e: ResultFiles) -> Claim:
 
 def downstream(e: ResultFiles) -> Claim:
     rows = e.parts[predictions.PART]
-    of = {
-        name: {row["seed"]: row["kl_recovered"] for row in rows if row["contender"] == name} for name in plan.PREDICTING
-    }
+    of = {name: by_seed(rows, name, "kl_recovered") for name in plan.PREDICTING}
     ours = of[plan.OURS]
     parts = [f"{name}: {interval(list(values.values())).written('{:.2%}')}" for name, values in of.items()]
     return Claim(
