@@ -27,7 +27,7 @@ ENTRIES = {
     *("sparse", "history.py", "interrupts.py", "resume.py"),
     *("activations", "sparse_adam.py"),
     "spectra",
-    *("initialization.py", "evaluation"),
+    *("initialization", "evaluation"),
     *("plugin", "configs.py", "dead_features", "lorsa", "sweep"),
     "planning",
     "plots",

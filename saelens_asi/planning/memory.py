@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
+from saelens_asi.initialization.norm import MAX_DENSE_VALUES, NORM_SAMPLE
+
 FLOAT, GIB = 4, 2**30
 
 # Of a process that has imported torch and SAELens and compiled the kernels, before it holds anything.
@@ -15,9 +17,6 @@ PROCESS = int(0.665 * GIB)
 
 # Scores of a step that are held at a time, candidates among them, and the allocator's leftovers.
 SCRATCH = int(0.10 * GIB)
-
-# Values of (tokens x d_sae) scores that the initialization makes at a time: twice.
-_DENSE_VALUES, _NORM_SAMPLE = 2**26, 1024
 
 # Of SAELens's own step: (batch x d_sae) matrices at its peak (benchmarks/results/train_step_smollm2_32768_cpu.json).
 _STOCK_MATRICES = 7
@@ -102,7 +101,7 @@ def run_memory(
     weights = weight_bytes(d_in, d_sae)
     rows = d_sae if stock else min(d_sae, batch * k)
     entries = batch * k * 8 * 8  # features, tokens, scores and their orders
-    dense = min(_DENSE_VALUES, _NORM_SAMPLE * d_sae) * FLOAT
+    dense = min(MAX_DENSE_VALUES, NORM_SAMPLE * d_sae) * FLOAT
     at_start = 2 * dense - 2 * weights  # the moments come later
     scratch = max(SCRATCH + entries, at_start)
     if stock:

@@ -197,8 +197,7 @@ def initialize_as_selected_(
     sae: AnyTrainingSAE, settings: ActiveSubspaceInit, spectrum: Spectrum, sample: Tensor
 ) -> Initialization:
     """``initialize_`` as it suits the way in which an SAE selects its features; the arguments are the same."""
-    over_batch = isinstance(sae, BatchTopKTrainingSAE)
-    return initialize_(sae, settings, spectrum, sample, fit_activation_fn(sae), over_batch)
+    return initialize_(sae, settings, spectrum, sample, fit_activation_fn(sae))
 
 
 def fit_activation_fn(sae: AnyTrainingSAE) -> TopKOfAll | None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from saelens_asi.initialization import (
     ActiveSubspaceInit,
     Initialization,
-    _rounded,
     initialize_,
     random_directions_,
     whole_kaiming_rows_,
 )
+from saelens_asi.initialization.norm import _rounded
 from saelens_asi.sparse.shards import Processes, Shard, bounds
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum

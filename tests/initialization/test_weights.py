@@ -21,8 +21,7 @@ from sae_lens import (
 from sae_lens.saes.abstopk_sae import AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 
-from saelens_asi import initialization as initialize
-from saelens_asi.initialization import ActiveSubspaceInit, initialize_
+from saelens_asi.initialization import ActiveSubspaceInit, initialize_, norm, weights
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 from tests.helpers.reference import gaussian, orthogonal
@@ -169,7 +168,7 @@ def test_a_threshold_that_nothing_reaches_is_refused():
 @pytest.mark.parametrize("name", ["topk", "standard"])
 def test_the_norm_does_not_depend_on_how_the_sample_is_split(name, monkeypatch):
     _, whole = initialized(name)
-    monkeypatch.setattr(initialize, "_MAX_DENSE_VALUES", 10 * D_SAE)
+    monkeypatch.setattr(norm, "MAX_DENSE_VALUES", 10 * D_SAE)
     _, split = initialized(name)
     assert split.norm == pytest.approx(whole.norm, rel=1e-5)
     assert split.initial_nmse == pytest.approx(whole.initial_nmse, rel=1e-5)
@@ -441,7 +440,7 @@ def test_sparse_activations_of_an_sae_stay_sparse():
 
 def test_directions_are_drawn_into_the_decoder_itself(monkeypatch):
     """At a million features another decoder beside it is gigabytes."""
-    seen, draw = [], initialize.random_directions_
-    monkeypatch.setattr(initialize, "random_directions_", lambda out, *rest: seen.append(out) or draw(out, *rest))
+    seen, draw = [], weights.random_directions_
+    monkeypatch.setattr(weights, "random_directions_", lambda out, *rest: seen.append(out) or draw(out, *rest))
     sae, _ = initialized("topk", dtype="bfloat16")
     assert [out.data_ptr() for out in seen] == [sae.W_dec.data_ptr()]
