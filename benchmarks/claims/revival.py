@@ -19,12 +19,12 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from torch import Tensor
 
+from benchmarks.claims.features import largest_cosines
 from benchmarks.claims.of_revival import PART, table
 from benchmarks.claims.records import is_among, keep, read, taken
 from benchmarks.claims.rival_trainers import Resampling, Run, train_with
 from benchmarks.claims.sources import BY_HOOK, MAIN, MAIN_HOOK, Source
 from benchmarks.claims.train import on_device, processor
-from saelens_asi.dead_features.revive import largest_cosines
 from saelens_asi.evaluation.run import evaluate
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.planning.recipe import learning_rate
@@ -46,9 +46,6 @@ CURES: dict[str, dict[str, Any]] = {
 }
 # Models, architectures and tokens, of which each is trained from all starts with all cures.
 SETS = (("smollm2", "topk", 800_000), ("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000))
-# With MANY features these take up to half an hour each, and are tried from two starts at one hook.
-SLOW = ("auxiliary loss", "resampling")
-SLOW_WITH_MANY = {("smollm2", "topk", start) for start in ("SAELens's own", "the flag's")}
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 # SAEs with so many features are measured on fewer held-out tokens.
@@ -88,8 +85,6 @@ def trials() -> Iterator[Trial]:
     for d_sae in (8192, 32_768, MANY):
         for model, architecture, tokens in SETS:
             for start, cure in itertools.product(STARTS, CURES):
-                if d_sae == MANY and cure in SLOW and (model, architecture, start) not in SLOW_WITH_MANY:
-                    continue
                 settings = {"architecture": architecture, "d_sae": d_sae, "lr": learning_rate(d_sae)}
                 yield _trial(start, cure, model, tokens, **settings)
     for seed in (1, 2):
@@ -162,23 +157,14 @@ def lived_on(born: Tensor, alive: Tensor, training: SweepTraining) -> dict[str, 
 @torch.no_grad()
 def duplicates(sae: TrainingSAE, fires: Tensor) -> dict[str, float]:
     """Of the features that fire, (d_sae,), how many have a decoder row much like another's."""
-    rows = torch.nn.functional.normalize(sae.W_dec.detach()[fires].float(), dim=1)
+    rows = sae.W_dec.detach()[fires].float()
     if len(rows) < 2:
         return {"duplicate_fraction": 0.0, "median_largest_cosine": 0.0}
-    largest = torch.cat([_largest(rows, part) for part in torch.arange(len(rows)).split(2048)])
+    largest = largest_cosines(rows, rows, torch.arange(len(rows), device=rows.device))
     return {
         "duplicate_fraction": float((largest > DUPLICATE).double().mean()),
         "median_largest_cosine": float(largest.median()),
     }
-
-
-def _largest(rows: Tensor, part: Tensor) -> Tensor:
-    """Of some rows the largest cosine with another."""
-    others = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    others[part] = False
-    outside = largest_cosines(rows[part], rows, others)
-    inside = (rows[part] @ rows[part].T).fill_diagonal_(-1).amax(dim=1)
-    return torch.maximum(outside, inside)
 
 
 def main() -> None:
