@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from benchmarks.claims.plan import OURS, STARTS, TRAINED
-from benchmarks.claims.sources import MODEL_TITLES
+from benchmarks.claims.sources import MODEL_TITLES, TEXT_TITLES
 from benchmarks.claims.statistics import Interval, Pair
 from saelens_asi.evaluation.tables import markdown_table
 from saelens_asi.sweep.results import grouped, mean_of
@@ -30,6 +30,8 @@ CHANGES = (
 _COLORS = {"zeros": "#b2182b", "mean": "#2166ac"}
 _TICKS = {125_000: "125k", 500_000: "500k", 2_000_000: "2M"}
 _DASHES = {"all of d": "--", "active": "-"}
+# The default stands beside what it differs from in one setting.
+_OF_OURS, _LINE = {"color": "#1b7837", "linestyle": "-", "linewidth": 2.2}, {"linewidth": 1.6}
 
 
 class Effect(NamedTuple):
@@ -133,19 +135,18 @@ def _percent(mean: float, low: float, high: float) -> str:
 
 def curves(rows: Rows) -> Figure:
     """Error and dead features against tokens: a column for each way of training, a line for each start."""
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(13, 6.7), layout="constrained")
     axes = figure.subplots(2, len(TRAINED), sharex=True, sharey="row")
     for column, trained in enumerate(TRAINED):
         for start in STARTS:
-            points = curve([row for row in rows if row["contender"] == f"{trained}, {start}"])
             centre, directions = start.split(", ")
-            for axis, measure in zip(axes[:, column], (1, 2), strict=True):
-                style = {"color": _COLORS[centre], "linestyle": _DASHES[directions], "linewidth": 1.6}
-                axis.plot(
-                    *zip(*((one[0], one[measure]) for one in points), strict=True) if points else ([], []), **style
-                )
+            style = {**_LINE, "color": _COLORS[centre], "linestyle": _DASHES[directions]}
+            _draw(axes[:, column], curve([row for row in rows if row["contender"] == f"{trained}, {start}"]), style)
         axes[0, column].set_title(trained, fontsize=10)
         axes[1, column].set_xlabel("tokens")
+    _draw(
+        axes[:, list(TRAINED).index("SparseAdam")], curve([row for row in rows if row["contender"] == OURS]), _OF_OURS
+    )
     for axis in axes.flat:
         axis.set_xscale("log")
         axis.set_xticks(list(_TICKS), labels=list(_TICKS.values()))
@@ -159,8 +160,19 @@ def curves(rows: Rows) -> Figure:
     axes[1, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     handles = [Line2D([], [], color=color, label=f"centre: {name}") for name, color in _COLORS.items()]
     handles += [Line2D([], [], color="black", linestyle=dash, label=name) for name, dash in _DASHES.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    handles.append(Line2D([], [], **_OF_OURS, label=f"{OURS}: the default"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    model, text, hook = itemgetter("model", "text", "hook")(rows[0])
+    figure.suptitle(f"{MODEL_TITLES[model]}, {TEXT_TITLES[text]}: {hook}", fontsize=11)
     return figure
+
+
+def _draw(axes: Any, points: Sequence[tuple[float, float, float]], style: Mapping[str, Any]) -> None:
+    """Error into the first of two axes, dead share into the second, against tokens."""
+    if points:
+        tokens, *measures = zip(*points, strict=True)
+        for axis, values in zip(axes, measures, strict=True):
+            axis.plot(tokens, values, **style)
 
 
 def curve(rows: Rows) -> list[tuple[float, float, float]]:

@@ -5,13 +5,16 @@ import math
 import pytest
 
 from benchmarks.claims import of_factorial
-from benchmarks.claims.plan import CONTENDERS, STARTS, TRAINED
+from benchmarks.claims.plan import CONTENDERS, OURS, STARTS, TRAINED
 
 
 def _rows(contender, factor=1.0, dead=0.0):
     return [
         {
             "contender": contender,
+            "model": "smollm2",
+            "text": "linux-doc",
+            "hook": "blocks.15.hook_attn_out",
             "seed": seed,
             "nmse": (0.2 + 0.05 * seed) * factor,
             "dead_fraction": 0.1 * seed + dead,
@@ -45,8 +48,9 @@ def test_without_seeds_there_is_no_table():
 
 def test_a_curve_is_the_mean_of_the_seeds_and_ends_with_the_finished_sae():
     assert of_factorial.curve(_rows("TopK, zeros, all of d")) == [(100, 1.5, 0.25), (200, 0.25, pytest.approx(0.1))]
-    figure = of_factorial.curves(_rows("TopK, zeros, all of d"))
-    assert sum(len(line.get_xdata()) for axis in figure.axes for line in axis.lines) == 4
+    figure = of_factorial.curves([*_rows("TopK, zeros, all of d"), *_rows(OURS)])
+    assert [sum(len(line.get_xdata()) for line in axis.lines) for axis in figure.axes] == 2 * [2, 0, 0, 2]
+    assert figure.get_suptitle() == "SmolLM2-135M, kernel documentation: blocks.15.hook_attn_out"
 
 
 def test_moments_are_paired_by_what_else_is_the_same_and_averaged_over_seeds():
