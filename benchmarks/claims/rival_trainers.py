@@ -238,7 +238,8 @@ class Resampling(Method):
 
     Towards Monosemanticity, appendix, "Neuron resampling" (and ``trainers/standard.py`` in dictionary_learning): at
     fixed steps, here ``RESAMPLED_AT``, features that were silent for the last half of the stretch before are given
-    inputs, drawn with probability proportional to the square of their loss. The decoder row becomes the direction of
+    inputs, drawn with probability proportional to the square of their loss: of 16,384 candidates, or, where more
+    features are dead, of as many as these, which are then all taken. The decoder row becomes the direction of
     the input, the encoder row the same at 0.2 times (the setting) the mean norm of live encoder rows, the encoder's
     bias 0, and both moments of them all 0. Learning rate and step count of Adam go on.
 
@@ -284,9 +285,14 @@ class Resampling(Method):
         return len(dead)
 
     def _badly_reconstructed(self, n: int) -> Tensor:
-        """``n`` different inputs, or as many as have an error, by the square of their squared error."""
+        """``n`` different inputs, or as many as have an error, by the square of their squared error.
+
+        Of as many candidates as are wanted all are taken, and it does not matter what their errors are.
+        """
         data, device = self.run.activations, self.sae.W_dec.device
         drawn = torch.randperm(len(data), generator=self._generator)[: max(n, _N_CANDIDATES)] if n else torch.arange(0)
+        if len(drawn) <= n:
+            return data[drawn].float().to(device)
         losses = [torch.zeros(0)]
         for rows in torch.split(drawn, _CHUNK):
             x = data[rows].float().to(device)

@@ -206,6 +206,16 @@ def test_resampling_revives_dead_features_as_badly_reconstructed_inputs(activati
     assert bool((counts[dead] > 0).all())
 
 
+def test_of_as_many_candidates_as_are_wanted_all_are_taken_without_a_look(activations):
+    sae = untrained()
+    method = Resampling(trainer_of(sae), Run(CELL, TRAINING, activations, setting=0.2))
+    with mock.patch.object(rival_trainers, "_N_CANDIDATES", 4), mock.patch.object(sae, "encode") as encode:
+        inputs = method._badly_reconstructed(40)
+    assert not encode.called
+    assert inputs.shape == (40, D_IN)
+    assert len(inputs.unique(dim=0)) == 40
+
+
 def test_a_method_starts_from_saelens_own_weights_too(activations):
     """Nothing is estimated then, and no batch without tokens comes before the first."""
     sae, _ = rival_trainers.train_with(
