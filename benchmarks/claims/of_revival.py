@@ -19,11 +19,11 @@ TEXT = """
 Attention output of layer 15 (SmolLM2) and of layer 9 (Gemma), the kernel's documentation, k = 32, SparseAdam with
 moments that stay in silence unless a line says *decay*, batches of 1,024 (`python -m benchmarks.claims.revival`). The
 auxiliary loss has the coefficient 1/32 and a window of 102,400 tokens, resampling takes place four times in the first
-half (Bricken et al. 2023). *Dead, both*: silent on the held-out tokens and on the last 40 % of training.
-*Duplicates*: of the features that fire, those whose decoder row has a cosine above 0.9 with another's. *Anew*: after
-how many steps `revive` started the whole SAE again. *Lived on*: of the features that were revived (one by one, or by
-a new start) a million tokens or more before the end, those that are not dead on both. With 131,072 features there are
-40,000 held-out tokens.
+half (Bricken et al. 2023), from 16,384 inputs, or from as many as features are dead. *Dead, both*: silent on the
+held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those whose decoder row has
+a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE again. *Lived on*: of
+the features that were revived (one by one, or by a new start) a million tokens or more before the end, those that are
+not dead on both. With 131,072 features there are 40,000 held-out tokens.
 """
 
 STARTS = ("SAELens's own", "the paper's", "the flag's")
