@@ -45,7 +45,12 @@ CURES: dict[str, dict[str, Any]] = {
     "revive": {"revive": "auto"},
 }
 # Models, architectures and tokens, of which each is trained from all starts with all cures.
-SETS = (("smollm2", "topk", 800_000), ("gemma3-270m", "topk", 300_000), ("smollm2", "batchtopk", 400_000))
+SETS = (
+    ("smollm2", "topk", 800_000),
+    ("gemma3-270m", "topk", 300_000),
+    ("smollm2", "batchtopk", 400_000),
+    ("gemma3-270m", "batchtopk", 300_000),
+)
 # Decoder rows with a cosine above this are duplicates.
 DUPLICATE = 0.9
 # SAEs with so many features are measured on fewer held-out tokens.
