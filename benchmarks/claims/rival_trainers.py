@@ -293,7 +293,7 @@ class Resampling(Method):
         drawn = torch.randperm(len(data), generator=self._generator)[: max(n, _N_CANDIDATES)] if n else torch.arange(0)
         if len(drawn) <= n:
             return data[drawn].float().to(device)
-        losses = [torch.zeros(0)]
+        losses = []
         for rows in torch.split(drawn, _CHUNK):
             x = data[rows].float().to(device)
             # A sparse product: with many features a dense one takes most of the time.
