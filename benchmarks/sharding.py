@@ -36,8 +36,8 @@ from benchmarks import sharding_costs as costs
 from benchmarks.ablation import activations
 from benchmarks.sharding_costs import STEPS_A_RECORD, Hardware, Mesh, Sizes
 from benchmarks.train_step import LR, RESULTS, machine
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.evaluation.tables import markdown_table
-from saelens_asi.plugin.sharded_sae import shard_of
 from tests.helpers.processes import in_processes
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,8 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
+from saelens_asi.sparse.shards import Shard
+
 # Modes of normalize_activations that the SAE applies and undoes itself, with statistics of each token.
 NORMALIZED_INSIDE = ("constant_norm_rescale", "layer_norm")
 
@@ -24,6 +26,11 @@ _FEATURE_DIMS = {"W_enc": 1, "W_dec": 0, "b_dec": None}
 
 # From classes to their own methods by name; None for one that a class does not have.
 StockMethods = Mapping[type, Mapping[str, object]]
+
+
+def shard_of(sae: object) -> Shard:
+    """Which features of an SAE lie in this process: all, unless it is spread over several."""
+    return getattr(sae, "shard", None) or Shard.whole(sae.cfg.d_sae)  # type: ignore[attr-defined]
 
 
 def feature_dim(name: str, tensor: Tensor, n_features: int) -> int | None:

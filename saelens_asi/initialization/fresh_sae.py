@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from saelens_asi.sparse.shards import Shard
-
 
 class FreshSAE(Protocol):
     """What is used of a SAELens training SAE, of whichever architecture."""
@@ -23,11 +21,6 @@ class FreshSAE(Protocol):
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, feature_acts: Tensor) -> Tensor: ...
-
-
-def shard_of(sae: FreshSAE) -> Shard:
-    """Which features lie here; where the SAE does not say, all."""
-    return getattr(sae, "shard", None) or Shard.whole(len(sae.W_dec))
 
 
 def check_fresh(sae: FreshSAE) -> None:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelens_asi.activations.sae_state import give_statistics, take_statistics
-from saelens_asi.initialization.fresh_sae import FreshSAE, rescale_rows_, shard_of
+from saelens_asi.activations.sae_state import give_statistics, shard_of, take_statistics
+from saelens_asi.initialization.fresh_sae import FreshSAE, rescale_rows_
 
 # Activations that the least-squares norm is fitted on; the norm moves by less than 1 % beyond it.
 NORM_SAMPLE = 1024

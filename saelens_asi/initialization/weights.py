@@ -8,15 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.initialization.directions import CHUNK, random_directions_
-from saelens_asi.initialization.fresh_sae import (
-    FreshSAE,
-    check_fresh,
-    is_tied,
-    rescale_rows_,
-    shard_of,
-    shifted_biases,
-)
+from saelens_asi.initialization.fresh_sae import FreshSAE, check_fresh, is_tied, rescale_rows_, shifted_biases
 from saelens_asi.initialization.norm import least_squares_norm_, reconstruct
 from saelens_asi.initialization.settings import ActiveSubspaceInit
 from saelens_asi.initialization.subspace import subspace_basis

@@ -12,7 +12,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_asi.activations.sae_state import statistics_forgotten
+from saelens_asi.activations.sae_state import shard_of, statistics_forgotten
 from saelens_asi.initialization import (
     NORM_SAMPLE,
     ActiveSubspaceInit,
@@ -23,7 +23,7 @@ from saelens_asi.initialization import (
 )
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
 from saelens_asi.plugin.quirks import WHITENING_EPS
-from saelens_asi.plugin.sharded_sae import TopKOfAll, shard_of
+from saelens_asi.plugin.sharded_sae import TopKOfAll
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum

@@ -7,11 +7,11 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from torch import Tensor
 
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.dead_features.revive import FAILED, Silence, missed, start_has_failed
 from saelens_asi.initialization import ActiveSubspaceInit, Initialization
 from saelens_asi.plugin.estimate import initialize_as_selected_
 from saelens_asi.plugin.fields import AnyTrainingSAE, initializer_settings
-from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from sae_lens.config import SAETrainerConfig
 
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.recorder import output_folder
-from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.plugin.stream import Provider, check_hooks, find_store
 from saelens_asi.resume import check_writable
 

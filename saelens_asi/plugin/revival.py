@@ -16,7 +16,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, feature_dim
+from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, feature_dim, shard_of
 from saelens_asi.dead_features.revive import (
     MAX_COSINE,
     Revived,
@@ -33,7 +33,6 @@ from saelens_asi.dead_features.revive import (
 from saelens_asi.initialization import Initialization, write_provenance
 from saelens_asi.plugin.fields import AnyTrainingSAE
 from saelens_asi.plugin.fresh_start import FreshStart
-from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.plugin.sparse_steps import SparseSteps
 from saelens_asi.plugin.topk_pass import encoder_of, is_of_family
 from saelens_asi.resume import load_tensors

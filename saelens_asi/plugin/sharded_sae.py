@@ -21,7 +21,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, act_times_W_dec
 from torch import Tensor, nn
 
-from saelens_asi.activations.sae_state import feature_dim
+from saelens_asi.activations.sae_state import feature_dim, shard_of
 from saelens_asi.initialization import whole_kaiming_rows_
 from saelens_asi.plugin.fields import AnyTrainingSAE, asks_for_plugin
 from saelens_asi.plugin.launch import processes
@@ -31,12 +31,6 @@ from saelens_asi.sparse.rows import Entries
 from saelens_asi.sparse.selection import batch_top_k, batch_width, select_top_k
 from saelens_asi.sparse.shards import ALONE, Group, Processes, Shard
 from saelens_asi.sparse.topk import TopK, top_k
-
-
-def shard_of(sae: object) -> Shard:
-    """Which features of an SAE lie in this process: all, unless it is spread over several."""
-    shard: Shard | None = vars(sae).get("shard")
-    return shard if shard is not None else Shard.whole(sae.cfg.d_sae)  # type: ignore[attr-defined]
 
 
 class ShardedSAE(TopKTrainingSAE):

@@ -13,9 +13,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
-from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, has_hooks, replaced_methods, stock_methods
+from saelens_asi.activations.sae_state import NORMALIZED_INSIDE, has_hooks, replaced_methods, shard_of, stock_methods
 from saelens_asi.plugin.fields import AnyTrainingSAE
-from saelens_asi.plugin.sharded_sae import shard_of, sharded_class
+from saelens_asi.plugin.sharded_sae import sharded_class
 from saelens_asi.sparse.gradients import TopKGradients, merge_rows, squared_error_, stack_levels, topk_gradients
 from saelens_asi.sparse.kernels import kernels_take
 from saelens_asi.sparse.rows import Entries, Workspace

@@ -24,6 +24,7 @@ from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointF
 from sae_lens.training.types import DataProvider
 from torch import Tensor
 
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.history import Record
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.interrupts import Interrupts
@@ -50,7 +51,7 @@ from saelens_asi.plugin.recorder import (
 )
 from saelens_asi.plugin.revival import REVIVAL, Counters, Revival, check_revival
 from saelens_asi.plugin.sharded_run import ShardedRun
-from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, shard_of, whole_config
+from saelens_asi.plugin.sharded_sae import check_same_everywhere, extend_saes, shard_, whole_config
 from saelens_asi.plugin.sparse_steps import SparseSteps, check_moments, make_optimizer
 from saelens_asi.plugin.stream import ActivationStream, Batch, find_store, open_stream
 from saelens_asi.resume import save_tensors, write_json

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_asi.activations.sae_state import feature_dim
-from saelens_asi.plugin.sharded_sae import shard_of
+from saelens_asi.activations.sae_state import feature_dim, shard_of
 from tests.helpers import tiny
 
 

@@ -10,7 +10,7 @@ import wandb
 from sae_lens import LoggingConfig
 
 from saelens_asi import ActiveSubspaceInit
-from saelens_asi.plugin.sharded_sae import shard_of
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.sparse import kernels
 from tests.helpers import many, tiny
 from tests.helpers.many import Done

@@ -13,11 +13,11 @@ from sae_lens import LoggingConfig
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit, read_history
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin import fresh_start, revival
 from saelens_asi.plugin.checkpoints import check_whole
 from saelens_asi.plugin.revival import REVIVAL, Revival
-from saelens_asi.plugin.sharded_sae import shard_of
 from saelens_asi.plugin.topk_pass import encoder_of
 from saelens_asi.resume import MANIFEST
 from saelens_asi.sparse import kernels

@@ -12,9 +12,10 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from saelens_asi import ActiveSubspaceInit
+from saelens_asi.activations.sae_state import shard_of
 from saelens_asi.initialization import METADATA_KEY
 from saelens_asi.plugin.estimate import initialize_together
-from saelens_asi.plugin.sharded_sae import TopKOfAll, shard_of
+from saelens_asi.plugin.sharded_sae import TopKOfAll
 from saelens_asi.plugin.stream import ActivationStream
 from saelens_asi.sparse.shards import Processes, Shard
 from tests.helpers import tiny
