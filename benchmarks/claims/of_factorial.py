@@ -118,6 +118,17 @@ def moments(rows: Sequence[Any]) -> str:
     return markdown_table(["model", "features", "tokens", "lr", *measured, "seeds"], lines, align="lrrrrrr")
 
 
+def doubled(before: Rows, after: Rows) -> str:
+    """Errors and deaths of the same settings after some tokens, and after twice as many; Markdown."""
+    lines = []
+    for row in sorted(after, key=itemgetter("lr", "nmse")):
+        own = [one for one in before if (one["contender"], one["lr"]) == (row["contender"], row["lr"])]
+        change = f"{row['nmse'] / mean_of(own, 'nmse') - 1:+.1%}" if own else ""
+        lines.append((row["contender"], f"{row['lr']:g}", _in_the_mean(own), _in_the_mean([row]), change))
+    measured = [f"{rows[0]['tokens']:,} tokens: error, dead, silent" for rows in (before, after)]
+    return markdown_table(["trained, centre, directions", "lr", *measured, "error"], lines, align="lrrrr")
+
+
 def _in_the_mean(rows: Sequence[Any]) -> str:
     """Over seeds; nothing where none is trained."""
     if not rows:

@@ -105,6 +105,10 @@ features in points. Both sides have the rate that the pilot chose for them.
 The pilot chooses by the error after a tenth of the tokens, and that favours rates at which features die later on. The
 same tokens at a rate of 0.001:
 """,
+    "longer": """
+The same, trained on 4M tokens: does the error still fall, do more features die? One seed, beside the mean over those
+of 2M tokens.
+""",
     "moments": """
 SparseAdam from the flag's start, layer 15's attention output (SmolLM2) and layer 9's (Gemma), the kernel's
 documentation: `silent_moments="keep"` beside `"decay"`, the default, which is what the code released with the paper

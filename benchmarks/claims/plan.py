@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks.claims.records import read
 from benchmarks.claims.rivals import RIVALS, rival_cell
-from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, MAIN_HOOK, Source, find
+from benchmarks.claims.sources import BY_HOOK, BY_HOOK_ASIDE, LONGER, MAIN, MAIN_HOOK, Source, find
 from saelens_asi.sweep import Cell, SweepTraining
 
 D_SAE, K = 8192, 32
-MAIN_TOKENS, PILOT_TOKENS = 2_000_000, 200_000
+MAIN_TOKENS, PILOT_TOKENS = MAIN.n_training, 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +207,19 @@ def slower() -> Iterator[Item]:
         yield _item("slower", contender, "smollm2", "linux-doc", MAIN_TOKENS, lr=SLOWER)
 
 
+# Twice the tokens, at the pilot's rate and at the lower one: do errors and deaths still move?
+TRAINED_LONGER = (OURS, BASELINE, "TopK, mean, active", "AuxK, mean, all of d")
+
+
+def longer() -> Iterator[Item]:
+    for slow in (False, True):
+        for contender in TRAINED_LONGER:
+            settings = chosen(contender)
+            if settings:
+                own = {**settings, **({"lr": SLOWER} if slow else {})}
+                yield _item("longer", contender, "smollm2", "linux-doc", LONGER.n_training, **own)
+
+
 # What silence does to the moments of SparseAdam, at rates of which each may suit one of the two: at the main size, with
 # more features, on the second model.
 MOMENTS = ("keep", "decay")
@@ -265,6 +278,7 @@ def predictions() -> Iterator[Item]:
 AFTER_THE_PILOT = {
     "factorial": len(SEEDS) * len(CONTENDERS),
     "elsewhere": len(ELSEWHERE) * len(CONTENDERS),
+    "longer": 2 * len(TRAINED_LONGER),
     "rivals": len(RIVALS) + len(SEEDS) - 1,
     "predictions": len(SEEDS) * len(PREDICTING),
 }
@@ -274,6 +288,7 @@ PARTS = {
     "pilot_rivals": pilot_rivals,
     "factorial": factorial,
     "slower": slower,
+    "longer": longer,
     "moments": moments,
     "rivals": rivals,
     "elsewhere": elsewhere,

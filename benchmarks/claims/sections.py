@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "pilot": "learning rates, and AuxK's window, of every contender, at a tenth of the tokens",
     "factorial": "every contender at its best try, three seeds, SmolLM2-135M on the kernel's documentation",
     "slower": "some of them at a rate of 0.001, one seed",
+    "longer": "some of them on twice the tokens, at both rates, one seed",
     "moments": "SparseAdam with moments that stay or decay in silence, at several rates, sizes and on both models",
     "elsewhere": "the same with one seed on Gemma-3 270M, and on Python's standard library",
     "predictions": "baselines and ours, three seeds, whose predictions are compared",
@@ -228,12 +229,16 @@ def elsewhere(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
 
 def of_the_factorial(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:
     """What each ingredient buys, how it goes with the tokens, and at a lower rate."""
-    rows, slower, moments = (e.parts.get(part, []) for part in ("factorial", "slower", "moments"))
+    rows, slower, longer, moments = (e.parts.get(part, []) for part in ("factorial", "slower", "longer", "moments"))
     lines = ["### What each ingredient buys", "", texts["ingredients"], "", *of_factorial.table(rows)]
     lines += figure("tokens.png")
     lines += ["### At a lower rate", "", texts["slower"], "", *contenders(slower)] if slower else []
-    title = "### Moments of silent features: kept, or decaying"
-    return [*lines, *((title, "", texts["moments"], "", of_factorial.moments(moments), "") if moments else ())]
+    for part, title, table in (
+        ("longer", "### With twice the tokens", longer and of_factorial.doubled([*rows, *slower], longer)),
+        ("moments", "### Moments of silent features: kept, or decaying", moments and of_factorial.moments(moments)),
+    ):
+        lines += [title, "", texts[part], "", table, ""] if table else []
+    return lines
 
 
 def sections(e: ResultFiles, texts: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,13 +65,15 @@ LOOKED_AT = {"smollm2": (5, 15, 25), "gemma3-270m": (4, 9, 14)}
 SET_ASIDE = {"smollm2": (20,), "gemma3-270m": (12,)}
 
 MAIN = Source("smollm2", "linux-doc", (MAIN_HOOK["smollm2"],), 2_000_000, 200_000, "float16")
+# What is trained longer: its first half is the main source's.
+LONGER = replace(MAIN, n_training=4_000_000)
 OTHERS = (
     Source("gemma3-270m", "linux-doc", (MAIN_HOOK["gemma3-270m"],), 500_000, 100_000, "float16"),
     Source("smollm2", "python", (MAIN_HOOK["smollm2"],), 500_000, 100_000, "float16"),
 )
 BY_HOOK = tuple(Source(model, "linux-doc", hooks(layers), 300_000, 60_000) for model, layers in LOOKED_AT.items())
 BY_HOOK_ASIDE = tuple(Source(model, "python", hooks(layers), 300_000, 60_000) for model, layers in SET_ASIDE.items())
-SOURCES = (MAIN, *BY_HOOK, *OTHERS, *BY_HOOK_ASIDE)
+SOURCES = (MAIN, LONGER, *BY_HOOK, *OTHERS, *BY_HOOK_ASIDE)
 
 
 def activations(source: Source, hook: str) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ OUR_METHOD = "asi_sparse_adam"
 # L0 that differ by more cannot be compared by their errors.
 EQUAL_L0 = 0.02
 # Parts of the plan whose contenders are compared, each with its rivals.
-COMPARED = {"factorial": "rivals", "slower": None, "elsewhere": None, "pilot": "pilot_rivals"}
+COMPARED = {"factorial": "rivals", "slower": None, "longer": None, "elsewhere": None, "pilot": "pilot_rivals"}
 
 Rows = Sequence[Any]
 

@@ -61,3 +61,12 @@ def test_moments_are_paired_by_what_else_is_the_same_and_averaged_over_seeds():
     *_, both, alone = of_factorial.moments(rows).splitlines()
     assert both == "| m | 64 | 100 | 0.001 | 0.2000, 50.00%, 25.00% | 0.2500, 0.00%, 25.00% | 2 |"
     assert alone == "| m | 64 | 100 | 0.002 | 0.2000, 50.00%, 25.00% | | 0 |"
+
+
+def test_twice_the_tokens_stand_beside_the_mean_of_the_same_settings_before():
+    row = {"contender": "TopK", "lr": 0.001, "tokens": 100, "nmse": 0.2, "dead_fraction": 0.5, "silent_fraction": 0.25}
+    before = [row, {**row, "nmse": 0.3}, {**row, "lr": 0.002}, {**row, "contender": "AuxK"}]
+    after = [{**row, "tokens": 200, "nmse": 0.2, "dead_fraction": 0.75}, {**row, "tokens": 200, "lr": 0.004}]
+    _, _, paired, alone = of_factorial.doubled(before, after).splitlines()
+    assert paired == "| TopK | 0.001 | 0.2500, 50.00%, 25.00% | 0.2000, 75.00%, 25.00% | -20.0% |"
+    assert alone == "| TopK | 0.004 | | 0.2000, 50.00%, 25.00% | |"
