@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,28 @@ import numpy as np
 import torch
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from benchmarks.claims import probes, tasks
+from benchmarks.claims import tasks
+from benchmarks.claims.dictionaries import Dictionary, Record, carried, novelty, parts, shape
 from benchmarks.claims.evidence import RESULTS, chosen_rates
-from benchmarks.claims.features import density, largest_cosines, redundancy, restricted, silent, unmatched
 from benchmarks.claims.grid import HOOK
+from benchmarks.claims.knowledge import (
+    Scores,
+    encoded,
+    probe_all,
+    probe_features,
+    probe_raw,
+    random_dictionary,
+    summary,
+)
 from benchmarks.claims.plan import BASELINE, items
-from benchmarks.claims.probes import SPARSITIES, Examples, Score, Split
+from benchmarks.claims.probes import Examples
 from benchmarks.claims.rivals import RIVALS
 from benchmarks.claims.sae_bench_probing import sae_bench_scores
 from benchmarks.claims.sources import CACHE, MAIN, activations
 from benchmarks.claims.train import sae_folder as planned_folder
-from saelens_asi import evaluate
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
@@ -54,13 +61,6 @@ from saelens_asi.resume import written_whole
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import cell_of
 from saelens_asi.sweep.run import sae_folder
-
-# Cosines of decoder rows from which on a feature has a counterpart.
-COUNTERPART = (0.5, 0.7)
-# Median cosine of features of one number from which on two SAEs started from the same directions.
-SAME_START = 0.5
-Record = dict[str, Any]
-Encode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,218 +86,6 @@ class Sizes:
     splits: int = 5
     most: tuple[int, int] = (500, 250)
     text: tasks.TextSizes = field(default_factory=tasks.TextSizes)
-
-
-@dataclass(frozen=True, eq=False)
-class Dictionary:
-    """An SAE, and what it does on held-out activations.
-
-    Attributes:
-        sae: in its form for inference.
-        counts: (d_sae,) on how many of the activations each feature fires.
-        measures: over these activations.
-    """
-
-    sae: SAE
-    counts: Tensor
-    measures: Record
-
-    @classmethod
-    def load(cls, folder: Path, held_out: Tensor) -> Dictionary:
-        sae = SAE.load_from_disk(folder)
-        found = evaluate(sae, activations=held_out, ranks=False, progress=False)
-        names = ("n_tokens", "d_sae", "dead_fraction", "nmse", "l0")
-        return cls(sae, found.firing_counts, {name: getattr(found, name) for name in names})
-
-    @property
-    def live(self) -> Tensor:
-        """(n,) features that fire on at least one held-out activation."""
-        return self.counts.nonzero().squeeze(1)
-
-    def rows(self) -> Tensor:
-        """(n, d) decoder directions of the live features."""
-        weights: Tensor = self.sae.W_dec.detach()
-        return weights[self.live]
-
-
-# ---- geometry and firings
-
-
-def shape(dictionary: Dictionary, fewest: int, sizes: Sizes) -> Record:
-    """Redundancy among all live features, and among as many as the SAE with the fewest has; density of firings."""
-    rows, n = dictionary.rows(), int(dictionary.measures["n_tokens"])
-    return {
-        **dictionary.measures,
-        "live": len(rows),
-        "redundancy": redundancy(rows, sizes.sampled),
-        "redundancy_at_equal_number": redundancy(rows, sizes.sampled, among=fewest),
-        "density": density(dictionary.counts, n),
-    }
-
-
-def added_features(dictionary: Dictionary, baseline: Dictionary) -> tuple[str, Tensor]:
-    """How those that the baseline lacks were told, by number or by match, and their numbers (n,)."""
-    live, other = dictionary.live, baseline.live
-    both = live[torch.isin(live, other)]
-    one, two = dictionary.sae.W_dec.detach(), baseline.sae.W_dec.detach()
-    if one.shape == two.shape and len(both):
-        cosines = torch.cosine_similarity(one[both], two[both], dim=1)
-        if float(cosines.median()) >= SAME_START:
-            return "number", live[~torch.isin(live, other)]
-    return "match", live[unmatched(dictionary.rows(), baseline.rows())]
-
-
-def novelty(dictionary: Dictionary, baseline: Dictionary) -> tuple[Record, Tensor]:
-    """How many features are added, their share of all firings, how many have no counterpart; and the added (n,)."""
-    told_by, added = added_features(dictionary, baseline)
-    firings = dictionary.counts.double()
-    record: Record = {
-        "told_by": told_by,
-        "added": len(added),
-        "share_of_live": len(added) / max(1, len(dictionary.live)),
-        "share_of_firings": float(firings[added].sum() / firings.sum()),
-    }
-    nearest = largest_cosines(dictionary.rows(), baseline.rows())
-    nearest_here = largest_cosines(baseline.rows(), dictionary.rows())
-    for threshold in COUNTERPART:
-        record[f"without_counterpart_{threshold:g}"] = float((nearest < threshold).double().mean())
-        record[f"baseline_without_counterpart_{threshold:g}"] = float((nearest_here < threshold).double().mean())
-    return record, added
-
-
-# ---- what a part of the features carries
-
-
-def parts(dictionary: Dictionary, added: Tensor, draws: int) -> dict[str, SAE]:
-    """The SAE with all features, with none, with those added, with the other live ones, and with as many at random."""
-    live = dictionary.live
-    chosen = {"added": added, "others": live[~torch.isin(live, added)]}
-    made: dict[str, Tensor] = {name: features for name, features in chosen.items() if len(features)}
-    for name, features in list(made.items()):
-        for draw in range(draws):
-            order = torch.randperm(len(live), generator=torch.Generator().manual_seed(draw))
-            made[f"as many as {name}, at random #{draw}"] = live[order[: len(features)]].sort().values
-    sae = dictionary.sae
-    return {"all": sae, "none": silent(sae), **{name: restricted(sae, features) for name, features in made.items()}}
-
-
-def carried(
-    dictionary: Dictionary, added: Tensor, model: HookedModel, text: Any, hook_name: str, context: int, sizes: Sizes
-) -> Record:
-    """Error and predictions with each part in place; of the random ones the mean. ``features`` is how many there are.
-
-    ``none`` is what the decoder's bias recovers by itself: a part carries what it recovers beyond that.
-    """
-    made = parts(dictionary, added, sizes.draws)
-    found = evaluate(
-        made, model, text, hook_name=hook_name, n_tokens=sizes.part_tokens, loss_tokens=sizes.loss_tokens,
-        ranks=False, context_size=context, progress=False,
-    )  # fmt: skip
-    values: dict[str, list[Record]] = {}
-    for name, one in found.items():
-        loss = one.loss.to_dict() if one.loss else {}
-        own = {"features": 0 if name == "none" else made[name].cfg.d_sae, "nmse": one.nmse, "l0": one.l0}
-        own |= {key: loss[key] for key in ("recovered", "kl_recovered") if key in loss}
-        values.setdefault(name.split(" #")[0], []).append(own)
-    return {name: {key: _mean([one[key] for one in of]) for key in of[0]} for name, of in values.items()}
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-# ---- what features know
-
-
-@torch.no_grad()
-def encoded(encode: Encode, activations: Tensor, size: int) -> csr_array:
-    """(n, d_sae) feature activations, those that are not zero, ``size`` rows at a time."""
-    parts = [csr_array(encode(x.float()).numpy()) for x in torch.split(activations, size)]
-    return csr_array(vstack(parts, format="csr"))
-
-
-def random_dictionary(mean: Tensor, d_sae: int, k: int) -> Encode:
-    """A control that nobody trained: random directions about a mean (d,), the k largest of which are active."""
-    generator = torch.Generator().manual_seed(0)
-    directions = normalize(torch.randn(d_sae, len(mean), generator=generator), dim=1)
-
-    def encode(x: Tensor) -> Tensor:
-        values, indices = ((x - mean) @ directions.T).topk(k, dim=1)
-        return torch.zeros(len(x), d_sae).scatter_(1, indices, values.relu())
-
-    return encode
-
-
-# Scores of probes by task, by what was probed, one for each split.
-Scores = dict[str, dict[str, list[Score]]]
-Probe = Callable[[csr_array, np.ndarray, np.ndarray, Split, int], dict[str, Score]]
-
-
-def probe_all(activations: csr_array, told_apart: Mapping[str, Examples], probe: Probe, sizes: Sizes) -> Scores:
-    """What a probe scores on each task, for each split of the documents. Splits are the same for all activations."""
-    scores: Scores = {}
-    for kind, examples in told_apart.items():
-        x = examples.of(activations)
-        for task, labels in examples.labels.items():
-            name = task if task == kind or len(examples.labels) == 1 else f"{kind}: {task}"
-            for seed in range(sizes.splits):
-                rows = probes.split(labels, examples.documents, sizes.most, seed)
-                for what, score in probe(x, labels, examples.documents, rows, seed).items():
-                    scores.setdefault(name, {}).setdefault(what, []).append(score)
-    return scores
-
-
-def probe_features(candidates: Mapping[str, np.ndarray]) -> Probe:
-    """Sparse probes on the best of some features, for each set of them that holds enough, and on random ones."""
-
-    def probe(x: csr_array, y: np.ndarray, documents: np.ndarray, rows: Split, seed: int) -> dict[str, Score]:
-        found = {}
-        for k in SPARSITIES:
-            for name, features in candidates.items():
-                if len(features) >= k:
-                    found[f"{name}, k={k}"], _ = probes.sparse_probe(x, y, rows, k, features)
-            found[f"at random, k={k}"] = probes.random_probe(x, y, rows, k, seed)
-        return found
-
-    return probe
-
-
-def probe_raw(x: csr_array, y: np.ndarray, documents: np.ndarray, rows: Split, seed: int) -> dict[str, Score]:
-    """The best dimensions of raw activations, and all of them."""
-    own = np.arange(x.shape[1])
-    found = {f"best, k={k}": probes.sparse_probe(x, y, rows, k, own)[0] for k in SPARSITIES}
-    return {**found, "dense": probes.dense_probe(x, y, documents, rows, seed)}
-
-
-def summary(scores: Scores, against: Scores | None = None) -> Record:
-    """Mean and interval of accuracy and AUC by task and over all tasks; beside them AUC less that of ``against``."""
-    whole = {**scores, "all tasks": _over_tasks(scores)}
-    other = {} if against is None else {**against, "all tasks": _over_tasks(against)}
-    return {task: {what: _summed_up(own, other.get(task, {}).get(what)) for what, own in of.items()}
-            for task, of in whole.items()}  # fmt: skip
-
-
-def _over_tasks(scores: Scores) -> dict[str, list[Score]]:
-    """Of each split the mean over tasks, for what was probed in all of them."""
-    shared = set.intersection(*(set(of) for of in scores.values()))
-    return {
-        what: [Score(*np.mean(one, axis=0).tolist()) for one in zip(*(of[what] for of in scores.values()), strict=True)]
-        for what in next(iter(scores.values()))
-        if what in shared
-    }
-
-
-def _summed_up(scores: list[Score], against: list[Score] | None) -> Record:
-    names = Score._fields
-    found: Record = {name: probes.interval([getattr(one, name) for one in scores]) for name in names}
-    if against:
-        pairs = zip(scores, against, strict=True)
-        found["auc_less_baseline"] = probes.interval([one.auc - other.auc for one, other in pairs])
-    return found
-
-
-# ---- all of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +136,9 @@ def worth(
         raise ValueError(f"baseline={baseline!r} is not among the SAEs {list(folders)}")
     loaded = {name: Dictionary.load(folder, text.activations) for name, folder in folders.items()}
     fewest = min(len(one.live) for one in loaded.values())
-    raw = summary(probe_all(csr_array(text.probed.float().numpy()), text.told_apart, probe_raw, sizes))
+    raw = summary(
+        probe_all(csr_array(text.probed.float().numpy()), text.told_apart, probe_raw, sizes.splits, sizes.most)
+    )
     place = {"baseline": baseline, "hook_name": text.hook_name, "context_size": text.context}
     settings = {**(source or {}), **asdict(sizes), **place}
     result: Record = {"settings": settings, "raw_activations": raw, "random_dictionary": {}, "methods": {}}
@@ -361,9 +151,9 @@ def worth(
         scores[name] = _scores_of(dictionary, added, text, sizes)
         result["methods"][name] = {
             "folder": folders[name].name,
-            **shape(dictionary, fewest, sizes),
+            **shape(dictionary, fewest, sizes.sampled),
             "beside_baseline": new,
-            "carried": carried(dictionary, added, text.model, text.held_out, text.hook_name, text.context, sizes),
+            "carried": _carried(dictionary, added, text, sizes),
             "probing": summary(scores[name], None if name == baseline else scores[baseline]),
         }
         d_sae, k = dictionary.sae.cfg.d_sae, int(getattr(dictionary.sae.cfg, "k", 32))
@@ -403,18 +193,26 @@ def _sae_bench(saes: Mapping[str, SAE], text: Text, sizes: Sizes) -> Record:
         return {"left_out": str(error)}
 
 
+def _carried(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Record:
+    return carried(
+        parts(dictionary, added, sizes.draws), text.model, text.held_out, hook_name=text.hook_name,
+        n_tokens=sizes.part_tokens, loss_tokens=sizes.loss_tokens, context_size=text.context,
+    )  # fmt: skip
+
+
 def _scores_of(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Scores:
     sae, live = dictionary.sae, dictionary.live
     others = live[~torch.isin(live, added)]
     candidates = {"best": np.arange(sae.cfg.d_sae), "best of added": added.numpy(), "best of others": others.numpy()}
     activations = encoded(sae.encode, text.probed, chunk_size(sae))
-    return probe_all(activations, text.told_apart, probe_features(candidates), sizes)
+    return probe_all(activations, text.told_apart, probe_features(candidates), sizes.splits, sizes.most)
 
 
 def _control(text: Text, sizes: Sizes, d_sae: int, k: int) -> Record:
     encode = random_dictionary(text.activations.float().mean(dim=0), d_sae, k)
     activations = encoded(encode, text.probed, max(1, 2**25 // d_sae))
-    return summary(probe_all(activations, text.told_apart, probe_features({"best": np.arange(d_sae)}), sizes))
+    probe = probe_features({"best": np.arange(d_sae)})
+    return summary(probe_all(activations, text.told_apart, probe, sizes.splits, sizes.most))
 
 
 def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[str, Path]:

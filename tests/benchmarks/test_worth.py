@@ -13,7 +13,7 @@ from sae_lens import SAE
 from scipy.sparse import csr_array
 from torch.nn.functional import normalize
 
-from benchmarks.claims import features, plan, probes, sae_bench_probing, tasks, worth
+from benchmarks.claims import dictionaries, features, plan, probes, sae_bench_probing, tasks, worth
 from saelens_asi.sweep import METHODS, Cell
 from saelens_asi.sweep.cells import SweepStore
 from saelens_asi.sweep.run import sae_folder
@@ -78,8 +78,8 @@ def test_effective_features_are_those_that_share_the_firings():
 # ---- which are added, and what a part carries
 
 
-def dictionary(rows: torch.Tensor, counts: torch.Tensor) -> worth.Dictionary:
-    return worth.Dictionary(SimpleNamespace(W_dec=rows), counts, {"n_tokens": 100})
+def dictionary(rows: torch.Tensor, counts: torch.Tensor) -> dictionaries.Dictionary:
+    return dictionaries.Dictionary(SimpleNamespace(W_dec=rows), counts, {"n_tokens": 100})
 
 
 def test_every_feature_of_the_baseline_takes_the_one_it_became():
@@ -108,7 +108,7 @@ def test_features_are_matched_among_live_ones_alone():
     counts = torch.ones(30, dtype=torch.long)
     counts[0] = 0
     counts[3] = 29
-    record, added = worth.novelty(dictionary(ours, counts), baseline)
+    record, added = dictionaries.novelty(dictionary(ours, counts), baseline)
     # Features 10 to 14 have a counterpart that is dead, 1 to 9 have none, 0 is dead itself.
     assert added.tolist() == list(range(1, 15))
     assert (record["told_by"], record["added"]) == ("match", 14)
@@ -122,14 +122,14 @@ def test_after_one_start_features_go_by_their_numbers():
     rows = random_rows(30, 64)
     ours = dictionary(rows + 0.5 * random_rows(30, 64, seed=1), torch.tensor([1] * 25 + [0] * 5))
     baseline = dictionary(rows, torch.tensor([0] * 5 + [1] * 15 + [0] * 5 + [1] * 5))
-    told_by, added = worth.added_features(ours, baseline)
+    told_by, added = dictionaries.added_features(ours, baseline)
     assert told_by == "number"
     assert added.tolist() == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
 
 
 def test_a_dictionary_adds_nothing_to_itself():
     one = dictionary(random_rows(20, 64), torch.ones(20, dtype=torch.long))
-    record, added = worth.novelty(one, one)
+    record, added = dictionaries.novelty(one, one)
     assert not len(added)
     assert record["baseline_without_counterpart_0.5"] == 0
 
