@@ -37,6 +37,23 @@ def largest_cosines(rows: Tensor, others: Tensor, own: Tensor | None = None) -> 
     return torch.cat(found) if found else rows.new_zeros(0)
 
 
+def nearest_others(rows: Tensor) -> Tensor:
+    """(n,) the largest cosine of each of ``rows`` (n, d) to another of them, minus infinity where there is none.
+
+    As ``largest_cosines``, for half of its cost: each pair is multiplied once.
+    """
+    rows = normalize(rows, dim=1)
+    largest = rows.new_full((len(rows),), -math.inf)
+    size = max(1, _BLOCK // max(1, len(rows)))
+    for start in range(0, len(rows), size):
+        cosines = rows[start : start + size] @ rows[start:].T
+        cosines.fill_diagonal_(-math.inf)
+        left = largest[start:]
+        left.copy_(torch.maximum(left, cosines.amax(dim=0)))
+        left[: len(cosines)] = torch.maximum(left[: len(cosines)], cosines.amax(dim=1))
+    return largest
+
+
 def unmatched(rows: Tensor, others: Tensor) -> Tensor:
     """(n,) bool, which of ``rows`` (n, d) are left when each of ``others`` (m, d) has taken one: n - m, or none.
 

@@ -19,7 +19,7 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from torch import Tensor
 
-from benchmarks.claims.features import largest_cosines
+from benchmarks.claims.features import nearest_others
 from benchmarks.claims.of_revival import PART, table
 from benchmarks.claims.records import is_among, keep, read, taken
 from benchmarks.claims.rival_trainers import Resampling, Run, train_with
@@ -165,7 +165,7 @@ def duplicates(sae: TrainingSAE, fires: Tensor) -> dict[str, float]:
     rows = sae.W_dec.detach()[fires].float()
     if len(rows) < 2:
         return {"duplicate_fraction": 0.0, "median_largest_cosine": 0.0}
-    largest = largest_cosines(rows, rows, torch.arange(len(rows), device=rows.device))
+    largest = nearest_others(rows)
     return {
         "duplicate_fraction": float((largest > DUPLICATE).double().mean()),
         "median_largest_cosine": float(largest.median()),

@@ -56,7 +56,7 @@ from benchmarks.claims.train import sae_folder as planned_folder
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
-from saelens_asi.evaluation.saes import chunk_size
+from saelens_asi.evaluation.reconstruction import chunk_size
 from saelens_asi.resume import written_whole
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import cell_of

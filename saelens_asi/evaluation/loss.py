@@ -13,7 +13,8 @@ from torch import Tensor
 from saelens_asi.activations.hooks import HookedModel, Writer
 from saelens_asi.activations.replacement import Logits, prediction_losses, replacements_at
 from saelens_asi.evaluation.metrics import SAELossRecovered
-from saelens_asi.evaluation.saes import chunk_size, on_flat_vectors
+from saelens_asi.evaluation.reconstruction import chunk_size
+from saelens_asi.evaluation.saes import on_flat_vectors
 
 
 @dataclass(frozen=True)

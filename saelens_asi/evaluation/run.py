@@ -20,7 +20,8 @@ from saelens_asi.activations.reader import TextPass, Windows
 from saelens_asi.activations.tokens import TokenData
 from saelens_asi.evaluation.loss import Place, sae_losses_recovered
 from saelens_asi.evaluation.metrics import RunningReconstruction, SAEEvaluation, SAELossRecovered
-from saelens_asi.evaluation.saes import check_sae, inference_form, measure_, on_flat_vectors, warn_of_other_windows
+from saelens_asi.evaluation.reconstruction import measure_
+from saelens_asi.evaluation.saes import check_sae, inference_form, on_flat_vectors, warn_of_other_windows
 from saelens_asi.spectra.moments import RunningMoments
 from saelens_asi.spectra.spectrum import Spectrum
 

@@ -28,8 +28,9 @@ from saelens_asi.activations.replacement import log_probabilities, ratio, replac
 from saelens_asi.activations.tokens import TokenData, token_batches
 from saelens_asi.evaluation.loss import Place, reconstructing, zeroing
 from saelens_asi.evaluation.metrics import RunningReconstruction, SAEEvaluation
+from saelens_asi.evaluation.reconstruction import measure_
 from saelens_asi.evaluation.run import place_of
-from saelens_asi.evaluation.saes import inference_form, measure_, on_flat_vectors
+from saelens_asi.evaluation.saes import inference_form, on_flat_vectors
 from saelens_asi.evaluation.tables import markdown_table
 
 logger = logging.getLogger(__name__)

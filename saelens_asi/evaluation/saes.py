@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,16 +21,10 @@ from sae_lens.constants import (
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from sae_lens.saes.abstopk_sae import AbsTopK, AbsTopKSAE, AbsTopKTrainingSAE
-from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
-from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from saelens_asi.activations.sae_state import SCALED_OUTSIDE, has_hooks, replaced_methods, stock_methods
-from saelens_asi.evaluation.metrics import RunningReconstruction
+from saelens_asi.activations.sae_state import SCALED_OUTSIDE
 from saelens_asi.resume import checksum, is_unfinished, tensor_metadata
-from saelens_asi.sparse.topk import top_k
 
 logger = logging.getLogger(__name__)
 
@@ -271,66 +265,6 @@ def _on_hub(name: str) -> list[SAESource]:
         f"{name!r} is no folder here and no release of SAELens's pretrained SAEs{hint} Give a folder, release/sae_id, "
         "or owner/repository/path on the hub"
     )
-
-
-# Vectors (n, d_in) to their reconstructions (n, d_in), and how often each feature fired on them (d_sae,).
-Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-_METHODS = ("encode", "encode_with_hidden_pre", "decode", "process_sae_in")
-_FAMILY = (TopKSAE, AbsTopKSAE, TopKTrainingSAE, AbsTopKTrainingSAE)
-_STOCK = stock_methods(_FAMILY, _METHODS)
-
-
-def topk_reconstruction(sae: SAE) -> Reconstruct | None:
-    """What ``sae.decode(sae.encode(x))`` and its non-zero activations are; None where the SAE is not stock TopK.
-
-    Pre-activations and their ranking are SAELens's, to the bit, but for which of equal ones is taken. Then only the k
-    features of a token are counted and decoded: over (n, d_sae) there is one product and one pass that compares.
-    """
-    if type(sae) not in _STOCK or type(sae.activation_fn) not in (TopK, AbsTopK) or sae.dtype.itemsize < 4:
-        return None
-    if replaced_methods(sae, _STOCK) or any(has_hooks(module, backward=False) for module in sae.modules()):
-        return None
-    norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else None
-    by_magnitude = type(sae.activation_fn) is AbsTopK
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
-        if norms is not None:
-            scores = scores * norms
-        selected = top_k(scores.abs() if by_magnitude else scores, sae.activation_fn.k)
-        values = scores.gather(1, selected.indices) if by_magnitude else selected.scores.relu()
-        firings = torch.bincount(selected.indices[values != 0], minlength=sae.cfg.d_sae)
-        if norms is not None:
-            values = values / norms[selected.indices]
-        output = embedding_bag(selected.indices, sae.W_dec, per_sample_weights=values, mode="sum") + sae.b_dec
-        return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(output), sae.d_head), firings
-
-    return reconstruct
-
-
-# Values of a dense (tokens x d_sae) activation matrix made at a time.
-_MAX_DENSE_VALUES = 2**25
-
-
-@torch.no_grad()
-def measure_(running: RunningReconstruction, sae: SAE, x: Tensor) -> RunningReconstruction:
-    """Add vectors (n, d_in) and what a SAELens SAE makes of them; each is encoded once."""
-    reconstruct = topk_reconstruction(sae) or (lambda chunk: _dense_reconstruction(sae, chunk))
-    for chunk in x.to(sae.device).split(chunk_size(sae)):
-        running.update_(chunk, *reconstruct(chunk))
-    return running
-
-
-def _dense_reconstruction(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    acts = sae.encode(x)
-    acts = acts.to_dense() if acts.is_sparse else acts
-    return sae.decode(acts), (acts != 0).sum(dim=0)
-
-
-def chunk_size(sae: SAE) -> int:
-    """As many tokens at a time as memory should hold activations of."""
-    return max(1, _MAX_DENSE_VALUES // sae.cfg.d_sae)
 
 
 @contextmanager

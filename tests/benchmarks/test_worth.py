@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -58,6 +59,9 @@ def test_cosines_in_blocks_are_those_of_the_whole(monkeypatch):
     whole = (normalize(rows, dim=1) @ normalize(others, dim=1).T).amax(dim=1)
     monkeypatch.setattr(features, "_BLOCK", 7 * 50)
     torch.testing.assert_close(features.largest_cosines(rows, others), whole)
+    others_of = features.largest_cosines(others, others, torch.arange(50))
+    torch.testing.assert_close(features.nearest_others(others), others_of)
+    assert features.nearest_others(others[:1]).tolist() == [-math.inf]
 
 
 def test_redundancy_falls_with_the_number_it_is_counted_among():

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
-from saelens_asi.evaluation import saes as reconstruction
+from saelens_asi.evaluation import reconstruction
 from saelens_asi.evaluation.metrics import RunningReconstruction
-from saelens_asi.evaluation.saes import measure_
+from saelens_asi.evaluation.reconstruction import measure_
 from tests.helpers.reference import gaussian, maths
 
 D_IN, D_SAE = 6, 12

@@ -1,4 +1,4 @@
-"""The short way through a TopK SAE against SAELens's own encode and decode."""
+"""SAEs in folders: a damaged one is refused by its path."""
 
 from __future__ import annotations
 
@@ -6,66 +6,16 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens.registry import get_sae_class, get_sae_training_class
 from safetensors.torch import load_file, save_file
 
-from saelens_asi.evaluation.saes import SAESource, check_sae, topk_reconstruction
+from saelens_asi.evaluation.saes import SAESource, check_sae
 from tests.helpers import tiny
 from tests.helpers.damage import Damage, Hostile, damages
-
-D_SAE, K = 1024, 7  # wide enough for the grouped ranking
-
-
-def _sae(architecture: str, training: bool, **settings: Any) -> Any:
-    sae_class, config_class = (get_sae_training_class if training else get_sae_class)(architecture)
-    sae = sae_class(config_class(d_in=tiny.D_MODEL, d_sae=D_SAE, k=K, **settings))
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.randn(tiny.D_MODEL, D_SAE))
-        sae.W_dec.copy_(torch.randn(D_SAE, tiny.D_MODEL) * torch.rand(D_SAE, 1))
-        sae.b_enc.copy_(torch.randn(D_SAE) - 2)
-        sae.b_dec.copy_(torch.randn(tiny.D_MODEL))
-    return sae
-
-
-@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
-@pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("architecture", ["topk", "abstopk"])
-@torch.no_grad()
-def test_it_fires_and_reconstructs_as_saelens(architecture: str, training: bool, rescale: bool, normalize: str) -> None:
-    settings = {"rescale_acts_by_decoder_norm": rescale, "normalize_activations": normalize}
-    sae, x = _sae(architecture, training, **settings), tiny.activations(200)
-    sae.b_enc -= 100.0 * (architecture == "topk") * (torch.arange(D_SAE) > 5)  # fewer than k can fire
-    reconstruct = topk_reconstruction(sae)
-    assert reconstruct is not None
-    found, firings = reconstruct(x)
-    acts = sae.encode(x)
-    assert torch.equal(firings, (acts != 0).sum(dim=0))
-    assert 0 < firings.sum() <= 200 * K
-    torch.testing.assert_close(found, sae.decode(acts), rtol=1e-4, atol=1e-4)
-    assert {"x_norm_coeff", "ln_mu", "ln_std"}.isdisjoint(vars(sae))
-
-
-def test_anything_else_takes_saelens_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert topk_reconstruction(_sae("topk", False)) is not None
-    assert topk_reconstruction(tiny.training_sae("standard")) is None
-    assert topk_reconstruction(tiny.training_sae("batchtopk")) is None
-    assert topk_reconstruction(_sae("topk", False).to(torch.bfloat16)) is None
-    hooked = _sae("topk", False)
-    hooked.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 2)
-    assert topk_reconstruction(hooked) is None
-    replaced = _sae("topk", False)
-    replaced.encode = replaced.encode
-    assert topk_reconstruction(replaced) is None
-    monkeypatch.setattr(get_sae_class("topk")[0], "decode", lambda self, acts: acts)
-    assert topk_reconstruction(_sae("topk", False)) is None
-
 
 FILES = {
     "standard": ["cfg.json", "sae_weights.safetensors"],
@@ -142,7 +92,8 @@ def test_a_whitening_that_is_lost_is_not_left_out_of_the_weights(saved: Path, tm
 
 
 def test_more_features_a_token_than_there_are_is_refused() -> None:
-    sae = _sae("topk", False)
-    sae.cfg.k = D_SAE + 1
-    with pytest.raises(ValueError, match=f"'a' has k={D_SAE + 1}, which must be from 1 to its d_sae={D_SAE}"):
+    sae = tiny.training_sae("topk")
+    d_sae = sae.cfg.d_sae
+    sae.cfg.k = d_sae + 1
+    with pytest.raises(ValueError, match=f"'a' has k={d_sae + 1}, which must be from 1 to its d_sae={d_sae}"):
         check_sae(sae, "a")
