@@ -145,11 +145,12 @@ the other's does not, and the lead does.
 """,
     "worth": """
 Features that live here and not in the baseline are *added*. *Nearest other*: the median over live features of the
-largest cosine to another one, among as many features as the SAE with the fewest live ones has. *KL*: the share of the
+largest cosine to another one, among as many features as live in the baseline. *KL*: the share of the
 divergence made by zero ablation that comes back with all features, with those added alone, and with as many live ones
 at random. *AUC*: of a probe on the one best feature, mean over the tasks that the text gives (book, testament, code or
 prose, classes of Python tokens), with the half width of its interval over splits of the documents, and beside it the
-difference to the baseline.
+difference to the baseline. *SAEBench*: the accuracy of its own sparse probing (arXiv 2503.09532) with one feature, on
+the same text.
 """,
     "d_init_aside": "A layer of each model, on code, that were set aside before the rule was looked for.",
 }

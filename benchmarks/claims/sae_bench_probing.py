@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,10 +53,30 @@ def by_class(activations: Tensor, examples: Examples, most: tuple[int, int], see
     return found[0], found[1]
 
 
-def sae_bench_scores(
-    saes: Mapping[str, SAE], activations: Tensor, told_apart: Mapping[str, Examples], most: tuple[int, int]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """By kind of task and SAE, SAEBench's mean accuracies over the classes: ``sae_top_1_test_accuracy`` and the like.
+@dataclass(frozen=True)
+class Classes:
+    """What SAEBench tells apart of one kind, and how well dimensions of the activations do so.
+
+    Attributes:
+        train: to fit on.
+        test: to test on.
+        raw: by class, of ``llm_top_1_test_accuracy`` and the like.
+    """
+
+    train: ByClass
+    test: ByClass
+    raw: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, activations: Tensor, examples: Examples, most: tuple[int, int]) -> Classes:
+        """Raises ImportError where sae-bench, or what it needs, is not installed."""
+        train, test = by_class(activations, examples, most)
+        with _shapes_unchecked():
+            return cls(train, test, _raw_scores(train, test))
+
+
+def sae_bench_scores(sae: SAE, told_apart: Mapping[str, Classes]) -> dict[str, dict[str, float]]:
+    """By kind of task, SAEBench's mean accuracies over the classes: ``sae_top_1_test_accuracy`` and the like.
 
     ``llm_top_1_test_accuracy`` and the like, of raw activations, are the same for all SAEs.
 
@@ -67,20 +88,17 @@ def sae_bench_scores(
 
     # With this setting it leaves out the probe on all features at once, the slowest.
     config: Any = SparseProbingEvalConfig(k_values=[*SPARSITIES], lower_vram_usage=True, sae_batch_size=16)
-    scores: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, dict[str, float]] = {}
     with _shapes_unchecked():
-        for kind, examples in told_apart.items():
-            train, test = by_class(activations, examples, most)
-            raw = _raw_scores(train, test, config.k_values)
-            for name, sae in saes.items():
-                with TemporaryDirectory() as folder:
-                    path = Path(folder) / f"{kind}_activations.pt"
-                    torch.save({"train": train, "test": test, "llm_results": raw}, path)
-                    torch.manual_seed(0)
-                    mean, _ = run_eval_single_dataset(
-                        kind, config, sae, torch.nn.Identity(), -1, "", "cpu", folder, save_activations=False
-                    )
-                scores.setdefault(kind, {})[name] = {key: value for key, value in mean.items() if value >= 0}
+        for kind, classes in told_apart.items():
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / f"{kind}_activations.pt"
+                torch.save({"train": classes.train, "test": classes.test, "llm_results": classes.raw}, path)
+                torch.manual_seed(0)
+                mean, _ = run_eval_single_dataset(
+                    kind, config, sae, torch.nn.Identity(), -1, "", "cpu", folder, save_activations=False
+                )
+            scores[kind] = {key: value for key, value in mean.items() if value >= 0}
     return scores
 
 
@@ -95,7 +113,7 @@ def _shapes_unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", before)
 
 
-def _raw_scores(train: ByClass, test: ByClass, ks: list[int]) -> dict[str, dict[str, float]]:
+def _raw_scores(train: ByClass, test: ByClass) -> dict[str, dict[str, float]]:
     from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
     from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations
 
@@ -103,6 +121,6 @@ def _raw_scores(train: ByClass, test: ByClass, ks: list[int]) -> dict[str, dict[
     pooled = [create_meaned_model_activations(side) for side in (train, test)]
     _, dense = train_probe_on_activations(*pooled, select_top_k=None)
     found = {"llm_test_accuracy": dense}
-    for k in ks:
+    for k in SPARSITIES:
         _, found[f"llm_top_{k}_test_accuracy"] = train_probe_on_activations(*pooled, select_top_k=k)
     return found

@@ -152,20 +152,26 @@ def worth(e: ResultFiles) -> list[str]:
         return ["Nothing has been measured yet: `python -m benchmarks.claims.worth`.", ""]
     shared = next(row["settings"] for row in rows if row["what"] == "all")
     raw = next(row["raw_activations"] for row in rows if row["what"] == "all")["all tasks"]
-    lines = [_worth_line(row) for row in rows if row["what"] == "sae"]
+    in_sae_bench = {row["name"]: row["scores"] for row in rows if row["what"] == "sae_bench" and "scores" in row}
+    saes = sorted(
+        (row for row in rows if row["what"] == "sae"),
+        key=lambda row: (row["name"] != shared["baseline"], -row["live"]),
+    )
+    lines = [(*_worth_line(row), _accuracy(in_sae_bench.get(row["name"]), "sae")) for row in saes]
     for name, probing in (
         *((row["name"], row["probing"]["all tasks"]) for row in rows if row["what"] == "control"),
         ("raw activations, one dimension", raw),
     ):
         label = name if probing is raw else f"random directions, {name}"
-        lines.append((label, *[""] * 6, _auc(probing, "best, k=1"), ""))
+        accuracy = _accuracy(next(iter(in_sae_bench.values()), None), "llm") if probing is raw else ""
+        lines.append((label, *[""] * 6, _auc(probing, "best, k=1"), "", accuracy))
     header = ["SAE", "live", "nearest other", "added", "of firings", "KL: all", "KL: added (at random)"]
-    header += ["AUC", "AUC of added"]
+    header += ["AUC", "AUC of added", "SAEBench"]
     model, text = MODEL_TITLES[shared["model"]], TEXT_TITLES[shared["dataset"]]
     return [
         f"{model}, {shared['hook_name']}, {text}; beside {shared['baseline']}.",
         "",
-        markdown_table(header, lines, align="lrrrrrrrr"),
+        markdown_table(header, lines, align="lrrrrrrrrr"),
         "",
     ]
 
@@ -187,6 +193,13 @@ def _worth_line(row: Record) -> tuple[str, ...]:
         _auc(probing, "best, k=1"),
         _auc(probing, "best of added, k=1"),
     )
+
+
+def _accuracy(scores: Mapping[str, Mapping[str, float]] | None, of: str) -> str:
+    """SAEBench's, of the best feature (``sae``) or dimension (``llm``), in the mean over the kinds of tasks."""
+    if not scores:
+        return ""
+    return f"{sum(one[f'{of}_top_1_test_accuracy'] for one in scores.values()) / len(scores):.3f}"
 
 
 def _auc(probing: Record, what: str) -> str:

@@ -4,8 +4,8 @@
     python -m benchmarks.claims.worth --sweep d_sae       # those that a sweep kept (--save-saes)
     python -m benchmarks.claims.worth --sae topk=FOLDER "topk seed 1"=FOLDER asi_sparse_adam=FOLDER --baseline topk
 
-Writes results/claims/worth.jsonl anew after each SAE: a line for what all are compared on, one for each SAE, and one
-for each control.
+Each SAE is two lines of results/claims/worth.jsonl as soon as it is measured, beside one for what all are compared on
+and one for each control. The same command goes on where it stopped, and several processes share the work.
 
 Which features of an SAE are those that it has and the baseline lacks? Where both started from the same directions (one
 seed, one subspace), feature i of one is feature i of the other: those that live here and are dead there. Elsewhere
@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,16 @@ from benchmarks.claims.knowledge import (
 )
 from benchmarks.claims.plan import BASELINE, items
 from benchmarks.claims.probes import Examples
+from benchmarks.claims.records import append, lines, taken
 from benchmarks.claims.rivals import RIVALS
-from benchmarks.claims.sae_bench_probing import sae_bench_scores
+from benchmarks.claims.sae_bench_probing import Classes, sae_bench_scores
 from benchmarks.claims.sources import CACHE, MAIN, activations
 from benchmarks.claims.train import sae_folder as planned_folder
 from saelens_asi.activations.cache import cache_activations
 from saelens_asi.activations.hooks import HookedModel
 from saelens_asi.activations.loading import load_documents, load_model
 from saelens_asi.evaluation.reconstruction import chunk_size
-from saelens_asi.resume import written_whole
+from saelens_asi.resume import differences
 from saelens_asi.sweep import read_sweep
 from saelens_asi.sweep.cells import cell_of
 from saelens_asi.sweep.run import sae_folder
@@ -111,108 +112,167 @@ class Text:
     context: int = 128
 
 
+@dataclass(frozen=True)
+class Lines:
+    """The file of what is measured: a line for what all are compared on, two for each SAE, one for each control.
+
+    Attributes:
+        path: of JSON, line by line.
+        settings: of everything in it.
+    """
+
+    path: Path
+    settings: Record
+
+    def check(self) -> None:
+        """Raise ValueError for a file with other settings."""
+        found = [line["settings"] for line in self.read() if line["what"] == "all"]
+        if found and found[0] != _rounded(self.settings):
+            changed = differences(found[0], _rounded(self.settings))
+            raise ValueError(f"{self.path} holds what was measured with other settings ({changed}): give another --out")
+
+    def read(self) -> list[Record]:
+        return lines(self.path) if self.path.exists() else []
+
+    def add(self, what: str, name: str, measure: Callable[[], Record]) -> None:
+        """Measure what is not there, unless another process is about it."""
+        with taken({"file": self.path.name, **self.settings, "what": what, "name": name}) as mine:
+            if mine and not any((line["what"], line["name"]) == (what, name) for line in self.read()):
+                append(self.path, _rounded({"what": what, "name": name, **measure()}))
+
+
 def worth(
     folders: Mapping[str, Path],
     baseline: str,
     text: Text,
     sizes: Sizes,
-    out: Path | None = None,
+    out: Path,
     source: Mapping[str, str] | None = None,
-) -> Record:
-    """The record of each SAE by method, and of what they are compared with; written to ``out`` after each.
+) -> list[Record]:
+    """The lines of each SAE, and of what they are compared with; ``out`` has each when it is measured.
 
     Args:
         folders: of the SAEs, by name.
         baseline: which of them the others are compared with.
         text: what they are looked at with.
         sizes: how much.
-        out: a file of JSON, line by line.
+        out: a file of JSON, line by line; what it has is not measured again.
         source: names of model and text, for the record.
 
     Raises:
-        ValueError: where the baseline is not among the SAEs.
+        ValueError: where the baseline is not among the SAEs, or ``out`` was measured with other settings.
     """
     if baseline not in folders:
         raise ValueError(f"baseline={baseline!r} is not among the SAEs {list(folders)}")
-    loaded = {name: Dictionary.load(folder, text.activations) for name, folder in folders.items()}
-    fewest = min(len(one.live) for one in loaded.values())
-    raw = summary(
-        probe_all(csr_array(text.probed.float().numpy()), text.told_apart, probe_raw, sizes.splits, sizes.most)
-    )
     place = {"baseline": baseline, "hook_name": text.hook_name, "context_size": text.context}
-    settings = {**(source or {}), **asdict(sizes), **place}
-    result: Record = {"settings": settings, "raw_activations": raw, "random_dictionary": {}, "methods": {}}
-    control = functools.cache(lambda d_sae, k: _control(text, sizes, d_sae, k))
-    scores: dict[str, Scores] = {}
-    for name in sorted(loaded, key=lambda one: one != baseline):  # what the others are compared with comes first
-        dictionary = loaded[name]
-        print(f"{name}: {len(dictionary.live):,} live features of {len(dictionary.counts):,}", flush=True)
-        new, added = novelty(dictionary, loaded[baseline])
-        scores[name] = _scores_of(dictionary, added, text, sizes)
-        result["methods"][name] = {
-            "folder": folders[name].name,
-            **shape(dictionary, fewest, sizes.sampled),
-            "beside_baseline": new,
-            "carried": _carried(dictionary, added, text, sizes),
-            "probing": summary(scores[name], None if name == baseline else scores[baseline]),
-        }
-        d_sae, k = dictionary.sae.cfg.d_sae, int(getattr(dictionary.sae.cfg, "k", 32))
-        result["random_dictionary"][f"d_sae={d_sae}, k={k}"] = control(d_sae, k)
-        _write(result, out)
-    result["sae_bench"] = _sae_bench({name: one.sae for name, one in loaded.items()}, text, sizes)
-    _write(result, out)
-    return result
-
-
-def _write(result: Record, out: Path | None) -> None:
-    if out is not None:
-        with written_whole(out) as unfinished:
-            unfinished.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in as_lines(result)))
-
-
-def as_lines(result: Record) -> list[Record]:
-    """The record as lines of its file, each with what it is of: all, an sae, or a control."""
-    lines = [{"what": "all", **{name: result[name] for name in ("settings", "raw_activations")}}]
-    lines += [{"what": "sae", "name": name, **of} for name, of in result["methods"].items()]
-    lines += [{"what": "control", "name": name, "probing": of} for name, of in result["random_dictionary"].items()]
-    return [*lines, *([{"what": "sae_bench", "scores": result["sae_bench"]}] if "sae_bench" in result else [])]
+    known = Lines(out, {**(source or {}), **asdict(sizes), **place})
+    known.check()
+    compared = Compared(folders, baseline, text, sizes)
+    known.add("all", "", lambda: {"settings": known.settings, **compared.raw()})
+    for name in folders:
+        known.add("sae", name, functools.partial(compared.measured, name))
+        known.add("sae_bench", name, functools.partial(compared.in_sae_bench, name))
+    for d_sae, k in {(sae.cfg.d_sae, int(getattr(sae.cfg, "k", 32))) for sae in map(compared.sae, folders)}:
+        known.add("control", f"d_sae={d_sae}, k={k}", functools.partial(compared.control, d_sae, k))
+    return known.read()
 
 
 def _rounded(value: Any) -> Any:
-    """With five significant digits: more than intervals allow."""
+    """With five significant digits: more than intervals allow. Tuples become the lists that JSON has."""
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(one) for one in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _sae_bench(saes: Mapping[str, SAE], text: Text, sizes: Sizes) -> Record:
-    """SAEBench's own probes on the same text; why not, where it is not installed."""
-    try:
-        return {**sae_bench_scores(saes, text.probed, text.told_apart, sizes.most)}
-    except ImportError as error:
-        return {"left_out": str(error)}
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """SAEs beside one of them, on one text.
 
+    Attributes:
+        folders: by name.
+        baseline: name of that one.
+        text: what they are looked at with.
+        sizes: how much.
+    """
 
-def _carried(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Record:
-    return carried(
-        parts(dictionary, added, sizes.draws), text.model, text.held_out, hook_name=text.hook_name,
-        n_tokens=sizes.part_tokens, loss_tokens=sizes.loss_tokens, context_size=text.context,
-    )  # fmt: skip
+    folders: Mapping[str, Path]
+    baseline: str
+    text: Text
+    sizes: Sizes
 
+    def sae(self, name: str) -> SAE:
+        return SAE.load_from_disk(self.folders[name])
 
-def _scores_of(dictionary: Dictionary, added: Tensor, text: Text, sizes: Sizes) -> Scores:
-    sae, live = dictionary.sae, dictionary.live
-    others = live[~torch.isin(live, added)]
-    candidates = {"best": np.arange(sae.cfg.d_sae), "best of added": added.numpy(), "best of others": others.numpy()}
-    activations = encoded(sae.encode, text.probed, chunk_size(sae))
-    return probe_all(activations, text.told_apart, probe_features(candidates), sizes.splits, sizes.most)
+    @functools.cached_property
+    def beside(self) -> Dictionary:
+        """The baseline."""
+        return Dictionary.load(self.folders[self.baseline], self.text.activations)
 
+    @functools.cached_property
+    def scores_beside(self) -> Scores:
+        """Of probes on the baseline."""
+        _, added = novelty(self.beside, self.beside)
+        return self._scores(self.beside, added)
 
-def _control(text: Text, sizes: Sizes, d_sae: int, k: int) -> Record:
-    encode = random_dictionary(text.activations.float().mean(dim=0), d_sae, k)
-    activations = encoded(encode, text.probed, max(1, 2**25 // d_sae))
-    probe = probe_features({"best": np.arange(d_sae)})
-    return summary(probe_all(activations, text.told_apart, probe, sizes.splits, sizes.most))
+    def measured(self, name: str) -> Record:
+        """Geometry, firings, what parts carry, and what features know."""
+        is_baseline = name == self.baseline
+        dictionary = self.beside if is_baseline else Dictionary.load(self.folders[name], self.text.activations)
+        print(f"{name}: {len(dictionary.live):,} live features of {len(dictionary.counts):,}", flush=True)
+        new, added = novelty(dictionary, self.beside)
+        scores = self.scores_beside if is_baseline else self._scores(dictionary, added)
+        return {
+            "folder": self.folders[name].name,
+            **shape(dictionary, len(self.beside.live), self.sizes.sampled),
+            "beside_baseline": new,
+            "carried": self._carried(dictionary, added),
+            "probing": summary(scores, None if is_baseline else self.scores_beside),
+        }
+
+    def raw(self) -> Record:
+        """What dimensions of the activations know."""
+        dimensions = csr_array(self.text.probed.float().numpy())
+        scores = probe_all(dimensions, self.text.told_apart, probe_raw, self.sizes.splits, self.sizes.most)
+        return {"raw_activations": summary(scores)}
+
+    def control(self, d_sae: int, k: int) -> Record:
+        """What random directions know."""
+        encode = random_dictionary(self.text.activations.float().mean(dim=0), d_sae, k)
+        activations = encoded(encode, self.text.probed, max(1, 2**25 // d_sae))
+        return {"probing": summary(self._probed(activations, {"best": np.arange(d_sae)}))}
+
+    def in_sae_bench(self, name: str) -> Record:
+        """SAEBench's own probes on the same text; why not, where it is not installed."""
+        try:
+            return {"scores": sae_bench_scores(self.sae(name), self._classes)}
+        except ImportError as error:
+            return {"left_out": str(error)}
+
+    @functools.cached_property
+    def _classes(self) -> Mapping[str, Classes]:
+        return {
+            kind: Classes.of(self.text.probed, examples, self.sizes.most)
+            for kind, examples in self.text.told_apart.items()
+        }
+
+    def _carried(self, dictionary: Dictionary, added: Tensor) -> Record:
+        return carried(
+            parts(dictionary, added, self.sizes.draws), self.text.model, self.text.held_out,
+            hook_name=self.text.hook_name, n_tokens=self.sizes.part_tokens, loss_tokens=self.sizes.loss_tokens,
+            context_size=self.text.context,
+        )  # fmt: skip
+
+    def _scores(self, dictionary: Dictionary, added: Tensor) -> Scores:
+        sae, live = dictionary.sae, dictionary.live
+        others = live[~torch.isin(live, added)]
+        sets = {"best": np.arange(sae.cfg.d_sae), "best of added": added.numpy(), "best of others": others.numpy()}
+        return self._probed(encoded(sae.encode, self.text.probed, chunk_size(sae)), sets)
+
+    def _probed(self, activations: csr_array, sets: Mapping[str, np.ndarray]) -> Scores:
+        probe = probe_features(sets)
+        return probe_all(activations, self.text.told_apart, probe, self.sizes.splits, self.sizes.most)
 
 
 def saved_saes(sweep: Path, hook_name: str, d_sae: int, baseline: str) -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,8 @@ from sae_lens import SAE
 from scipy.sparse import csr_array
 from torch.nn.functional import normalize
 
-from benchmarks.claims import dictionaries, features, plan, probes, sae_bench_probing, tasks, worth
+from benchmarks.claims import dictionaries, features, plan, probes, records, sae_bench_probing, tasks, worth
+from benchmarks.claims.sae_bench_probing import Classes
 from saelens_asi.sweep import METHODS, Cell
 from saelens_asi.sweep.cells import SweepStore
 from saelens_asi.sweep.run import sae_folder
@@ -352,9 +354,10 @@ def test_sae_bench_finds_what_our_probes_find(tmp_path):
     activations = random_rows(240, tiny.D_MODEL)
     activations[np.repeat(in_class, 4)] += 4 * normalize(sae.W_dec.detach()[:1], dim=1)
     told_apart = {"planted": windows.pooled({"planted": in_class}, 0)}
-    found = sae_bench_probing.sae_bench_scores({"ours": sae}, activations, told_apart, most=(20, 8))
-    assert found["planted"]["ours"]["llm_test_accuracy"] > 0.9
-    assert found["planted"]["ours"]["sae_top_20_test_accuracy"] > 0.8
+    classes = {kind: Classes.of(activations, examples, most=(20, 8)) for kind, examples in told_apart.items()}
+    found = sae_bench_probing.sae_bench_scores(sae, classes)
+    assert found["planted"]["llm_test_accuracy"] > 0.9
+    assert found["planted"]["sae_top_20_test_accuracy"] > 0.8
 
 
 # ---- all of it
@@ -386,11 +389,11 @@ def test_every_method_gets_a_record(text, tmp_path):
     folders = {name: tmp_path / name for name in ("ours", "topk")}
     found = worth.worth(folders, "topk", text, SIZES, tmp_path / "worth.jsonl", {"model": "tiny"})
     written = [json.loads(line) for line in (tmp_path / "worth.jsonl").read_text().splitlines()]
-    assert [line["what"] for line in written] == ["all", "sae", "sae", "control", "sae_bench"]
+    assert [line["what"] for line in written] == ["all", "sae", "sae_bench", "sae", "sae_bench", "control"]
+    assert written == found
     assert written[0]["settings"]["model"] == "tiny"
     assert {line["folder"] for line in written if line["what"] == "sae"} == {"topk", "ours"}
-    assert found["methods"].keys() == {"topk", "ours"}
-    baseline, own = found["methods"]["topk"], found["methods"]["ours"]
+    baseline, own = (next(line for line in written if line["name"] == name) for name in ("topk", "ours"))
     assert baseline["beside_baseline"]["added"] == 0
     assert {"all", "none", "others"} <= baseline["carried"].keys()
     assert "added" not in baseline["carried"]
@@ -400,14 +403,30 @@ def test_every_method_gets_a_record(text, tmp_path):
     assert own["carried"]["added"]["features"] == own["carried"]["as many as added, at random"]["features"] == added
     assert own["carried"]["none"]["l0"] == own["carried"]["none"]["features"] == 0
     assert own["carried"]["all"]["nmse"] == pytest.approx(own["nmse"], rel=5)
-    assert own["redundancy_at_equal_number"]["features"] == min(baseline["live"], own["live"])
+    assert own["redundancy_at_equal_number"]["features"] == baseline["live"] < own["live"]
     assert "auc_less_baseline" in own["probing"]["planted"]["best, k=1"]
     assert "auc_less_baseline" not in baseline["probing"]["planted"]["best, k=1"]
-    assert found["raw_activations"]["planted"]["dense"]["auc"]["mean"] > 0.9
-    assert found["random_dictionary"].keys() == {"d_sae=48, k=4"}
-    assert found["sae_bench"]
+    assert written[0]["raw_activations"]["planted"]["dense"]["auc"]["mean"] > 0.9
+    assert written[-1]["name"] == "d_sae=48, k=4"
+    assert {"scores", "left_out"} & written[2].keys()
     with pytest.raises(ValueError, match="baseline='auxk' is not among"):
-        worth.worth(folders, "auxk", text, SIZES)
+        worth.worth(folders, "auxk", text, SIZES, tmp_path / "other.jsonl")
+
+
+def test_what_the_file_has_is_not_measured_again_and_other_settings_are_refused(text, tmp_path, monkeypatch):
+    for name in ("topk", "ours", "more"):
+        inference_sae("topk", tmp_path / name)
+    out, folders = tmp_path / "worth.jsonl", {name: tmp_path / name for name in ("topk", "ours", "more")}
+    monkeypatch.setattr(records, "CACHE", tmp_path)
+    calls: list[str] = []
+    measured = worth.Compared.measured
+    monkeypatch.setattr(worth.Compared, "measured", lambda self, name: calls.append(name) or measured(self, name))
+    few = {name: folders[name] for name in ("topk", "ours")}
+    assert worth.worth(few, "topk", text, SIZES, out) == worth.worth(few, "topk", text, SIZES, out)
+    worth.worth(folders, "topk", text, SIZES, out)
+    assert calls == ["topk", "ours", "more"]
+    with pytest.raises(ValueError, match="splits was 2 and is 3"):
+        worth.worth(folders, "topk", text, replace(SIZES, splits=3), out)
 
 
 def test_the_saes_of_a_sweep_are_found_at_their_best_rates(tmp_path):
