@@ -23,8 +23,7 @@ half (Bricken et al. 2023), from 16,384 inputs, or from as many as features are 
 held-out tokens and on the last 40 % of training. *Duplicates*: of the features that fire, those whose decoder row has
 a cosine above 0.9 with another's. *Anew*: after how many steps `revive` started the whole SAE again. *Lived on*: of
 the features that were revived (one by one, or by a new start) a million tokens or more before the end, those that are
-not dead on both. With 131,072 features there are 40,000 held-out tokens. Gemma's BatchTopK is trained with 8,192
-features so far.
+not dead on both. With 131,072 features there are 40,000 held-out tokens.
 """
 
 STARTS = ("SAELens's own", "the paper's", "the flag's")
