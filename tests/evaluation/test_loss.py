@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from saelens_asi.evaluation import saes as reconstruction
+from saelens_asi.evaluation import reconstruction
 from saelens_asi.evaluation.loss import Place, sae_loss_recovered, sae_losses_recovered
 from saelens_asi.evaluation.metrics import SAELossRecovered
 

@@ -14,7 +14,7 @@ from sae_lens.registry import get_sae_class, get_sae_training_class
 from torch import Tensor
 
 import saelens_asi as asi
-from saelens_asi.evaluation import saes as reconstruction
+from saelens_asi.evaluation import reconstruction
 from saelens_asi.evaluation.saes import SAESource
 from tests.helpers import tiny
 from tests.helpers.reference import effective_rank_by_svd

@@ -22,7 +22,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_asi
 from saelens_asi.activations import sae_state
-from saelens_asi.evaluation import saes
+from saelens_asi.evaluation import reconstruction
 from saelens_asi.plugin import quirks, topk_pass, upstream
 from saelens_asi.plugin.fields import DEFAULTS
 
@@ -249,4 +249,4 @@ def test_the_whitening_constant_is_saelens_own():
 
 def test_methods_that_are_compared_with_the_stock_ones_are_named_there():
     named = {name for names in upstream.MEMBERS.values() for name in names}
-    assert {*topk_pass._METHODS, *saes._METHODS, *sae_state._STATISTICS} - named == set()
+    assert {*topk_pass._METHODS, *reconstruction._METHODS, *sae_state._STATISTICS} - named == set()
