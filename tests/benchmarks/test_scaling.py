@@ -55,6 +55,15 @@ def test_the_largest_is_trained_with_moments_that_stay():
     assert len({scaling.checkpoints(cell) for cell in scaling.cells()}) == len(scaling.cells()) == len(sizes)
 
 
+def test_each_size_is_trained_in_a_process_of_its_own(monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(scaling, "read", lambda part: [])
+    monkeypatch.setattr(scaling.subprocess, "run", lambda command, check: commands.append(command[3:]))
+    monkeypatch.setattr("sys.argv", ["scaling", "--d-sae", "1024", "2048", "--moments", "decay"])
+    scaling.main()
+    assert commands == [["--d-sae", size, "--moments", "decay"] for size in ("1024", "2048")]
+
+
 def test_shares_are_of_all_features():
     assert scaling._share(torch.tensor([True, False, False, False])) == 0.25
 
