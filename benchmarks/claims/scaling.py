@@ -51,7 +51,8 @@ SmolLM2-135M, attention output of layer 15, the kernel's documentation, the flag
 1,024 (`python -m benchmarks.claims.scaling`). *Moments*: whether those of silent features stay or decay. *Silent*: on
 so many tokens at the end of training, in which the weights still moved; a living feature fires once in d_sae / k tokens
 on average, so the shorter counts find rare features silent that are alive. *GiB*: the peak of the process, 2.1 of them
-the activations, which lie mapped on the disk.
+the activations, which lie mapped on the disk. All but the largest were trained beside other work: their CPU hours
+count.
 """
 
 
@@ -104,7 +105,7 @@ def _history(trainer: SAETrainer) -> list[dict[str, Any]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All that is trained, in Markdown."""
     header = ["features", "moments", "tokens", "lr", "NMSE", "L0", *(f"silent on {n:,}" for n in SILENT_SINCE)]
-    header += ["hours", "GiB", "cores"]
+    header += ["hours", "CPU hours", "GiB", "cores"]
     lines = [_line(row) for row in sorted(rows, key=lambda row: (decays(row), row["d_sae"]))]
     return markdown_table(header, lines, align="rl" + "r" * (len(header) - 2))
 
@@ -125,6 +126,7 @@ def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['l0']:.1f}",
         *(f"{silent[n]:.1%}" if n in silent else "" for n in SILENT_SINCE),
         f"{row['seconds'] / 3600:.2f}",
+        f"{row['cpu_seconds'] / 3600:.2f}",
         f"{row['peak_gib']:.1f}",
         str(row["threads"]),
     )

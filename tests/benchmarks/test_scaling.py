@@ -8,14 +8,21 @@ from benchmarks.claims.records import read
 
 def _row(**changes):
     settings = {"d_sae": 1024, "tokens": 4000, "k": 4, "lr": 0.001, "threads": 2, "processor": "a processor"}
-    measured = {"nmse": 0.25, "l0": 4.0, "silent": [[100_000, 0.5]], "seconds": 1800, "peak_gib": 1.5}
+    measured = {
+        "nmse": 0.25,
+        "l0": 4.0,
+        "silent": [[100_000, 0.5]],
+        "seconds": 1800,
+        "cpu_seconds": 900,
+        "peak_gib": 1.5,
+    }
     return {**settings, **measured, **changes}
 
 
 def test_the_section_names_what_was_not_counted_by_nothing():
     assert scaling.section([]) == []
     *_, table, _ = scaling.section([_row()])
-    assert "| 1,024 | stay | 4,000 | 0.001 | 0.2500 | 4.0 | 50.0% | | | | 0.50 | 1.5 | 2 |" in table
+    assert "| 1,024 | stay | 4,000 | 0.001 | 0.2500 | 4.0 | 50.0% | | | | 0.50 | 0.25 | 1.5 | 2 |" in table
 
 
 def test_the_power_law_ends_where_the_error_falls_no_more():
