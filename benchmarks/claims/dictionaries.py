@@ -54,14 +54,14 @@ class Dictionary:
         return weights[self.live]
 
 
-def shape(dictionary: Dictionary, fewest: int, sampled: int) -> Record:
-    """Redundancy among all live features, and among as many as the SAE with the fewest has; density of firings."""
+def shape(dictionary: Dictionary, among: int, sampled: int) -> Record:
+    """Redundancy of ``sampled`` live features, beside all others and beside ``among`` of them; density of firings."""
     rows, n = dictionary.rows(), int(dictionary.measures["n_tokens"])
     return {
         **dictionary.measures,
         "live": len(rows),
         "redundancy": redundancy(rows, sampled),
-        "redundancy_at_equal_number": redundancy(rows, sampled, among=fewest),
+        "redundancy_at_equal_number": redundancy(rows, sampled, among=among),
         "density": density(dictionary.counts, n),
     }
 

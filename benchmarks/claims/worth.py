@@ -35,7 +35,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from benchmarks.claims import tasks
-from benchmarks.claims.dictionaries import Dictionary, Record, carried, novelty, parts, shape
+from benchmarks.claims.dictionaries import Dictionary, Record, added_features, carried, novelty, parts, shape
 from benchmarks.claims.evidence import RESULTS, chosen_rates
 from benchmarks.claims.grid import HOOK
 from benchmarks.claims.knowledge import (
@@ -213,7 +213,7 @@ class Compared:
     @functools.cached_property
     def scores_beside(self) -> Scores:
         """Of probes on the baseline."""
-        _, added = novelty(self.beside, self.beside)
+        _, added = added_features(self.beside, self.beside)
         return self._scores(self.beside, added)
 
     def measured(self, name: str) -> Record:
